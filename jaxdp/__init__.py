@@ -1,0 +1,23 @@
+"""jaxdp: differentially private training of any JAX model at the price of ordinary training.
+
+The road, in its order: per-sample gradients → clip → noise → optax, and the ledger beside it.
+"""
+
+from jaxdp import accounting as accounting
+from jaxdp.accounting import Ledger as Ledger
+from jaxdp.accumulation import accumulate as accumulate
+from jaxdp.bounded import Bounded as Bounded
+from jaxdp.clipping import clip_adaptive as clip_adaptive
+from jaxdp.clipping import clip_automatic as clip_automatic
+from jaxdp.clipping import clip_by_group as clip_by_group
+from jaxdp.clipping import clip_flat as clip_flat
+from jaxdp.clipping import clip_per_layer as clip_per_layer
+from jaxdp.noise import add_noise as add_noise
+from jaxdp.noise import executed_noise_multipliers as executed_noise_multipliers
+from jaxdp.per_sample import PerSampleGrads as PerSampleGrads
+from jaxdp.per_sample import per_sample_grads as per_sample_grads
+from jaxdp.randomness import random_key as random_key
+from jaxdp.sampling import FixedSizeSampler as FixedSizeSampler
+from jaxdp.sampling import PhysicalBatch as PhysicalBatch
+from jaxdp.sampling import PoissonSampler as PoissonSampler
+from jaxdp.sampling import ShuffledSampler as ShuffledSampler

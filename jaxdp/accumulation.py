@@ -1,0 +1,129 @@
+"""Gradient accumulation: one logical batch in several physical ones.
+
+    tx = optax.chain(
+        jaxdp.clip_flat(1.0),
+        jaxdp.accumulate(optax.chain(jaxdp.add_noise(1.1, key), optax.scale(1 / m), optax.adam(1e-3))),
+    )
+    updates, state = tx.update(grads, state, params, is_last=is_last)
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from jaxdp.bounded import Bounded
+from jaxdp.engine.dense import accumulation_dtype
+
+
+class AccumulateState(NamedTuple):
+    """State of `jaxdp.accumulate`.
+
+    Attributes:
+      value: sum of the logical batch so far, like the parameters. Raw until the step ends, when
+        it goes back to zero.
+      sensitivities: largest sensitivity so far of the group of each leaf, float32 `[L]`.
+      inner_state: state of the inner transformation.
+    """
+
+    value: Any
+    sensitivities: jax.Array
+    inner_state: optax.OptState
+
+
+def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    r"""Adds up the `Bounded` sums of a logical batch and runs `inner` once, at its end.
+
+    A logical batch is what the sampler drew; a physical batch is what fits the device. The sums of
+    its physical batches are over disjoint samples, so the sensitivity of their sum is that of one
+    of them, and noise is drawn once:
+
+    $$ \text{inner}\Bigl( \sum_p v_p,\; \max_p \Delta_p \Bigr) $$
+
+    Args:
+      inner: everything behind the clip: `jaxdp.add_noise` first, then optax.
+
+    Returns:
+      A transformation whose `update` needs `is_last=...`, bool: whether this physical batch ends
+      its logical batch (the `is_last` of `jaxdp.PhysicalBatch`). Before the end the updates are
+      zero and neither noise nor the inner state moves: nothing is released, nothing is to charge.
+
+    Raises:
+      TypeError: (in `update`) `is_last` is missing, or what comes in is no `Bounded`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxdp
+      >>> tx = optax.chain(jaxdp.clip_flat(1.0), accumulate(jaxdp.add_noise(0.0, jax.random.key(0))))
+      >>> params = jnp.zeros(1)
+      >>> first, state = tx.update(jnp.ones((2, 1)), tx.init(params), params, is_last=False)
+      >>> second, state = tx.update(jnp.ones((3, 1)), state, params, is_last=True)
+      >>> first.tolist(), second.tolist()
+      ([0.0], [5.0])
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> AccumulateState:
+        return AccumulateState(
+            jax.tree.map(_zeros, params),
+            jnp.zeros((len(jax.tree.leaves(params)),), jnp.float32),
+            inner.init(params),
+        )
+
+    def update(
+        updates: Any,
+        state: AccumulateState,
+        params: optax.Params | None = None,
+        *,
+        is_last: ArrayLike | None = None,
+        **extra: Any,
+    ) -> tuple[Any, AccumulateState]:
+        if is_last is None:
+            raise TypeError(
+                "accumulate needs update(..., is_last=...): whether this physical batch ends its "
+                "logical batch; pass the is_last of jaxdp.PhysicalBatch"
+            )
+        if not isinstance(updates, Bounded):
+            raise TypeError(
+                f"accumulate takes the jaxdp.Bounded of a clip, got {type(updates).__name__}: put "
+                "it right behind the clip, around jaxdp.add_noise and the optimizer"
+            )
+        value = jax.tree.map(jnp.add, state.value, updates.value)
+        sensitivities = jnp.maximum(state.sensitivities, _of_leaves(updates))
+        total = Bounded(value, _of_groups(sensitivities, updates), updates.groups)
+
+        def end() -> tuple[Any, AccumulateState]:
+            released, inner_state = inner.update(
+                total, state.inner_state, params, is_last=True, **extra
+            )
+            empty = jax.tree.map(jnp.zeros_like, (value, sensitivities))
+            return released, AccumulateState(*empty, inner_state)
+
+        def go_on() -> tuple[Any, AccumulateState]:
+            released, _ = jax.eval_shape(end)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), released)
+            return zeros, AccumulateState(value, sensitivities, state.inner_state)
+
+        return jax.lax.cond(jnp.asarray(is_last, bool), end, go_on)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _zeros(leaf: jax.Array) -> jax.Array:
+    """As a clip's sums are: floats accumulate in at least float32."""
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.zeros(leaf.shape, accumulation_dtype(leaf.dtype) if floating else leaf.dtype)
+
+
+def _of_leaves(bounded: Bounded) -> jax.Array:
+    """The sensitivity of each leaf's group, float32 `[L]`; zero for a leaf without group."""
+    sensitivity = jnp.atleast_1d(bounded.sensitivity).astype(jnp.float32)
+    zero = jnp.zeros((), jnp.float32)
+    return jnp.stack([zero if g is None else sensitivity[g] for g in bounded.groups])
+
+
+def _of_groups(leaf_sensitivities: jax.Array, like: Bounded) -> jax.Array:
+    """The inverse of `_of_leaves`, in the shape of `like.sensitivity`."""
+    first = [like.groups.index(group) for group in range(max(like.sensitivity.size, 1))]
+    return leaf_sensitivities[jnp.asarray(first)].reshape(like.sensitivity.shape)

@@ -1,0 +1,174 @@
+"""`Bounded`: a sum over samples together with its L2 sensitivity, not yet noised.
+
+The two roads of jaxdp meet here. Clipping builds a `Bounded`; `jaxdp.add_noise` is the only
+transformation that turns one into plain arrays:
+
+    PerSampleGrads ── clip_* ──►  Bounded ── add_noise ──► plain arrays ── optax
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.random import define_prng_impl
+from jax.typing import ArrayLike
+
+# Leaf -> index of its sensitivity group, in the order of `jax.tree.leaves`. `None` marks a leaf
+# that no sample can change (an integer or frozen leaf): it has no sensitivity and gets no noise.
+Groups = tuple[int | None, ...]
+
+_NEXT_STEP = (
+    "a Bounded is a sum over samples that has no noise yet: put jaxdp.add_noise(...) between the "
+    "clip and the optimizer"
+)
+
+# Bounded must be a pytree to cross jit, scan and shard_map, yet a transformation that maps over
+# its leaves (a norm clip, a learned scale) would change the value behind the sensitivity's back.
+# So every Bounded carries one leaf of a dtype that no arithmetic accepts: such a map fails while
+# it is traced, and JAX's message names this tag.
+_SEAL = define_prng_impl(
+    key_shape=(1,),
+    seed=None,  # pyright: ignore[reportArgumentType]
+    split=None,  # pyright: ignore[reportArgumentType]
+    random_bits=None,  # pyright: ignore[reportArgumentType]
+    fold_in=None,  # pyright: ignore[reportArgumentType]
+    name="jaxdp_bounded",
+    tag="jaxdp.Bounded: needs jaxdp.add_noise first",
+)
+
+
+class _SpeakingType(type):
+    """JAX prints the class when an optimizer's state does not match; let it say what to do."""
+
+    def __repr__(cls) -> str:
+        return f"<class 'jaxdp.Bounded': {_NEXT_STEP}>"
+
+
+class Bounded(metaclass=_SpeakingType):
+    r"""A sum over samples and a proof of how much one sample can change it.
+
+    For neighbouring batches D, D' that differ by adding or removing one sample, and for every
+    group k of leaves,
+
+    $$ \Bigl(\sum_{l \in k} \lVert v_l(D) - v_l(D') \rVert_2^2\Bigr)^{1/2} \le \Delta_k. $$
+
+    Building one is a claim that this holds: clips do it, and the bounds of a Lipschitz network.
+    A Bounded crosses `jit`, `scan`, `cond` and `shard_map`. Arithmetic other than adding disjoint
+    sums and scaling by a public constant raises, and so does any transformation that maps over it.
+
+    Args:
+      value: pytree with the structure and shapes of the parameters; leaves in at least float32.
+      sensitivity: Δ, a scalar for the whole tree, or `[K]` for K groups; same unit as the value.
+      groups: for each leaf of `value` the index of its group, `None` for a leaf that no sample
+        can change. Default: one group that holds every floating-point leaf.
+
+    Raises:
+      ValueError: groups and sensitivity do not fit each other or the value.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> total = Bounded({"w": jnp.ones(3)}, sensitivity=2.0) * 0.5
+      >>> float(total.total_sensitivity)
+      1.0
+      >>> jnp.zeros(3) + total  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+        ...
+      TypeError: cannot combine ArrayImpl with Bounded: ... put jaxdp.add_noise(...) between ...
+    """
+
+    __slots__ = ("value", "sensitivity", "groups", "_seal")
+
+    value: Any
+    sensitivity: jax.Array
+    groups: Groups
+    _seal: jax.Array
+
+    def __init__(self, value: Any, sensitivity: ArrayLike, groups: Iterable[int | None] | None = None):
+        leaves = jax.tree.leaves(value)
+        sensitivity = jnp.asarray(sensitivity)
+        if groups is None:
+            groups = (0 if jnp.issubdtype(leaf.dtype, jnp.inexact) else None for leaf in leaves)
+        groups = tuple(groups)
+        if len(groups) != len(leaves):
+            raise ValueError(
+                f"groups must name one group per leaf, got {len(groups)} groups for "
+                f"{len(leaves)} leaves"
+            )
+        if sensitivity.ndim > 1:
+            raise ValueError(
+                f"sensitivity must be a scalar or one number per group, got shape "
+                f"{sensitivity.shape}"
+            )
+        used = {group for group in groups if group is not None}
+        if not used <= set(range(sensitivity.size)):
+            raise ValueError(
+                f"groups must lie in 0..{sensitivity.size - 1} for a sensitivity of shape "
+                f"{sensitivity.shape}, got {sorted(used)}"
+            )
+        self.value = value
+        self.sensitivity = sensitivity
+        self.groups = groups
+        self._seal = jax.random.wrap_key_data(jnp.zeros((1,), jnp.uint32), impl=_SEAL)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def total_sensitivity(self) -> jax.Array:
+        """L2 sensitivity of the whole tree, a scalar: sqrt(Σ_k Δ_k²)."""
+        return jnp.sqrt(jnp.sum(jnp.square(self.sensitivity)))
+
+    def __add__(self, other: "Bounded") -> "Bounded":
+        """Adds the sum over further, disjoint samples: one sample is in one of the two only."""
+        if not isinstance(other, Bounded):
+            return self._refuse(other)
+        if self.groups != other.groups:
+            raise ValueError(
+                f"cannot add a Bounded with groups {self.groups} to one with {other.groups}: both "
+                "must come from the same clip"
+            )
+        value = jax.tree.map(jnp.add, self.value, other.value)
+        return Bounded(value, jnp.maximum(self.sensitivity, other.sensitivity), self.groups)
+
+    def __mul__(self, factor: ArrayLike) -> "Bounded":
+        """Scales value and sensitivity by a public constant (never by a function of the data)."""
+        if isinstance(factor, Bounded) or jnp.ndim(factor) != 0:
+            return self._refuse(factor)
+        factor = jnp.asarray(factor, self.sensitivity.dtype)
+        leaves, treedef = jax.tree.flatten(self.value)
+        scaled = [
+            leaf if group is None else leaf * factor.astype(leaf.dtype)
+            for leaf, group in zip(leaves, self.groups, strict=True)
+        ]
+        value = jax.tree.unflatten(treedef, scaled)
+        return Bounded(value, self.sensitivity * jnp.abs(factor), self.groups)
+
+    __rmul__ = __mul__
+
+    def _refuse(self, other: Any, *_: Any) -> Any:
+        raise TypeError(f"cannot combine {type(other).__name__} with Bounded: {_NEXT_STEP}")
+
+    __radd__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _refuse
+
+    def __repr__(self) -> str:
+        shapes = jax.tree.map(jnp.shape, self.value)
+        return f"Bounded(value={shapes}, sensitivity={self.sensitivity}; {_NEXT_STEP})"
+
+
+def _flatten(bounded: Bounded) -> tuple[tuple[Any, ...], Groups]:
+    return (bounded.value, bounded.sensitivity, bounded._seal), bounded.groups
+
+
+def _flatten_with_keys(bounded: Bounded) -> tuple[tuple[Any, ...], Groups]:
+    children, groups = _flatten(bounded)
+    names = map(jax.tree_util.GetAttrKey, ("value", "sensitivity", "seal"))
+    return tuple(zip(names, children, strict=True)), groups
+
+
+def _unflatten(groups: Groups, children: Iterable[Any]) -> Bounded:
+    # JAX also unflattens with placeholders, which no validation would pass: skip __init__.
+    bounded = object.__new__(Bounded)
+    bounded.value, bounded.sensitivity, bounded._seal = children
+    bounded.groups = groups
+    return bounded
+
+
+jax.tree_util.register_pytree_with_keys(Bounded, _flatten_with_keys, _unflatten, _flatten)

@@ -1,0 +1,435 @@
+r"""Clips: from per-sample gradients to a `Bounded` sum.
+
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(1.1, key), optax.scale(1 / 256), ...)
+
+Every clip is an optax `GradientTransformation`. It takes a `jaxdp.PerSampleGrads`, or the pytree of
+`[B, ...]` arrays that `jax.vmap(jax.grad(loss_fn), (None, 0))` gives, and returns
+
+$$ \sum_i w_{ik}\, g_{ik}, \qquad \lVert w_{ik}\, g_{ik} \rVert_2 \le C_k $$
+
+for every sample i and every group k of leaves, with L2 sensitivity C_k per group under adding or
+removing one sample. A sample that is masked or whose gradient is not finite contributes zero.
+
+| clip              | groups           | weight of a sample         |
+|-------------------|------------------|----------------------------|
+| clip_flat         | one, all leaves  | min(1, C/‖g‖)              |
+| clip_per_layer    | one per leaf     | min(1, C_k/‖g_k‖)          |
+| clip_by_group     | by label         | min(1, C_k/‖g_k‖)          |
+| clip_automatic    | one, or per leaf | C/(‖g‖ + γ)                |
+| clip_adaptive     | one, or per leaf | min(1, C_t/‖g‖), C_t tuned |
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from jaxdp.bounded import Bounded, Groups
+from jaxdp.engine.dense import select_rows
+from jaxdp.engine.rule import ClipRule
+from jaxdp.per_sample import PerSampleGrads
+from jaxdp.randomness import COUNT_NOISE, step_key
+from jaxdp.schedules import FloatOrSchedule, checked, value_at
+from jaxdp.trees import prefix_leaves
+
+# (parameters' structure, which leaves have a gradient, logical step) -> rule
+MakeRule = Callable[[Any, Groups, jax.Array], ClipRule]
+
+
+class ClipState(NamedTuple):
+    """The logical step, which schedules read. int32 scalar."""
+
+    step: jax.Array
+
+
+def clip_flat(threshold: FloatOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each sample's whole gradient to L2 norm C, and sums.
+
+    $$ \sum_i g_i \min(1, C / \lVert g_i \rVert_2), \qquad \Delta = C $$
+
+    Args:
+      threshold: C > 0, in the unit of the gradients, or a schedule of the logical step.
+
+    Returns:
+      A transformation from per-sample gradients to a `jaxdp.Bounded` with scalar sensitivity.
+
+    Raises:
+      ValueError: C is not positive and finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = clip_flat(1.0)
+      >>> per_sample = {"w": jnp.array([[3.0, 4.0], [0.0, 0.5]])}
+      >>> total, _ = tx.update(per_sample, tx.init({"w": jnp.zeros(2)}))
+      >>> total.value["w"].round(3).tolist(), float(total.sensitivity)
+      ([0.6000000238418579, 1.2999999523162842], 1.0)
+
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1.
+    """
+    checked("threshold", threshold)
+
+    def rule(params: Any, groups: Groups, step: jax.Array) -> ClipRule:
+        return ClipRule(groups, value_at(threshold, step), _shrink)
+
+    return _clip(rule)
+
+
+def clip_per_layer(threshold: Any) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each sample's gradient leaf by leaf, and sums.
+
+    $$ \sum_i g_{ik} \min(1, C_k / \lVert g_{ik} \rVert_2), \qquad \Delta = (\textstyle\sum_k C_k^2)^{1/2} $$
+
+    Args:
+      threshold: C_k > 0. One number (or schedule) is given to EACH of the K leaves, so Δ = √K·C;
+        pass C/√K to keep the total at C. Else a pytree prefix of the parameters, whose number on a
+        subtree holds for each of its leaves, or a flat list of K numbers in the order of
+        `jax.tree.leaves(params)`. Integer and frozen leaves need a place there, but count for
+        nothing.
+
+    Returns:
+      A transformation from per-sample gradients to a `jaxdp.Bounded` with sensitivity `[K]`.
+
+    Raises:
+      ValueError: a threshold is not positive and finite; the structure does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = clip_per_layer({"b": 0.5, "w": 2.0})
+      >>> per_sample = {"b": jnp.array([[1.0]]), "w": jnp.array([[0.0, 3.0]])}
+      >>> total, _ = tx.update(per_sample, tx.init({"b": jnp.zeros(1), "w": jnp.zeros(2)}))
+      >>> total.value["b"].tolist(), total.value["w"].tolist(), total.sensitivity.tolist()
+      ([0.5], [0.0, 2.0], [0.5, 2.0])
+
+    Source: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models",
+    section 3 (per-layer clipping).
+    """
+    for value in jax.tree.leaves(threshold):
+        checked("threshold", value)
+
+    def rule(params: Any, groups: Groups, step: jax.Array) -> ClipRule:
+        values = _leaf_thresholds(threshold, params)
+        kept = [value for value, group in zip(values, groups, strict=True) if group is not None]
+        return ClipRule(_each_leaf(groups), _stack(kept, step), _shrink)
+
+    return _clip(rule)
+
+
+def clip_by_group(
+    labels: Any, thresholds: Mapping[Any, FloatOrSchedule]
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each sample's gradient group by group, and sums.
+
+    $$ \sum_i g_{ik} \min(1, C_k / \lVert g_{ik} \rVert_2), \qquad \Delta = (\textstyle\sum_k C_k^2)^{1/2} $$
+
+    with g_ik the joint gradient of all leaves of group k.
+
+    Args:
+      labels: pytree prefix of the parameters whose leaves are labels, or a function from the
+        parameters to one (as in `optax.partition`).
+      thresholds: label -> C_k > 0, a number or a schedule. Groups keep this order.
+
+    Returns:
+      A transformation from per-sample gradients to a `jaxdp.Bounded` with sensitivity `[K]`.
+
+    Raises:
+      ValueError: a threshold is not positive and finite, a label has none, or none of the leaves
+        that have a gradient carries a label that has one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = clip_by_group({"body": "slow", "head": "fast"}, {"slow": 0.1, "fast": 1.0})
+      >>> params = {"body": {"b": jnp.zeros(1), "w": jnp.zeros(2)}, "head": jnp.zeros(2)}
+      >>> per_sample = jax.tree.map(lambda p: jnp.ones((4, *p.shape)), params)
+      >>> total, _ = tx.update(per_sample, tx.init(params))
+      >>> total.groups, total.sensitivity.round(3).tolist()
+      ((0, 0, 1), [0.10000000149011612, 1.0])
+
+    Source: McMahan et al. 2018, "A General Approach to Adding Differential Privacy to Iterative
+    Training Procedures", section 2.
+    """
+    if not thresholds:
+        raise ValueError("thresholds must hold at least one label, got none")
+    for label, value in thresholds.items():
+        checked(f"thresholds[{label!r}]", value)
+    names = list(thresholds)
+
+    def rule(params: Any, groups: Groups, step: jax.Array) -> ClipRule:
+        leaf_labels = prefix_leaves("labels", labels(params) if callable(labels) else labels, params)
+        unknown = {label for label in leaf_labels if label not in thresholds}
+        if unknown:
+            raise ValueError(
+                f"thresholds must hold every label, got labels {sorted(map(repr, unknown))} "
+                f"without one; known: {sorted(map(repr, names))}"
+            )
+        merged = tuple(
+            None if group is None else names.index(label)
+            for label, group in zip(leaf_labels, groups, strict=True)
+        )
+        unused = [names[k] for k in range(len(names)) if k not in merged]
+        if unused:
+            raise ValueError(
+                f"every threshold must guard a leaf that has a gradient, but {unused} guard none "
+                "and would only add noise: remove them"
+            )
+        return ClipRule(merged, _stack([thresholds[name] for name in names], step), _shrink)
+
+    return _clip(rule)
+
+
+def clip_automatic(
+    threshold: FloatOrSchedule = 1.0, *, stability: float = 0.01, per_layer: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Normalises each sample's gradient instead of clipping it: no threshold to tune.
+
+    $$ \sum_i g_i \frac{C}{\lVert g_i \rVert_2 + \gamma}, \qquad \Delta = C $$
+
+    C only scales the update, so it is absorbed by the learning rate.
+
+    Args:
+      threshold: C > 0, a number or a schedule.
+      stability: γ > 0, in the unit of the gradients. It keeps the small gradients small.
+      per_layer: normalise each leaf by its own norm: Δ = √K·C for K leaves.
+
+    Returns:
+      A transformation from per-sample gradients to a `jaxdp.Bounded`.
+
+    Raises:
+      ValueError: C or γ is not positive and finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = clip_automatic(stability=1.0)
+      >>> total, _ = tx.update(jnp.array([[3.0], [0.0]]), tx.init(jnp.zeros(1)))
+      >>> total.value.tolist(), float(total.sensitivity)
+      ([0.75], 1.0)
+
+    Source: Bu et al. 2023, "Automatic Clipping: Differentially Private Deep Learning Made Easier
+    and Stronger", equation 5.5 (AUTO-S).
+    """
+    checked("threshold", threshold)
+    checked("stability", stability)
+
+    def normalise(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
+        return thresholds / (norms + stability)
+
+    def rule(params: Any, groups: Groups, step: jax.Array) -> ClipRule:
+        if not per_layer:
+            return ClipRule(groups, value_at(threshold, step), normalise)
+        layers = _each_leaf(groups)
+        return ClipRule(layers, _stack([threshold] * len(_members(layers)), step), normalise)
+
+    return _clip(rule)
+
+
+class ClipAdaptiveState(NamedTuple):
+    """State of `jaxdp.clip_adaptive`.
+
+    Attributes:
+      step: logical step, int32 scalar.
+      thresholds: C_t of the coming step, float32, scalar or `[K]`. Private already: releasable.
+      counts: Σ_i (1[‖g_i‖ ≤ C_t] − ½) so far in this logical batch: raw until the step ends, when
+        it goes back to zero.
+      noise_multiplier: of the count released at the last logical step, relative to its
+        sensitivity; NaN before the first.
+      key: where the counts' noise comes from.
+    """
+
+    step: jax.Array
+    thresholds: jax.Array
+    counts: jax.Array
+    noise_multiplier: jax.Array
+    key: jax.Array
+
+
+def clip_adaptive(
+    initial_threshold: float,
+    *,
+    key: jax.Array,
+    count_noise_multiplier: FloatOrSchedule,
+    expected_batch_size: float,
+    quantile: float = 0.5,
+    learning_rate: FloatOrSchedule = 0.2,
+    per_layer: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips to a threshold that follows a quantile of the per-sample gradient norms, privately.
+
+    With b_i = 1[‖g_i‖ ≤ C_t], the expected batch size m and the target quantile γ,
+
+    $$ \tilde b_t = \tfrac12 + \tfrac1m \Bigl( \sum_i (b_i - \tfrac12) + \sigma_b\,\Delta_b\,
+       \mathcal N(0, 1) \Bigr), \qquad C_{t+1} = C_t \exp(-\eta\,(\tilde b_t - \gamma)). $$
+
+    The count is a release of its own. One sample moves it by ½ (the −½ halves the sensitivity), a
+    vector of K counts by Δ_b = √K/2. It is drawn from the same sampled batch as the gradients, so
+    a step of this clip and of `add_noise(σ)` costs as much as ONE Gaussian of noise multiplier
+    (σ⁻² + σ_b⁻²)^(−1/2): `jaxdp.accounting.combined_noise_multiplier([σ, σ_b])`, or charge
+    `[σ, σ_b]` to the ledger. In the paper's notation σ_b here is 2σ_b there: noise relative to
+    the sensitivity, as everywhere in jaxdp.
+
+    Args:
+      initial_threshold: C_0 > 0.
+      key: JAX key of the counts' noise.
+      count_noise_multiplier: σ_b ≥ 0, or a schedule. A tenth of the batch size is a good start.
+      expected_batch_size: m > 0, a public constant, never the realised count.
+      quantile: γ in [0, 1].
+      learning_rate: η > 0, or a schedule.
+      per_layer: one threshold and one count for each leaf.
+
+    Returns:
+      A transformation from per-sample gradients to a `jaxdp.Bounded`. Where a logical batch comes
+      in several physical ones, pass `is_last` to `update`: counts add up, and the noise is drawn
+      and the threshold moved at the last one only.
+
+    Raises:
+      ValueError: an argument out of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> tx = clip_adaptive(1.0, key=jax.random.key(0), count_noise_multiplier=0.1,
+      ...                    expected_batch_size=2, learning_rate=1.0)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> _, state = tx.update(jnp.array([[3.0], [4.0]]), state)
+      >>> 1.5 < float(state.thresholds) < 1.8   # both were above: C grows by about exp(1/2)
+      True
+
+    Source: Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping",
+    equation 1 and section 2.2, theorem 1.
+    """
+    checked("initial_threshold", initial_threshold)
+    checked("count_noise_multiplier", count_noise_multiplier, zero=True)
+    checked("expected_batch_size", expected_batch_size)
+    checked("learning_rate", learning_rate)
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile must be in [0, 1], got {quantile}")
+
+    def init(params: optax.Params) -> ClipAdaptiveState:
+        shape = (len(jax.tree.leaves(params)),) if per_layer else ()
+        return ClipAdaptiveState(
+            step=jnp.zeros((), jnp.int32),
+            thresholds=jnp.full(shape, initial_threshold, jnp.float32),
+            counts=jnp.zeros(shape, jnp.float32),
+            noise_multiplier=jnp.full((), jnp.nan, jnp.float32),
+            key=key,
+        )
+
+    def update(
+        updates: Any,
+        state: ClipAdaptiveState,
+        params: optax.Params | None = None,
+        *,
+        is_last: ArrayLike = True,
+        **_: Any,
+    ) -> tuple[Bounded, ClipAdaptiveState]:
+        grads = _per_sample(updates, params)
+        if per_layer:
+            groups = _each_leaf(grads.groups)
+            # The state has a place for every leaf, since init cannot know which are frozen.
+            places = jnp.asarray(_members(groups))
+            thresholds = state.thresholds[places]
+        else:
+            groups, places, thresholds = grads.groups, ..., state.thresholds
+        bounded = grads.clipped_sum(ClipRule(groups, thresholds, _shrink))
+
+        norms = grads.norms(groups)
+        below = jnp.where(norms <= thresholds.reshape(1, -1), 0.5, -0.5).astype(jnp.float32)
+        counts = jnp.sum(select_rows(grads.counted, below), axis=0).reshape(thresholds.shape)
+        counts = state.counts.at[places].add(counts)
+
+        sensitivity = math.sqrt(max(thresholds.size, 1)) / 2
+        noise_multiplier = value_at(count_noise_multiplier, state.step)
+        noise = jax.random.normal(
+            step_key(state.key, COUNT_NOISE, state.step), counts.shape, counts.dtype
+        )
+        released = (counts + noise_multiplier * sensitivity * noise) / expected_batch_size
+        error = 0.5 + released - quantile
+        moved = state.thresholds * jnp.exp(-value_at(learning_rate, state.step) * error)
+
+        def at_end(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(is_last, new, old)
+
+        return bounded, ClipAdaptiveState(
+            step=at_end(state.step + 1, state.step),
+            thresholds=at_end(moved, state.thresholds),
+            counts=at_end(jnp.zeros_like(counts), counts),
+            noise_multiplier=at_end(noise_multiplier, state.noise_multiplier),
+            key=state.key,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _clip(make_rule: MakeRule) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a rule that needs to remember nothing but the logical step."""
+
+    def init(params: optax.Params) -> ClipState:
+        return ClipState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Any,
+        state: ClipState,
+        params: optax.Params | None = None,
+        *,
+        is_last: ArrayLike = True,
+        **_: Any,
+    ) -> tuple[Bounded, ClipState]:
+        grads = _per_sample(updates, params)
+        bounded = grads.clipped_sum(make_rule(grads.params, grads.groups, state.step))
+        return bounded, ClipState(state.step + jnp.asarray(is_last, jnp.int32))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _shrink(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
+    """Wishes every sample to stay as it is; the cap in `sample_weights` does the clipping."""
+    return jnp.ones_like(norms)
+
+
+def _per_sample(updates: Any, params: optax.Params | None) -> PerSampleGrads:
+    """What came down the chain, as a handle; refuses what holds no per-sample gradients."""
+    if isinstance(updates, Bounded):
+        raise TypeError(
+            "a clip takes per-sample gradients, got a Bounded, whose samples are summed already: "
+            "keep one clip in the chain, and let jaxdp.add_noise follow it"
+        )
+    grads = updates if isinstance(updates, PerSampleGrads) else PerSampleGrads.from_arrays(updates)
+    if params is not None:
+        expected = jax.tree.map(jnp.shape, params)
+        got = jax.tree.map(lambda leaf: leaf.shape, grads.params)
+        if got != expected:
+            raise ValueError(
+                "a clip takes per-sample gradients of shape [B, *param.shape], got shapes without "
+                f"the sample axis {got} for parameters {expected}: take jax.vmap(jax.grad(loss_fn), "
+                "(None, 0)) or jaxdp.per_sample_grads(loss_fn), not the gradient of a mean loss"
+            )
+    return grads
+
+
+def _members(groups: Groups) -> list[int]:
+    """Positions of the leaves that have a gradient."""
+    return [leaf for leaf, group in enumerate(groups) if group is not None]
+
+
+def _each_leaf(groups: Groups) -> Groups:
+    """A group of its own for each leaf that has a gradient."""
+    rank = {leaf: k for k, leaf in enumerate(_members(groups))}
+    return tuple(rank.get(leaf) for leaf in range(len(groups)))
+
+
+def _leaf_thresholds(threshold: Any, params: Any) -> list[FloatOrSchedule]:
+    """One threshold for each leaf, from a number, a prefix tree or a flat list."""
+    leaves = jax.tree.structure(params).num_leaves
+    if isinstance(threshold, list | tuple) and not isinstance(params, type(threshold)):
+        if len(threshold) != leaves:
+            raise ValueError(
+                f"threshold must hold one number for each of the {leaves} leaves of the "
+                f"parameters, got {len(threshold)}"
+            )
+        return list(threshold)
+    return prefix_leaves("threshold", threshold, params)
+
+
+def _stack(thresholds: list[FloatOrSchedule], step: jax.Array) -> jax.Array:
+    return jnp.stack([value_at(threshold, step) for threshold in thresholds])

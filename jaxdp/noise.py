@@ -1,0 +1,213 @@
+r"""Noise: from a `Bounded` sum to plain arrays that are private.
+
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(1.1, key), optax.scale(1 / 256), ...)
+
+For group k of sensitivity Δ_k the released value is v_k + s_k·N(0, I). One step is K Gaussian
+mechanisms on the same batch, which cost as much as one of noise multiplier
+
+$$ \sigma_{\text{eff}} = \Bigl( \sum_k (\Delta_k / s_k)^2 \Bigr)^{-1/2}, $$
+
+| allocation   | s_k                        | σ_eff               |
+|--------------|----------------------------|---------------------|
+| "global"     | σ·(ΣΔ_j²)^(1/2)            | σ                   |
+| "per_layer"  | σ·Δ_k                      | σ/√K                |
+| (c_1 … c_K)  | σ·c_k·Δ_k                  | σ·(Σc_k⁻²)^(−1/2)   |
+| "optimal"    | σ·(Δ_k·S/√n_k)^(1/2)       | σ                   |
+
+with n_k the number of entries of group k and S = Σ_j Δ_j·√n_j.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdp.bounded import Bounded
+from jaxdp.per_sample import PerSampleGrads
+from jaxdp.randomness import GRADIENT_NOISE, step_key
+from jaxdp.schedules import FloatOrSchedule, checked, value_at
+
+
+class AddNoiseState(NamedTuple):
+    """State of `jaxdp.add_noise`.
+
+    Attributes:
+      step: logical step, int32 scalar.
+      noise_multiplier: σ_eff of the last step, which the ledger charges; NaN before the first.
+      key: where the noise comes from. Secret.
+    """
+
+    step: jax.Array
+    noise_multiplier: jax.Array
+    key: jax.Array
+
+
+def add_noise(
+    noise_multiplier: FloatOrSchedule,
+    key: jax.Array,
+    allocation: str | Sequence[float] = "global",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds Gaussian noise calibrated to the sensitivity of a `jaxdp.Bounded`.
+
+    Args:
+      noise_multiplier: σ ≥ 0, noise standard deviation relative to the sensitivity of adding or
+        removing one sample, or a schedule of the logical step. 0 is no privacy.
+      key: a JAX key; at step t and leaf l the noise is drawn from
+        `split(fold_in(key', t))[l]`, with key' derived from `key` for this use alone.
+      allocation: how σ is spread over the groups of the clip (see the table above): "global"
+        gives every leaf the same standard deviation; "per_layer" noise relative to the group's
+        own sensitivity; a sequence of K numbers c_k > 0 that, too, times c_k; "optimal" the
+        least total noise power at the same privacy as "global".
+
+    Returns:
+      A transformation from `Bounded` to plain arrays: noise is drawn and added in at least
+      float32, then cast to the dtypes of the parameters where `update` is given them. Integer and
+      frozen leaves get zeros. Everything behind it is post-processing.
+
+    Raises:
+      ValueError: σ negative or not finite; an unknown allocation, or one of the wrong length.
+      TypeError: (in `update`) what comes in is no `Bounded`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> tx = add_noise(2.0, jax.random.key(0))
+      >>> total = Bounded(jnp.zeros(10_000), sensitivity=3.0)
+      >>> noised, state = tx.update(total, tx.init(jnp.zeros(10_000)))
+      >>> 5.8 < float(noised.std()) < 6.2, float(state.noise_multiplier)
+      (True, 2.0)
+
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1;
+    McMahan et al. 2018, "A General Approach to Adding Differential Privacy to Iterative Training
+    Procedures", theorem 1 (several Gaussians as one).
+    """
+    checked("noise_multiplier", noise_multiplier, zero=True)
+    spread = _allocation(allocation)
+
+    def init(params: optax.Params) -> AddNoiseState:
+        return AddNoiseState(jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.float32), key)
+
+    def update(
+        updates: Any, state: AddNoiseState, params: optax.Params | None = None, **_: Any
+    ) -> tuple[Any, AddNoiseState]:
+        bounded = _bounded(updates)
+        sigma = value_at(noise_multiplier, state.step)
+        sensitivity = jnp.atleast_1d(bounded.sensitivity).astype(jnp.float32)
+        stds = sigma * spread.deviations(sensitivity, _group_sizes(bounded))
+        noised = _noised(bounded, stds, step_key(state.key, GRADIENT_NOISE, state.step))
+        if params is not None:
+            noised = jax.tree.map(lambda leaf, p: leaf.astype(jnp.result_type(p)), noised, params)
+        effective = sigma * spread.effective(sensitivity.size)
+        return noised, AddNoiseState(state.step + 1, effective, state.key)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:
+    """Noise multipliers of everything that the last logical step released, from its state.
+
+    Finds the state of every `add_noise` and `clip_adaptive`, wherever it lies in the chain. This
+    is what a ledger must be charged with: it is read where the noise is drawn, so that it cannot
+    disagree with it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> tx = optax.chain(add_noise(1.5, jax.random.key(0)), optax.sgd(1e-3))
+      >>> _, state = tx.update(Bounded(jnp.ones(2), 1.0), tx.init(jnp.ones(2)), jnp.ones(2))
+      >>> [float(sigma) for sigma in executed_noise_multipliers(state)]
+      [1.5]
+    """
+
+    def releases(state: Any) -> bool:
+        return hasattr(state, "noise_multiplier")
+
+    states = jax.tree.leaves(opt_state, is_leaf=releases)
+    return [state.noise_multiplier for state in states if releases(state)]
+
+
+def _bounded(updates: Any) -> Bounded:
+    if isinstance(updates, Bounded):
+        return updates
+    kind = "PerSampleGrads" if isinstance(updates, PerSampleGrads) else "arrays"
+    raise TypeError(
+        f"add_noise takes a jaxdp.Bounded, whose sensitivity sets the noise, got {kind}: put a "
+        "clip (jaxdp.clip_flat, clip_per_layer, ...) right before it in the chain"
+    )
+
+
+class _Allocation(NamedTuple):
+    """How σ is spread over K groups.
+
+    Attributes:
+      deviations: `(sensitivities [K], entries per group [K]) -> standard deviations [K]` at σ = 1.
+      effective: K -> σ_eff at σ = 1. In closed form: computed from the deviations it would wobble
+        in its last digits from step to step, and every wobble be a mechanism of its own to account.
+    """
+
+    deviations: Callable[[jax.Array, jax.Array], jax.Array]
+    effective: Callable[[int], float]
+
+
+def _same_for_all(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jnp.full_like(sensitivity, jnp.sqrt(jnp.sum(jnp.square(sensitivity))))
+
+
+def _least_power(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
+    # Minimises Σ n_k s_k² at Σ (Δ_k/s_k)² = 1, by Lagrange: s_k² ∝ Δ_k/√n_k.
+    total = jnp.sum(sensitivity * jnp.sqrt(sizes))
+    return jnp.sqrt(sensitivity * total / jnp.sqrt(sizes))
+
+
+_NAMED = {
+    "global": _Allocation(_same_for_all, lambda k: 1.0),
+    "optimal": _Allocation(_least_power, lambda k: 1.0),
+    "per_layer": _Allocation(lambda sensitivity, sizes: sensitivity, lambda k: k**-0.5),
+}
+
+
+def _allocation(allocation: str | Sequence[float]) -> _Allocation:
+    if isinstance(allocation, str):
+        if allocation not in _NAMED:
+            raise ValueError(
+                f"allocation must be one of {sorted(_NAMED)} or a sequence of coefficients, one "
+                f"for each group, got {allocation!r}"
+            )
+        return _NAMED[allocation]
+
+    coefficients = tuple(allocation)
+    for k, coefficient in enumerate(coefficients):
+        checked(f"allocation[{k}]", coefficient)
+
+    def scaled(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
+        if len(coefficients) != sensitivity.size:
+            raise ValueError(
+                f"allocation must hold one coefficient for each of the {sensitivity.size} groups "
+                f"of the clip, got {len(coefficients)}"
+            )
+        return sensitivity * jnp.asarray(coefficients, sensitivity.dtype)
+
+    return _Allocation(scaled, lambda k: sum(c**-2 for c in coefficients) ** -0.5)
+
+
+def _group_sizes(bounded: Bounded) -> jax.Array:
+    """How many entries each group has, float32 `[K]`."""
+    sizes = [0] * max(bounded.sensitivity.size, 1)
+    for leaf, group in zip(jax.tree.leaves(bounded.value), bounded.groups, strict=True):
+        if group is not None:
+            sizes[group] += leaf.size
+    return jnp.asarray(sizes, jnp.float32)
+
+
+def _noised(bounded: Bounded, stds: jax.Array, key: jax.Array) -> Any:
+    leaves, treedef = jax.tree.flatten(bounded.value)
+    keys = jax.random.split(key, len(leaves))
+
+    def release(leaf: jax.Array, group: int | None, leaf_key: jax.Array) -> jax.Array:
+        if group is None:
+            return leaf
+        noise = jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
+        return leaf + stds[group].astype(leaf.dtype) * noise
+
+    released = map(release, leaves, bounded.groups, keys)
+    return jax.tree.unflatten(treedef, list(released))

@@ -1,0 +1,352 @@
+"""Per-sample gradients of the loss of one example, as a lazy handle.
+
+    grads_fn = jaxdp.per_sample_grads(loss_fn)
+    grads = grads_fn(params, batch, mask)      # nothing is computed yet
+    updates, state = tx.update(grads, state)   # tx begins with one of jaxdp's clips
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
+from jax.typing import ArrayLike
+
+from jaxdp.bounded import Bounded, Groups
+from jaxdp.engine import dense
+from jaxdp.engine.rule import ClipRule, finite_rows, group_norms, sample_weights
+from jaxdp.trees import prefix_leaves
+
+LossFn = Callable[..., Any]
+
+
+class Lowering(Protocol):
+    """How a handle computes: see `jaxdp.engine`."""
+
+    mask: jax.Array
+
+    def reduce(self, weigh: dense.Weigh | None) -> dense.Reduction: ...
+
+    def materialize(self) -> dense.Rows: ...
+
+
+class PerSampleGrads:
+    """Per-sample gradients of one batch, computed when they are asked for.
+
+    It lives inside one function: it is no array and no pytree, so that nothing can be mapped over
+    it and it cannot cross a `jit`, `scan` or `vmap` boundary. Build it with
+    `jaxdp.per_sample_grads` (or `from_arrays`) and hand it to a clip in the same function.
+
+    Everything it returns is computed from raw data and NOT private.
+    """
+
+    def __init__(self, lowering: Lowering, params: Any, groups: Groups):
+        """For the engine; users call `jaxdp.per_sample_grads`.
+
+        Args:
+          lowering: computes over the leaves that have a gradient.
+          params: the parameters' structure, a pytree of `jax.ShapeDtypeStruct`.
+          groups: 0 for each leaf of `params` that has a gradient, `None` for the others.
+        """
+        self._lowering = lowering
+        self._groups = groups
+        self.params = params
+        self._seen: tuple[Any, dense.Reduction] | None = None
+
+    @classmethod
+    def from_arrays(cls, grads: Any, mask: jax.Array | None = None) -> "PerSampleGrads":
+        """Wraps materialised gradients: a pytree of `[B, *param.shape]`, as `vmap(grad)` gives.
+
+        Args:
+          grads: the gradients; leaves that are not floating-point take no part.
+          mask: bool `[B]`; rows that are False count for nothing.
+
+        Raises:
+          TypeError, ValueError: the leaves are not arrays with one common leading axis B.
+        """
+        count = _batch_size(grads, "per-sample gradients")
+        params = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
+        groups = _trainable_groups(params, trainable=True)
+        rows = dense.Rows(_with_gradient(jax.tree.leaves(grads), groups), None, None)
+        return cls(dense.Given(rows, _checked_mask(mask, count)), params, groups)
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of rows, masked ones included."""
+        return self.mask.shape[0]
+
+    @property
+    def mask(self) -> jax.Array:
+        """Bool `[B]`: which rows hold a sample."""
+        return self._lowering.mask
+
+    @property
+    def groups(self) -> Groups:
+        """For each leaf of `params` 0, or `None` where it has no gradient (integer or frozen)."""
+        return self._groups
+
+    @property
+    def losses(self) -> jax.Array:
+        """Per-sample losses `[B]`, zero in masked rows. Not private."""
+        losses = self._reduction().losses
+        if losses is None:
+            raise ValueError(
+                "losses are unknown for gradients given as arrays: use jaxdp.per_sample_grads"
+            )
+        return losses
+
+    @property
+    def aux(self) -> Any:
+        """What the loss returned beside its value, `[B, ...]`; masked rows hold garbage."""
+        return self._reduction().aux
+
+    @property
+    def counted(self) -> jax.Array:
+        """Bool `[B]`: rows that hold a sample whose gradient, and squared norm, is finite; the
+        others count for nothing. Not private."""
+        return self.mask & finite_rows(self._reduction().squared_norms)
+
+    @property
+    def nonfinite(self) -> jax.Array:
+        """How many samples count for nothing because their gradient is not finite. int32 scalar.
+        Not private."""
+        return jnp.sum(self.mask & ~self.counted, dtype=jnp.int32)
+
+    def norms(self, groups: Groups | None = None) -> jax.Array:
+        """Per-sample L2 norms: `[B]` over the whole tree, or `[B, K]` for K groups of leaves.
+
+        Args:
+          groups: for each leaf of the parameters a group index in 0..K-1 (`None`: left out).
+        """
+        squared = self._reduction().squared_norms
+        if groups is None:
+            return jnp.sqrt(jnp.sum(squared, axis=1))
+        return group_norms(squared, self._kept(groups))
+
+    def clipped_sum(self, rule: ClipRule) -> Bounded:
+        """Σ_i w_i g_i with the weights of the rule, as a `Bounded` of sensitivity C."""
+        kept = rule._replace(groups=self._kept(rule.groups))
+        sums = self._reduce(lambda squared, _: sample_weights(kept, squared))
+        return Bounded(self._tree(sums), rule.thresholds, rule.groups)
+
+    def weighted_sum(self, weights: ArrayLike) -> Any:
+        """Σ_i w_i g_i for weights `[B]`: a pytree like the parameters. No bound is claimed.
+
+        Rows that are masked or have weight zero count for nothing, whatever they hold.
+        """
+        weights = jnp.asarray(weights)
+        if weights.shape != self.mask.shape:
+            raise ValueError(f"weights must have shape {self.mask.shape}, got {weights.shape}")
+
+        def weigh(squared: jax.Array, rows: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(weights[rows][:, None], squared.shape)
+
+        return self._tree(self._reduce(weigh))
+
+    def materialize(self) -> Any:
+        """The per-sample gradients themselves: a pytree of `[B, *param.shape]`.
+
+        Masked rows are zero; leaves without a gradient are zeros of the leaf's dtype.
+        """
+        grads = iter(self._lowering.materialize().grads)
+        leaves, treedef = jax.tree.flatten(self.params)
+        rows = [
+            jnp.zeros((self.batch_size, *leaf.shape), leaf.dtype)
+            if group is None
+            else dense.select_rows(self.mask, next(grads))
+            for leaf, group in zip(leaves, self._groups, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, rows)
+
+    def __repr__(self) -> str:
+        return f"PerSampleGrads(batch_size={self.batch_size})"
+
+    def _reduce(self, weigh: dense.Weigh) -> list[jax.Array]:
+        reduction = self._lowering.reduce(weigh)
+        self._seen = (get_opaque_trace_state(), reduction._replace(sums=[]))
+        return reduction.sums
+
+    def _reduction(self) -> dense.Reduction:
+        """Norms, losses and aux: of the last reduction if that ran in this very trace (a tracer
+        of another one must not be used here), else computed."""
+        here = get_opaque_trace_state()
+        if self._seen is None or self._seen[0] != here:
+            self._seen = (here, self._lowering.reduce(None))
+        return self._seen[1]
+
+    def _kept(self, groups: Groups) -> Groups:
+        """The groups of the leaves that the lowering computes."""
+        if tuple(group is None for group in groups) != tuple(g is None for g in self._groups):
+            raise ValueError(
+                f"groups must be None exactly where a leaf has no gradient, {self._groups}, "
+                f"got {groups}"
+            )
+        return tuple(group for group in groups if group is not None)
+
+    def _tree(self, sums: list[jax.Array]) -> Any:
+        """Sums of the leaves that have a gradient -> pytree like the parameters."""
+        remaining = iter(sums)
+        leaves, treedef = jax.tree.flatten(self.params)
+        filled = [
+            jnp.zeros(leaf.shape, leaf.dtype) if group is None else next(remaining)
+            for leaf, group in zip(leaves, self._groups, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, filled)
+
+
+def _refuse_to_flatten(_: PerSampleGrads) -> Any:
+    raise TypeError(
+        "PerSampleGrads is a lazy handle on one batch: it cannot be mapped over, nor cross jit, "
+        "scan or vmap. Give it to a clip (jaxdp.clip_flat, ...) in the function that made it and "
+        "let the result through, or call .materialize() for the arrays"
+    )
+
+
+# Registered only to refuse: as an unknown leaf, optax would do arithmetic on it and JAX would
+# complain about a type, neither of which tells the user what to do.
+jax.tree_util.register_pytree_node(PerSampleGrads, _refuse_to_flatten, _refuse_to_flatten)  # pyright: ignore[reportArgumentType]
+
+
+def per_sample_grads(
+    loss_fn: LossFn,
+    *,
+    has_aux: bool = False,
+    microbatch_size: int | None = None,
+    trainable: Any = True,
+) -> Callable[..., PerSampleGrads]:
+    r"""Turns the loss of ONE example into a function that gives per-sample gradients of a batch.
+
+    $$ g_i = \nabla_\theta\, \ell(\theta, x_i), \qquad i = 1, \dots, B $$
+
+    Args:
+      loss_fn: `(params, example, **kwargs) -> scalar`, pure, without a batch axis anywhere. With
+        `has_aux`, `-> (scalar, aux)`. Randomness (dropout) enters as one key per sample in the
+        batch: `example = (x, y, key)`.
+      has_aux: whether the loss returns a pair; the pairs' second parts are `.aux`.
+      microbatch_size: materialise at most this many per-sample gradients at a time. Needs their
+        memory only; the numbers are the same up to the order of summation.
+      trainable: bool, or a pytree prefix of the parameters of bools: leaves under False are
+        frozen. They are not differentiated, get no noise, and their updates are zero. Integer
+        leaves are always frozen.
+
+    Returns:
+      `grads_fn(params, batch, mask=None, **kwargs) -> PerSampleGrads`. `batch` is any pytree of
+      `[B, ...]` arrays, `mask` is bool `[B]` (False: the row is padding and counts for nothing,
+      NaN included); keyword arguments go to `loss_fn` as they are, to every sample alike.
+
+    Raises:
+      TypeError: `loss_fn` does not return a real scalar; the mask is not bool.
+      ValueError: batch leaves disagree on B; mask of another shape; nothing to differentiate.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss_fn = lambda params, example: (params["w"] @ example[0] - example[1]) ** 2 / 2
+      >>> params = {"w": jnp.array([1.0, -1.0])}
+      >>> batch = (jnp.array([[3.0, 4.0], [1.0, 0.0]]), jnp.array([0.0, 3.0]))
+      >>> grads = per_sample_grads(loss_fn)(params, batch)
+      >>> grads.norms().tolist()
+      [5.0, 2.0]
+      >>> grads.materialize()["w"].tolist()
+      [[-3.0, -4.0], [-2.0, 0.0]]
+
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1, line
+    "compute gradient".
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (params, example), got {loss_fn!r}")
+    if microbatch_size is not None and microbatch_size < 1:
+        raise ValueError(f"microbatch_size must be at least 1, got {microbatch_size}")
+
+    def grads_fn(
+        params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any
+    ) -> PerSampleGrads:
+        mask = _checked_mask(mask, _batch_size(batch, "batch"))
+        batch = jax.tree.map(jnp.asarray, batch)
+        params = jax.tree.map(jnp.asarray, params)
+        groups = _trainable_groups(params, trainable)
+        leaves, treedef = jax.tree.flatten(params)
+
+        def loss(moving: list[jax.Array], example: Any) -> tuple[jax.Array, Any]:
+            remaining = iter(moving)
+            merged = [
+                leaf if group is None else next(remaining)
+                for leaf, group in zip(leaves, groups, strict=True)
+            ]
+            value = loss_fn(jax.tree.unflatten(treedef, merged), example, **kwargs)
+            return _checked_loss(value, has_aux)
+
+        moving = _with_gradient(leaves, groups)
+        if microbatch_size is None:
+            lowering = dense.Dense(loss, moving, batch, mask)
+        else:
+            lowering = dense.Microbatched(loss, moving, batch, mask, microbatch_size)
+        struct = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+        return PerSampleGrads(lowering, struct, groups)
+
+    return grads_fn
+
+
+def _with_gradient(leaves: list[Any], groups: Groups) -> list[Any]:
+    return [leaf for leaf, group in zip(leaves, groups, strict=True) if group is not None]
+
+
+def _trainable_groups(params: Any, trainable: Any) -> Groups:
+    """0 for each leaf that has a gradient, None for integer and frozen leaves."""
+    flags = prefix_leaves("trainable", trainable, params)
+    groups = []
+    for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                "parameters must be real, got a complex leaf of shape "
+                f"{leaf.shape}: split it into its real and imaginary part"
+            )
+        groups.append(0 if flag and jnp.issubdtype(leaf.dtype, jnp.floating) else None)
+    if all(group is None for group in groups):
+        raise ValueError("params must have at least one trainable floating-point leaf, got none")
+    return tuple(groups)
+
+
+def _batch_size(batch: Any, name: str) -> int:
+    shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(batch)}
+    if not shapes or () in shapes:
+        raise ValueError(
+            f"every leaf of {name} must have a leading sample axis, got shapes {sorted(shapes)}"
+        )
+    sizes = {shape[0] for shape in shapes}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"all leaves of {name} must have the same leading axis, the samples, got sizes "
+            f"{sorted(sizes)}"
+        )
+    return sizes.pop()
+
+
+def _checked_mask(mask: jax.Array | None, count: int) -> jax.Array:
+    if mask is None:
+        return jnp.ones((count,), bool)
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(
+            f"mask must be boolean, got {mask.dtype}: it selects rows, it does not weigh them"
+        )
+    if mask.shape != (count,):
+        raise ValueError(f"mask must have shape ({count},), one per row, got {mask.shape}")
+    return mask
+
+
+def _checked_loss(value: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+    if has_aux:
+        if not (isinstance(value, tuple) and len(value) == 2):
+            raise TypeError(f"loss_fn with has_aux must return (loss, aux), got {type(value)}")
+        loss, aux = value
+    else:
+        loss, aux = value, None
+    dtype = getattr(loss, "dtype", None)
+    if jnp.shape(loss) != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            "loss_fn must return one real scalar, the loss of ONE example, got "
+            f"{type(loss).__name__} of shape {jnp.shape(loss)}: drop the batch axis, or pass "
+            "has_aux=True if it returns a pair"
+        )
+    return loss, aux

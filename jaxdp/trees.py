@@ -1,0 +1,34 @@
+"""Pytree prefixes: one value for a whole subtree of the parameters."""
+
+from typing import Any
+
+import jax
+
+
+def prefix_leaves(name: str, prefix: Any, tree: Any) -> list[Any]:
+    """The value that `prefix` gives to each leaf of `tree`, in the order of its leaves.
+
+    Args:
+      name: of the argument, for the message.
+      prefix: pytree prefix of `tree`; a value on a subtree holds for each of its leaves.
+      tree: the full tree.
+
+    Raises:
+      ValueError: `prefix` is no prefix of `tree`.
+    """
+
+    def spread(value: Any, subtree: Any) -> list[Any]:
+        return [value] * len(jax.tree.leaves(subtree))
+
+    try:
+        spread_tree = jax.tree.map(spread, prefix, tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} must be a pytree prefix of the parameters: got structure "
+            f"{jax.tree.structure(prefix)} for parameters {jax.tree.structure(tree)}"
+        ) from error
+    return [
+        value
+        for values in jax.tree.leaves(spread_tree, is_leaf=lambda x: isinstance(x, list))
+        for value in values
+    ]
