@@ -4,6 +4,7 @@ The road, in its order: per-sample gradients → clip → noise → optax, and t
 """
 
 from jaxdp import accounting as accounting
+from jaxdp import training as training
 from jaxdp.accounting import Ledger as Ledger
 from jaxdp.accumulation import accumulate as accumulate
 from jaxdp.bounded import Bounded as Bounded

@@ -1,9 +1,7 @@
 """Gradient accumulation: one logical batch in several physical ones.
 
-    tx = optax.chain(
-        jaxdp.clip_flat(1.0),
-        jaxdp.accumulate(optax.chain(jaxdp.add_noise(1.1, key), optax.scale(1 / m), optax.adam(1e-3))),
-    )
+    behind = optax.chain(jaxdp.add_noise(1.1, key), optax.scale(1 / 256), optax.adam(1e-3))
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(behind))
     updates, state = tx.update(grads, state, params, is_last=is_last)
 """
 
@@ -55,20 +53,21 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp
-      >>> tx = optax.chain(jaxdp.clip_flat(1.0), accumulate(jaxdp.add_noise(0.0, jax.random.key(0))))
+      >>> noise = jaxdp.add_noise(0.0, jax.random.key(0))
+      >>> tx = optax.chain(jaxdp.clip_flat(1.0), accumulate(noise))
       >>> params = jnp.zeros(1)
       >>> first, state = tx.update(jnp.ones((2, 1)), tx.init(params), params, is_last=False)
       >>> second, state = tx.update(jnp.ones((3, 1)), state, params, is_last=True)
       >>> first.tolist(), second.tolist()
       ([0.0], [5.0])
     """
-    inner = optax.with_extra_args_support(inner)
+    behind = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AccumulateState:
         return AccumulateState(
             jax.tree.map(_zeros, params),
             jnp.zeros((len(jax.tree.leaves(params)),), jnp.float32),
-            inner.init(params),
+            behind.init(params),
         )
 
     def update(
@@ -91,14 +90,14 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
             )
         value = jax.tree.map(jnp.add, state.value, updates.value)
         sensitivities = jnp.maximum(state.sensitivities, _of_leaves(updates))
-        total = Bounded(value, _of_groups(sensitivities, updates), updates.groups)
+        total: Any = Bounded(value, _of_groups(sensitivities, updates), updates.groups)
 
         def end() -> tuple[Any, AccumulateState]:
-            released, inner_state = inner.update(
+            released, inner_state = behind.update(
                 total, state.inner_state, params, is_last=True, **extra
             )
-            empty = jax.tree.map(jnp.zeros_like, (value, sensitivities))
-            return released, AccumulateState(*empty, inner_state)
+            empty = jax.tree.map(jnp.zeros_like, value)
+            return released, AccumulateState(empty, jnp.zeros_like(sensitivities), inner_state)
 
         def go_on() -> tuple[Any, AccumulateState]:
             released, _ = jax.eval_shape(end)
@@ -107,7 +106,7 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
         return jax.lax.cond(jnp.asarray(is_last, bool), end, go_on)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _zeros(leaf: jax.Array) -> jax.Array:

@@ -84,7 +84,9 @@ class Bounded(metaclass=_SpeakingType):
     groups: Groups
     _seal: jax.Array
 
-    def __init__(self, value: Any, sensitivity: ArrayLike, groups: Iterable[int | None] | None = None):
+    def __init__(
+        self, value: Any, sensitivity: ArrayLike, groups: Iterable[int | None] | None = None
+    ):
         leaves = jax.tree.leaves(value)
         sensitivity = jnp.asarray(sensitivity)
         if groups is None:

@@ -62,11 +62,11 @@ def clip_flat(threshold: FloatOrSchedule) -> optax.GradientTransformationExtraAr
 
     Example:
       >>> import jax.numpy as jnp
-      >>> tx = clip_flat(1.0)
+      >>> tx = clip_flat(2.5)
       >>> per_sample = {"w": jnp.array([[3.0, 4.0], [0.0, 0.5]])}
       >>> total, _ = tx.update(per_sample, tx.init({"w": jnp.zeros(2)}))
-      >>> total.value["w"].round(3).tolist(), float(total.sensitivity)
-      ([0.6000000238418579, 1.2999999523162842], 1.0)
+      >>> total.value["w"].tolist(), float(total.sensitivity)
+      ([1.5, 2.5], 2.5)
 
     Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1.
     """
@@ -81,7 +81,8 @@ def clip_flat(threshold: FloatOrSchedule) -> optax.GradientTransformationExtraAr
 def clip_per_layer(threshold: Any) -> optax.GradientTransformationExtraArgs:
     r"""Clips each sample's gradient leaf by leaf, and sums.
 
-    $$ \sum_i g_{ik} \min(1, C_k / \lVert g_{ik} \rVert_2), \qquad \Delta = (\textstyle\sum_k C_k^2)^{1/2} $$
+    $$ \sum_i g_{ik} \min(1, C_k / \lVert g_{ik} \rVert_2), \qquad
+       \Delta = (\textstyle\sum_k C_k^2)^{1/2} $$
 
     Args:
       threshold: C_k > 0. One number (or schedule) is given to EACH of the K leaves, so Δ = √K·C;
@@ -123,7 +124,8 @@ def clip_by_group(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each sample's gradient group by group, and sums.
 
-    $$ \sum_i g_{ik} \min(1, C_k / \lVert g_{ik} \rVert_2), \qquad \Delta = (\textstyle\sum_k C_k^2)^{1/2} $$
+    $$ \sum_i g_{ik} \min(1, C_k / \lVert g_{ik} \rVert_2), \qquad
+       \Delta = (\textstyle\sum_k C_k^2)^{1/2} $$
 
     with g_ik the joint gradient of all leaves of group k.
 
@@ -141,12 +143,12 @@ def clip_by_group(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> tx = clip_by_group({"body": "slow", "head": "fast"}, {"slow": 0.1, "fast": 1.0})
+      >>> tx = clip_by_group({"body": "slow", "head": "fast"}, {"slow": 0.25, "fast": 1.0})
       >>> params = {"body": {"b": jnp.zeros(1), "w": jnp.zeros(2)}, "head": jnp.zeros(2)}
       >>> per_sample = jax.tree.map(lambda p: jnp.ones((4, *p.shape)), params)
       >>> total, _ = tx.update(per_sample, tx.init(params))
-      >>> total.groups, total.sensitivity.round(3).tolist()
-      ((0, 0, 1), [0.10000000149011612, 1.0])
+      >>> total.groups, total.sensitivity.tolist()
+      ((0, 0, 1), [0.25, 1.0])
 
     Source: McMahan et al. 2018, "A General Approach to Adding Differential Privacy to Iterative
     Training Procedures", section 2.
@@ -158,7 +160,8 @@ def clip_by_group(
     names = list(thresholds)
 
     def rule(params: Any, groups: Groups, step: jax.Array) -> ClipRule:
-        leaf_labels = prefix_leaves("labels", labels(params) if callable(labels) else labels, params)
+        tree = labels(params) if callable(labels) else labels
+        leaf_labels = prefix_leaves("labels", tree, params)
         unknown = {label for label in leaf_labels if label not in thresholds}
         if unknown:
             raise ValueError(
@@ -322,7 +325,7 @@ def clip_adaptive(
         *,
         is_last: ArrayLike = True,
         **_: Any,
-    ) -> tuple[Bounded, ClipAdaptiveState]:
+    ) -> tuple[Any, ClipAdaptiveState]:
         grads = _per_sample(updates, params)
         if per_layer:
             groups = _each_leaf(grads.groups)
@@ -358,7 +361,7 @@ def clip_adaptive(
             key=state.key,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _clip(make_rule: MakeRule) -> optax.GradientTransformationExtraArgs:
@@ -374,12 +377,12 @@ def _clip(make_rule: MakeRule) -> optax.GradientTransformationExtraArgs:
         *,
         is_last: ArrayLike = True,
         **_: Any,
-    ) -> tuple[Bounded, ClipState]:
+    ) -> tuple[Any, ClipState]:
         grads = _per_sample(updates, params)
         bounded = grads.clipped_sum(make_rule(grads.params, grads.groups, state.step))
         return bounded, ClipState(state.step + jnp.asarray(is_last, jnp.int32))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _shrink(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
@@ -401,8 +404,9 @@ def _per_sample(updates: Any, params: optax.Params | None) -> PerSampleGrads:
         if got != expected:
             raise ValueError(
                 "a clip takes per-sample gradients of shape [B, *param.shape], got shapes without "
-                f"the sample axis {got} for parameters {expected}: take jax.vmap(jax.grad(loss_fn), "
-                "(None, 0)) or jaxdp.per_sample_grads(loss_fn), not the gradient of a mean loss"
+                f"the sample axis {got} for parameters {expected}: take "
+                "jax.vmap(jax.grad(loss_fn), (None, 0)) or jaxdp.per_sample_grads(loss_fn), not "
+                "the gradient of a mean loss"
             )
     return grads
 

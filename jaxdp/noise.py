@@ -101,7 +101,7 @@ def add_noise(
         effective = sigma * spread.effective(sensitivity.size)
         return noised, AddNoiseState(state.step + 1, effective, state.key)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:

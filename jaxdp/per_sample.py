@@ -24,7 +24,8 @@ LossFn = Callable[..., Any]
 class Lowering(Protocol):
     """How a handle computes: see `jaxdp.engine`."""
 
-    mask: jax.Array
+    @property
+    def mask(self) -> jax.Array: ...
 
     def reduce(self, weigh: dense.Weigh | None) -> dense.Reduction: ...
 

@@ -3,6 +3,7 @@
 import secrets
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # Each use of a user's key folds in its own tag: the same key given twice by mistake, to the noise
@@ -24,7 +25,7 @@ def random_key() -> jax.Array:
     impl = jax.random.key_impl(jax.random.key(0))
     words = jax.random.key_data(jax.random.key(0)).shape[0]
     entropy = np.array([secrets.randbits(32) for _ in range(words)], np.uint32)
-    return jax.random.wrap_key_data(entropy, impl=impl)
+    return jax.random.wrap_key_data(jnp.asarray(entropy), impl=impl)
 
 
 def step_key(key: jax.Array, use: int, step: jax.Array) -> jax.Array:

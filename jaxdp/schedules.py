@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 # A number, or a function of the logical step (optax's schedules are such functions).
@@ -18,11 +20,11 @@ def checked(name: str, value: FloatOrSchedule, *, zero: bool = False) -> None:
       name: of the argument, for the message.
       zero: whether zero is allowed, too.
     """
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    if callable(value) or isinstance(value, Tracer):
         return
     if jnp.ndim(value) != 0:
         raise ValueError(f"{name} must be one number or a schedule, got shape {jnp.shape(value)}")
-    number = float(value)
+    number = float(np.asarray(value))
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         rule = "at least 0" if zero else "above 0"
         raise ValueError(f"{name} must be finite and {rule}, got {name}={number}")

@@ -141,7 +141,7 @@ class Microbatched(NamedTuple):
     def reduce(self, weigh: Weigh | None) -> Reduction:
         def add(sums: list[jax.Array], chunk: _Chunk) -> tuple[list[jax.Array], Reduction]:
             rows = per_sample_rows(self.loss, self.leaves, chunk.batch)
-            part = reduce_rows(rows, chunk.mask, weigh, chunk.index)
+            part = reduce_rows(rows, chunk.mask, weigh, chunk.rows)
             return [a + b for a, b in zip(sums, part.sums, strict=True)], part._replace(sums=[])
 
         zeros = [jnp.zeros(leaf.shape, accumulation_dtype(leaf.dtype)) for leaf in self.leaves]
@@ -176,4 +176,4 @@ class Microbatched(NamedTuple):
 class _Chunk(NamedTuple):
     batch: Any
     mask: jax.Array
-    index: jax.Array
+    rows: jax.Array

@@ -1,0 +1,58 @@
+"""How private was the run: schemes, epsilon, calibration and the ledger; never imports jax.
+
+The field's terms and the symbols of the papers:
+
+==================== ======== ==================================================================
+name                 symbol   meaning
+==================== ======== ==================================================================
+noise_multiplier     σ        noise standard deviation / clip norm: the effect of ONE example that
+                              is added or removed, whatever the neighbouring relation
+sampling_rate        q        probability that one example joins one step
+steps                T        number of noised releases
+epsilon, delta       ε, δ     for every event E: P[M(D) ∈ E] ≤ exp(ε) P[M(D') ∈ E] + δ
+==================== ======== ==================================================================
+
+Example:
+    >>> from jaxdp import accounting
+    >>> round(accounting.epsilon(1.1, steps=250, delta=1e-5, sampling_rate=0.04), 3)
+    3.471
+    >>> ledger = accounting.Ledger().charge(1.1, accounting.PoissonSampling(0.04), steps=250)
+    >>> round(ledger.epsilon(1e-5), 3)
+    3.471
+"""
+
+from jaxdp.accounting.calibration import (
+    calibrate_noise_multiplier,
+    calibrate_sampling_rate,
+    calibrate_steps,
+)
+from jaxdp.accounting.composition import AccountantName, RelationName, dp_event, epsilon
+from jaxdp.accounting.ledger import Ledger, LedgerEntry
+from jaxdp.accounting.schemes import (
+    FixedSizeSampling,
+    NoiseMultiplier,
+    PoissonSampling,
+    SamplingScheme,
+    ShuffledEpochs,
+    combined_noise_multiplier,
+    scheme_from_dict,
+)
+
+__all__ = [
+    "AccountantName",
+    "FixedSizeSampling",
+    "Ledger",
+    "LedgerEntry",
+    "NoiseMultiplier",
+    "PoissonSampling",
+    "RelationName",
+    "SamplingScheme",
+    "ShuffledEpochs",
+    "calibrate_noise_multiplier",
+    "calibrate_sampling_rate",
+    "calibrate_steps",
+    "combined_noise_multiplier",
+    "dp_event",
+    "epsilon",
+    "scheme_from_dict",
+]

@@ -1,0 +1,177 @@
+"""The command line: `python -m jaxdp train | epsilon | calibrate`. Parsing and printing only."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from jaxdp import accounting
+from jaxdp.recipes import classify, data, models, report
+
+_EXAMPLES = """\
+examples:
+  python -m jaxdp train
+  python -m jaxdp train --data /usr/share/datasets/fashion-mnist --epsilon 2.7 --epochs 40
+  python -m jaxdp epsilon --noise-multiplier 1.1 --sampling-rate 0.04 --steps 250
+  python -m jaxdp calibrate --epsilon 3 --sampling-rate 0.04 --steps 250
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence and exit code 2, without the usage that argparse prints before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+      The exit code: 0, or 2 for input that cannot be used, after one sentence on stderr.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"jaxdp {options.name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    dataset = data.load(options.data)
+    config = classify.Config(
+        model=options.model,
+        epsilon=options.epsilon,
+        delta=options.delta,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        clip=options.clip,
+        threshold=options.threshold,
+        learning_rate=options.learning_rate,
+        momentum=options.momentum,
+        accountant=options.accountant,
+        microbatch_size=options.microbatch_size,
+        seed=options.seed,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = classify.train(
+        config,
+        dataset,
+        log_fn=options.log,
+        checkpoints=options.checkpoints,
+        progress=not options.quiet,
+    )
+    metrics, plot = options.out / "metrics.json", options.out / "training.png"
+    report.write_metrics(metrics, config, dataset, result)
+    report.write_plot(plot, dataset, result)
+    rows = report.summary(config, dataset, result) | {"written": f"{metrics}, {plot}"}
+    report.print_table("Private training", rows)
+
+
+def _epsilon(options: argparse.Namespace) -> None:
+    spent = accounting.epsilon(
+        options.noise_multiplier,
+        steps=options.steps,
+        delta=options.delta,
+        sampling_rate=options.sampling_rate,
+        accountant=options.accountant,
+        neighboring_relation=options.neighboring_relation,
+    )
+    report.print_table("Privacy spent", {"ε": f"{spent:.4f}", **_assumptions(options)})
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    noise_multiplier = accounting.calibrate_noise_multiplier(
+        options.epsilon,
+        steps=options.steps,
+        delta=options.delta,
+        sampling_rate=options.sampling_rate,
+        accountant=options.accountant,
+        neighboring_relation=options.neighboring_relation,
+    )
+    rows = {
+        "noise multiplier": f"{noise_multiplier:.4f}",
+        "ε": f"at most {options.epsilon:g}",
+        **_assumptions(options),
+    }
+    report.print_table("Calibrated noise", rows)
+
+
+def _assumptions(options: argparse.Namespace) -> dict[str, str]:
+    return {
+        "δ": f"{options.delta:g}",
+        "steps": f"{options.steps:,}",
+        "sampling": f"Poisson, rate {options.sampling_rate:g} per step",
+        "accountant": f"{options.accountant.upper()} (dp-accounting)",
+        "neighbours": options.neighboring_relation.replace("_", " "),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="jaxdp",
+        description="Train with differential privacy, and account for it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    _add_train(commands)
+
+    spent = commands.add_parser("epsilon", help="ε of a run")
+    spent.add_argument("--noise-multiplier", type=float, nargs="+", required=True, metavar="σ",
+                       help="noise std relative to the clip norm; several for layers of one step")
+    _add_run(spent)
+    spent.set_defaults(command=_epsilon)
+
+    calibrate = commands.add_parser("calibrate", help="the noise multiplier that a target ε needs")
+    calibrate.add_argument("--epsilon", type=float, required=True, metavar="ε")
+    _add_run(calibrate)
+    calibrate.set_defaults(command=_calibrate)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sampling-rate", type=float, required=True, metavar="Q",
+                        help="expected batch size over number of examples (Poisson)")
+    parser.add_argument("--steps", type=int, required=True, metavar="T")
+    _add_accounting(parser)
+    parser.add_argument("--neighboring-relation", default="add_or_remove_one",
+                        choices=("add_or_remove_one", "replace_one"))
+
+
+def _add_accounting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--delta", type=float, default=1e-5, metavar="δ", help="default 1e-5")
+    parser.add_argument("--accountant", default="pld", choices=("pld", "rdp"), help="default pld")
+
+
+def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    train = commands.add_parser(
+        "train",
+        help="train an image classifier privately",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.add_argument("--data", default="mnist-sample", help="mnist-sample or digits (embedded), "
+                       "a directory of IDX files, or an .npz file")
+    train.add_argument("--model", default="tanh-cnn", choices=models.MODEL_NAMES)
+    train.add_argument("--epsilon", type=float, default=8.0, help="of the whole run")
+    _add_accounting(train)
+    train.add_argument("--epochs", type=float, default=20.0)
+    train.add_argument("--batch-size", type=float, default=512.0, help="expected, per step")
+    train.add_argument("--clip", default="flat", choices=classify.CLIP_NAMES)
+    train.add_argument("--threshold", type=float, default=0.1, help="clip norm")
+    train.add_argument("--learning-rate", type=float, default=8.0)
+    train.add_argument("--momentum", type=float, default=0.9)
+    train.add_argument("--microbatch-size", type=int, default=None,
+                       help="per-sample gradients held at a time")
+    train.add_argument("--seed", type=int, default=None,
+                       help="for experiments; without it, randomness is the operating system's")
+    train.add_argument("--out", type=Path, default=Path("out"), help="for metrics and plot")
+    train.add_argument("--checkpoints", type=Path, default=None, help="save here, and resume")
+    train.add_argument("--log", default=None, choices=("logging", "wandb", "tensorboard", "all"))
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.set_defaults(command=_train)

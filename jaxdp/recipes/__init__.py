@@ -1,0 +1,1 @@
+"""Ready-made pieces that the command line, the demo and the benchmarks share."""

@@ -1,0 +1,215 @@
+"""The main job: train an image classifier privately, from a configuration to a result."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxdp import accounting, training
+from jaxdp.accumulation import accumulate
+from jaxdp.clipping import clip_adaptive, clip_automatic, clip_flat, clip_per_layer
+from jaxdp.noise import add_noise
+from jaxdp.per_sample import per_sample_grads
+from jaxdp.randomness import random_key
+from jaxdp.recipes.data import Dataset
+from jaxdp.recipes.models import Model, build
+from jaxdp.sampling import PoissonSampler
+from jaxdp.training.logs import LogFn
+
+CLIP_NAMES = ("flat", "per-layer", "automatic", "adaptive")
+
+# Of the count of an adaptive clip, relative to the batch size: costs next to nothing.
+_COUNT_NOISE = 0.05
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train, and with which guarantee.
+
+    Attributes:
+      model: one of `recipes.models.MODEL_NAMES`.
+      epsilon: ε of the whole run; the noise multiplier is calibrated to it.
+      delta: δ.
+      epochs: passes over the data, in expectation.
+      batch_size: expected number of examples per step.
+      clip: one of `CLIP_NAMES`.
+      threshold: clip norm C of the whole gradient (initial, if adaptive).
+      learning_rate: of SGD with momentum, for gradients averaged over the expected batch.
+      momentum: in [0, 1).
+      accountant: "pld" or "rdp".
+      microbatch_size: per-sample gradients held at a time; None for a whole physical batch.
+      seed: for initialisation, sampling and noise. None draws all of them from the operating
+        system: needed for a model that is released, since whoever knows the seed can subtract
+        the noise.
+    """
+
+    model: str
+    epsilon: float
+    delta: float = 1e-5
+    epochs: float = 20.0
+    batch_size: float = 256.0
+    clip: str = "flat"
+    threshold: float = 1.0
+    learning_rate: float = 1.0
+    momentum: float = 0.9
+    accountant: accounting.AccountantName = "pld"
+    microbatch_size: int | None = None
+    seed: int | None = None
+
+
+class Result(NamedTuple):
+    """What came out.
+
+    Attributes:
+      params: trained parameters; private, they may be released.
+      accuracy: on the test set, in [0, 1].
+      epsilon: ε spent at `config.delta`, as the ledger says.
+      noise_multiplier: σ of the gradients.
+      steps: logical steps executed.
+      history: of the run, one dict per epoch.
+      assumptions: what ε rests on, in words.
+    """
+
+    params: Any
+    accuracy: float
+    epsilon: float
+    noise_multiplier: float
+    steps: int
+    history: list[dict[str, Any]]
+    assumptions: dict[str, str]
+
+
+def cross_entropy(model: Model) -> Callable[[Any, tuple[jax.Array, jax.Array]], jax.Array]:
+    """Loss of one (image, label)."""
+
+    def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
+        image, label = example
+        logits = model.apply(params, image)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
+
+    return loss_fn
+
+
+def accuracy_fn(model: Model, images: np.ndarray, labels: np.ndarray) -> Callable[[Any], float]:
+    """`params -> accuracy` on fixed data, in batches."""
+
+    @jax.jit
+    def correct(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = jax.vmap(model.apply, (None, 0))(params, images)
+        return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
+
+    def accuracy(params: Any) -> float:
+        batches = range(0, len(labels), 1000)
+        hits = [correct(params, images[i : i + 1000], labels[i : i + 1000]) for i in batches]
+        return sum(map(int, hits)) / len(labels)
+
+    return accuracy
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    *,
+    log_fn: str | LogFn | None = None,
+    checkpoints: str | Path | None = None,
+    progress: bool = True,
+) -> Result:
+    """Trains `config.model` on `dataset` within (ε, δ) and evaluates it after every epoch.
+
+    Args:
+      config: what to train.
+      dataset: images and labels.
+      log_fn: as in `training.fit`.
+      checkpoints: directory to save to and resume from, or None.
+      progress: show a bar.
+
+    Raises:
+      ValueError: the configuration does not fit the data, or cannot be private.
+    """
+    model = build(config.model, dataset.train_x.shape[1:], dataset.num_classes)
+    count = len(dataset.train_y)
+    if config.clip not in CLIP_NAMES:
+        raise ValueError(f"clip must be one of {', '.join(CLIP_NAMES)}, got {config.clip!r}")
+    sampler = PoissonSampler(count, expected_batch_size=config.batch_size, seed=config.seed)
+    steps = max(round(config.epochs * count / config.batch_size), 1)
+    total = accounting.calibrate_noise_multiplier(
+        config.epsilon,
+        delta=config.delta,
+        steps=steps,
+        sampling=sampler.scheme,
+        accountant=config.accountant,
+    )
+    keys = jax.random.split(random_key() if config.seed is None else jax.random.key(config.seed), 3)
+    params = model.init(keys[0])
+    clip, sigma = _clip(config, total, len(jax.tree.leaves(params)), keys[1])
+    tx = optax.chain(
+        clip,
+        accumulate(
+            optax.chain(
+                add_noise(sigma, keys[2]),
+                optax.scale(1 / config.batch_size),
+                optax.sgd(config.learning_rate, momentum=config.momentum or None),
+            )
+        ),
+    )
+    grads_fn = per_sample_grads(cross_entropy(model), microbatch_size=config.microbatch_size)
+    accuracy = accuracy_fn(model, dataset.test_x, dataset.test_y)
+    store = None if checkpoints is None else training.Checkpoints(checkpoints)
+    run = training.fit(
+        training.init(params, tx),
+        training.make_step(grads_fn, tx),
+        sampler,
+        (dataset.train_x, dataset.train_y),
+        steps=steps,
+        delta=config.delta,
+        budget=config.epsilon,
+        accountant=config.accountant,
+        evaluate=lambda params: {"test_accuracy": accuracy(params)},
+        log_fn=log_fn,
+        checkpoints=store,
+        progress=progress,
+    )
+    return Result(
+        params=run.state.params,
+        accuracy=accuracy(run.state.params),
+        epsilon=run.history[-1]["epsilon"],
+        noise_multiplier=sigma,
+        steps=run.ledger.steps,
+        history=run.history,
+        assumptions={
+            "unit of privacy": "one training example, added or removed",
+            "sampling": f"Poisson, rate {sampler.scheme.sampling_rate:.4g} per step",
+            "released": "every iterate (the test set counts as public)",
+            "randomness": "operating system"
+            if config.seed is None
+            else f"seed {config.seed} (an experiment: keep the seed secret)",
+        },
+    )
+
+
+def _clip(
+    config: Config, total: float, leaves: int, key: jax.Array
+) -> tuple[optax.GradientTransformationExtraArgs, float]:
+    """The clip, and the σ of the gradients that makes the whole step cost `total`."""
+    threshold = config.threshold
+    if config.clip == "flat":
+        return clip_flat(threshold), total
+    if config.clip == "automatic":
+        return clip_automatic(threshold), total
+    if config.clip == "per-layer":
+        return clip_per_layer(threshold / math.sqrt(leaves)), total
+    count_sigma = max(_COUNT_NOISE * config.batch_size, 2 * total)
+    sigma = (total**-2 - count_sigma**-2) ** -0.5
+    clip = clip_adaptive(
+        threshold,
+        key=key,
+        count_noise_multiplier=count_sigma,
+        expected_batch_size=config.batch_size,
+    )
+    return clip, sigma

@@ -1,0 +1,236 @@
+"""The training loop: draws, steps, charges, reports, checkpoints, and stops at the budget."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxdp.accounting import AccountantName, Ledger, RelationName
+from jaxdp.accumulation import AccumulateState
+from jaxdp.sampling import Sampler
+from jaxdp.training.budget import Budget
+from jaxdp.training.checkpoints import Checkpoints
+from jaxdp.training.logs import LogFn, log_function
+from jaxdp.training.progress import progress_bar
+from jaxdp.training.step import Step, StepMetrics, TrainState
+
+# A pytree of host arrays [num_examples, ...], or a function from indices [P] to a batch [P, ...].
+Data = Any | Callable[[np.ndarray], Any]
+
+
+class Run(NamedTuple):
+    """What `fit` leaves behind.
+
+    Attributes:
+      state: after the last step.
+      ledger: what was executed, from the first step on.
+      history: one dict per report: step, epoch, epsilon, delta, loss, nonfinite,
+        samples_per_second, and what `evaluate` returned. Loss, nonfinite and samples_per_second
+        come from raw training data and are NOT private.
+      stopped_by: "steps" or "budget".
+    """
+
+    state: TrainState
+    ledger: Ledger
+    history: list[dict[str, Any]]
+    stopped_by: str
+
+
+def fit(
+    state: TrainState,
+    step: Step,
+    sampler: Sampler,
+    data: Data,
+    *,
+    steps: int,
+    delta: float,
+    budget: float | None = None,
+    accountant: AccountantName = "pld",
+    neighboring_relation: RelationName = "add_or_remove_one",
+    ledger: Ledger = Ledger(),  # noqa: B008 - immutable
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    report_every: int | None = None,
+    log_fn: str | LogFn | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: bool = True,
+) -> Run:
+    """Trains until `steps` logical steps are executed or the next one would exceed the budget.
+
+    Every logical step charges the ledger with the noise that the chain itself says it draws, and
+    with the scheme of the sampler that drew the batch. With `checkpoints`, the run is saved at
+    every report, and begins where the newest checkpoint ended: killed at any moment and started
+    again, it executes the same steps with the same noise and ends in the same state.
+
+    Args:
+      state: from `training.init`; consumed.
+      step: from `training.make_step`.
+      sampler: draws the batches, one draw per logical step.
+      data: pytree of arrays `[sampler.num_examples, ...]`, or a function that loads the rows of
+        an index array `[P]`.
+      steps: total number of logical steps, those before a resume included.
+      delta: δ in (0, 1), for what is reported and for the budget.
+      budget: ε that must not be exceeded, or None.
+      accountant: "pld" or "rdp".
+      neighboring_relation: "add_or_remove_one" or "replace_one".
+      ledger: what the data has been charged with before this run.
+      evaluate: `params -> dict of numbers`, called at every report.
+      report_every: logical steps between reports; default one epoch.
+      log_fn: "logging", "wandb", "tensorboard", "all" or a callable; gets each report.
+      checkpoints: where to save and resume.
+      progress: show a bar with ε spent, loss and throughput.
+
+    Returns:
+      The `Run`.
+
+    Raises:
+      ValueError: the data does not fit the sampler; a logical batch may need several physical
+        ones but the chain has no `jaxdp.accumulate`; the chain draws no noise; the accountant
+        cannot account for the sampler's scheme.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxdp
+      >>> loss_fn = lambda params, example: (params @ example) ** 2
+      >>> sampler = jaxdp.PoissonSampler(100, expected_batch_size=10, seed=0)
+      >>> tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(optax.chain(
+      ...     jaxdp.add_noise(2.0, jax.random.key(0)), optax.sgd(0.1 / 10))))
+      >>> run = fit(init(jnp.ones(3), tx), make_step(jaxdp.per_sample_grads(loss_fn), tx),
+      ...           sampler, np.ones((100, 3), np.float32), steps=20, delta=1e-5, progress=False)
+      >>> run.ledger.steps, [round(row["epsilon"], 2) for row in run.history]
+      (20, [1.42, 2.01])
+    """
+    load = _loader(data, sampler)
+    log = log_function(log_fn)
+    limit = None if budget is None else Budget(budget, delta, accountant, neighboring_relation)
+    report_every = report_every or max(round(sampler.num_examples / sampler.expected_batch_size), 1)
+    history: list[dict[str, Any]] = []
+    _check_overflow(state, sampler)
+
+    saved = checkpoints.restore(state, sampler) if checkpoints is not None else None
+    if saved is not None:
+        state, ledger, history = saved
+
+    def report(seen: _Seen) -> None:
+        epsilon = ledger.epsilon(
+            delta, accountant=accountant, neighboring_relation=neighboring_relation
+        )
+        epoch = done * sampler.expected_batch_size / sampler.num_examples
+        row = {"step": done, "epoch": epoch, "epsilon": epsilon, "delta": delta, **seen.summary()}
+        if evaluate is not None:
+            row |= {name: float(value) for name, value in evaluate(state.params).items()}
+        history.append(row)
+        log(row)
+        bar.show(epsilon=epsilon)
+        if checkpoints is not None:
+            checkpoints.save(state, ledger, sampler, history)
+
+    done, reported, stopped_by, seen = int(state.step), int(state.step), "steps", _Seen.begin()
+    with progress_bar(progress, total=steps, done=done, budget=budget) as bar:
+        drawn = load(done)
+        while done < steps:
+            released = _as_typed(step.noise_multipliers(state, drawn[0].batch))
+            if limit is not None and not limit.allows(ledger, released, sampler.scheme):
+                stopped_by = "budget"
+                break
+            metrics = []
+            for part in drawn:
+                state, part_metrics = step.run(state, part.batch, part.mask, part.is_last)
+                metrics.append(part_metrics)
+            done += 1
+            ledger = ledger.charge(released, sampler.scheme)
+            drawn = load(done)  # the host draws the next batch while the device computes this one
+            seen = seen.add(jax.device_get(metrics))
+            bar.advance(loss=seen.loss, samples_per_second=seen.samples_per_second)
+            if done % report_every == 0:
+                report(seen)
+                reported, seen = done, _Seen.begin()
+        if done > reported:
+            report(seen)
+    return Run(state, ledger, history, stopped_by)
+
+
+class _Part(NamedTuple):
+    """A physical batch with its data."""
+
+    batch: Any
+    mask: np.ndarray
+    is_last: bool
+
+
+class _Seen(NamedTuple):
+    """Sums since the last report."""
+
+    loss_sum: float
+    samples: int
+    nonfinite: int
+    since: float
+
+    @classmethod
+    def begin(cls) -> "_Seen":
+        return cls(0.0, 0, 0, time.perf_counter())
+
+    def add(self, metrics: Iterable[StepMetrics]) -> "_Seen":
+        loss_sum, samples, nonfinite = self[:3]
+        for part in metrics:
+            loss_sum += float(part.loss_sum)
+            samples += int(part.samples)
+            nonfinite += int(part.nonfinite)
+        return _Seen(loss_sum, samples, nonfinite, self.since)
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(self.samples, 1)
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.samples / max(time.perf_counter() - self.since, 1e-9)
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "loss": self.loss,
+            "nonfinite": self.nonfinite,
+            "samples_per_second": self.samples_per_second,
+        }
+
+
+def _as_typed(noise_multipliers: jax.Array) -> list[float]:
+    """float32 on the device -> the decimal the user typed: 1.1, not 1.10000002384."""
+    return [float(str(value)) for value in np.asarray(noise_multipliers)]
+
+
+def _loader(data: Data, sampler: Sampler) -> Callable[[int], list[_Part]]:
+    """`logical step -> its physical batches`, checked against the sampler."""
+    if not callable(data):
+        sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
+        if sizes != {(sampler.num_examples,)}:
+            raise ValueError(
+                f"every leaf of data must hold the {sampler.num_examples} examples that the "
+                f"sampler draws from and the ledger accounts for, got leading axes {sorted(sizes)}"
+            )
+
+    def rows(indices: np.ndarray) -> Any:
+        if callable(data):
+            return data(indices)
+        return jax.tree.map(lambda leaf: leaf[indices], data)
+
+    def load(step: int) -> list[_Part]:
+        return [_Part(rows(part.indices), part.mask, part.is_last) for part in sampler.draw(step)]
+
+    return load
+
+
+def _check_overflow(state: TrainState, sampler: Sampler) -> None:
+    """A logical batch in several physical ones, each with its own noise, would not be the
+    mechanism that the ledger is charged with."""
+
+    def accumulates(node: Any) -> bool:
+        return isinstance(node, AccumulateState)
+
+    nodes = jax.tree.leaves(state.opt_state, is_leaf=accumulates)
+    if sampler.largest_draw > sampler.physical_batch_size and not any(map(accumulates, nodes)):
+        raise ValueError(
+            f"a draw of {type(sampler).__name__} may need several physical batches of "
+            f"{sampler.physical_batch_size}: put what follows the clip into jaxdp.accumulate(...), "
+            f"or set physical_batch_size={sampler.num_examples}"
+        )

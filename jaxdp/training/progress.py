@@ -1,0 +1,51 @@
+"""The progress bar of a run, drawn by rich."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class Bar:
+    """A bar that shows steps, ε spent, loss and throughput. The loss it shows is not private."""
+
+    def __init__(self, progress: Progress, task: TaskID):
+        self._progress = progress
+        self._task = task
+
+    def advance(self, *, loss: float, samples_per_second: float) -> None:
+        """One step further, with the mean loss and the samples per second since the report."""
+        self._progress.update(
+            self._task, advance=1, loss=f"{loss:.3f}", rate=f"{samples_per_second:,.0f}"
+        )
+
+    def show(self, *, epsilon: float) -> None:
+        """ε spent, as of the last report."""
+        self._progress.update(self._task, epsilon=f"{epsilon:.2f}")
+
+
+@contextmanager
+def progress_bar(enabled: bool, *, total: int, done: int, budget: float | None) -> Iterator[Bar]:
+    """A `Bar` for the duration of the block; silent if not enabled or not on a terminal."""
+    of_budget = "" if budget is None else f"/{budget:g}"
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("ε {task.fields[epsilon]}" + of_budget),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[rate]} samples/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not enabled) as progress:
+        task = progress.add_task(
+            "training", total=total, completed=done, epsilon="–", loss="–", rate="–"
+        )
+        yield Bar(progress, task)

@@ -1,0 +1,130 @@
+"""The train state and the jitted step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from jaxdp.noise import executed_noise_multipliers
+
+
+class TrainState(NamedTuple):
+    """All that training changes, a pytree.
+
+    Attributes:
+      step: logical steps executed, int32 scalar.
+      params: the parameters.
+      opt_state: state of the optax chain; the noise keys live here.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """What one physical batch looked like. NOT private: for the operator's eyes.
+
+    Attributes:
+      loss_sum: Σ of the losses of its samples, float scalar.
+      samples: how many rows held a sample, int32 scalar. The realised batch size is a secret.
+      nonfinite: how many samples counted for nothing, their gradient not being finite, int32.
+    """
+
+    loss_sum: jax.Array
+    samples: jax.Array
+    nonfinite: jax.Array
+
+
+class Step(NamedTuple):
+    """A compiled training step.
+
+    Attributes:
+      run: `(state, batch, mask, is_last) -> (state, StepMetrics)`. The state given is consumed:
+        its buffers are reused.
+      noise_multipliers: `(state, batch) -> float32 [R]`, of the R Gaussians that the coming
+        logical step will release, for the ledger. Runs nothing but the schedules: of `batch` only
+        the shapes matter.
+    """
+
+    run: Callable[[TrainState, Any, ArrayLike, ArrayLike], tuple[TrainState, StepMetrics]]
+    noise_multipliers: Callable[[TrainState, Any], jax.Array]
+
+
+def init(params: optax.Params, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step.
+
+    Everything is copied, since a step reuses the buffers of the state it is given.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> int(init({"w": jnp.zeros(2)}, optax.sgd(0.1)).step)
+      0
+    """
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    return jax.tree.map(jnp.copy, state)
+
+
+def make_step(
+    grads_fn: Callable[..., Any], tx: optax.GradientTransformation
+) -> Step:
+    """Compiles one training step: per-sample gradients, then the chain, then the update.
+
+    Args:
+      grads_fn: from `jaxdp.per_sample_grads`.
+      tx: the optax chain: a clip, then `jaxdp.add_noise` (inside `jaxdp.accumulate` where logical
+        batches may overflow the physical batch), then any optimizer.
+
+    Returns:
+      The compiled `Step`; `run` compiles once per shape of the batch.
+
+    Raises:
+      ValueError: (when run) nothing in the chain draws noise.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxdp
+      >>> loss_fn = lambda params, example: (params @ example) ** 2
+      >>> tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(1.0, jax.random.key(0)),
+      ...                  optax.sgd(0.1))
+      >>> step = make_step(jaxdp.per_sample_grads(loss_fn), tx)
+      >>> state, batch = init(jnp.ones(2), tx), jnp.ones((3, 2))
+      >>> step.noise_multipliers(state, batch).tolist()
+      [1.0]
+      >>> state, metrics = step.run(state, batch, jnp.array([True, True, False]), True)
+      >>> int(state.step), int(metrics.samples), float(metrics.loss_sum)
+      (1, 2, 8.0)
+    """
+    chain = optax.with_extra_args_support(tx)
+
+    def run(
+        state: TrainState, batch: Any, mask: jax.Array, is_last: ArrayLike
+    ) -> tuple[TrainState, StepMetrics]:
+        grads = grads_fn(state.params, batch, mask)
+        updates, opt_state = chain.update(grads, state.opt_state, state.params, is_last=is_last)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(
+            loss_sum=jnp.sum(grads.losses),
+            samples=jnp.sum(mask, dtype=jnp.int32),
+            nonfinite=grads.nonfinite,
+        )
+        step = state.step + jnp.asarray(is_last, jnp.int32)
+        return TrainState(step, params, opt_state), metrics
+
+    def noise_multipliers(state: TrainState, batch: Any) -> jax.Array:
+        # The chain itself, on an empty batch, says what it is about to release: a second
+        # definition could disagree with the noise. All else is dead code to the compiler.
+        row = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:1]), batch)
+        grads = grads_fn(state.params, row, jnp.zeros((1,), bool))
+        _, opt_state = chain.update(grads, state.opt_state, state.params, is_last=True)
+        released = executed_noise_multipliers(opt_state)
+        if not released:
+            raise ValueError(
+                "the chain must draw noise to be private, but holds neither jaxdp.add_noise nor "
+                "another noised release: put jaxdp.add_noise(...) behind the clip"
+            )
+        return jnp.stack(released)
+
+    return Step(jax.jit(run, donate_argnums=0), jax.jit(noise_multipliers))

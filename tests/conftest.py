@@ -1,0 +1,23 @@
+"""What holds for every test: eight virtual CPU devices, strict promotion, repeatable examples.
+
+The environment variables stand before the first import of jax, which reads them once.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes the first example of a test slow, so time says nothing; a failure must be
+# the same on every machine.
+hypothesis.settings.register_profile("jaxdp", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("jaxdp")
