@@ -26,8 +26,9 @@ from jaxdp.accounting.calibration import (
     calibrate_sampling_rate,
     calibrate_steps,
 )
-from jaxdp.accounting.composition import AccountantName, RelationName, dp_event, epsilon
+from jaxdp.accounting.composition import AccountantName, RelationName
 from jaxdp.accounting.ledger import Ledger, LedgerEntry
+from jaxdp.accounting.run import dp_event, epsilon
 from jaxdp.accounting.schemes import (
     FixedSizeSampling,
     NoiseMultiplier,

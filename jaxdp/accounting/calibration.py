@@ -14,16 +14,14 @@ from collections.abc import Callable
 from jaxdp.accounting.checks import check_integer, check_real
 from jaxdp.accounting.composition import (
     AccountantName,
-    Mechanism,
     Question,
     RelationName,
-    Release,
     as_question,
     check_delta,
     epsilon_of,
-    mechanisms_of,
-    sampling_of,
 )
+from jaxdp.accounting.mechanisms import Mechanism, Release, mechanisms_of
+from jaxdp.accounting.run import sampling_of
 from jaxdp.accounting.schemes import (
     NoiseMultiplier,
     PoissonSampling,

@@ -1,35 +1,29 @@
-"""From executed steps to epsilon: group equal mechanisms and let dp-accounting compose them.
-
-Order does not matter for Poisson and fixed-size steps, so equal ones become one mechanism with a
-count. Shuffled epochs become plain Gaussians. All composition is done by dp-accounting.
+"""Composition: what counted mechanisms cost together. All of it is dp-accounting's work.
 
 Example:
-    >>> round(epsilon([2.0, 3.0, 4.0], steps=250, delta=1e-5, sampling_rate=0.04), 3)
-    1.985
+    >>> from jaxdp.accounting.schemes import PoissonSampling
+    >>> steps = Mechanism(PoissonSampling(0.04), 1.1, repeats=250)
+    >>> round(epsilon_of((steps,), 1e-5, Question("pld", "add_or_remove_one")), 3)
+    3.471
 """
 
-import copy
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple, cast, get_args
 
 import dp_accounting
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld.privacy_loss_distribution import (
+    PrivacyLossDistribution,
+    from_gaussian_mechanism,
+    identity,
+)
 from dp_accounting.rdp import RdpAccountant
 
-from jaxdp.accounting.checks import check_choice, check_integer, check_real
-from jaxdp.accounting.schemes import (
-    FixedSizeSampling,
-    NoiseMultiplier,
-    PoissonSampling,
-    SamplingScheme,
-    ShuffledEpochs,
-    check_scheme,
-    combined_noise_multiplier,
-    combined_with_counts,
-)
+from jaxdp.accounting.checks import check_choice, check_real
+from jaxdp.accounting.mechanisms import Mechanism, coarsened, event_of
+from jaxdp.accounting.schemes import FixedSizeSampling, PoissonSampling
 
 AccountantName = Literal["pld", "rdp"]
 """Privacy loss distributions (tight) or Rényi differential privacy (fast, looser)."""
@@ -37,33 +31,14 @@ AccountantName = Literal["pld", "rdp"]
 RelationName = Literal["add_or_remove_one", "replace_one"]
 """Which datasets are neighbours."""
 
-MAX_DISTINCT_SIGMAS = 32
-"""More distinct noise multipliers than this, of one scheme, are rounded down before composing."""
-
-# Outside this range the squares leave what floats can hold. Below it no noise is assumed, above it
-# the largest multiplier: both only overstate epsilon.
-_SMALLEST_SIGMA, _LARGEST_SIGMA = 1e-6, 1e6
+# Less noise than this is counted as none: squares of smaller numbers leave what floats can hold,
+# and assuming none only overstates epsilon.
+_SMALLEST_SIGMA = 1e-6
 
 _RELATIONS = {
     "add_or_remove_one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
     "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
 }
-
-
-class Release(NamedTuple):
-    """`steps` consecutive steps of one run that released the same thing."""
-
-    noise_multiplier: float
-    sampling: SamplingScheme
-    steps: int
-
-
-class Mechanism(NamedTuple):
-    """`repeats` equal mechanisms; without a sampling scheme they are plain Gaussians."""
-
-    sampling: PoissonSampling | FixedSizeSampling | None
-    noise_multiplier: float
-    repeats: int
 
 
 class Question(NamedTuple):
@@ -121,197 +96,6 @@ def check_delta(delta: object) -> float:
     )
 
 
-def mechanisms_of(runs: Iterable[Sequence[Release]]) -> tuple[Mechanism, ...]:
-    """Groups the steps of all runs into distinct mechanisms with counts.
-
-    Sorted, except that the mechanism of the very last step comes last: a run that grows then keeps
-    its composed past, and `compose` finds it in the cache.
-
-    Args:
-        runs: for every run its releases, in the order of execution.
-
-    Returns:
-        The mechanisms; empty if nothing was released.
-
-    Example:
-        >>> poisson = PoissonSampling(0.5)
-        >>> mechanisms_of([[Release(1.0, poisson, 2)], [Release(1.0, poisson, 3)]])
-        (Mechanism(sampling=PoissonSampling(sampling_rate=0.5), noise_multiplier=1.0, repeats=5),)
-    """
-    counts: Counter[tuple[PoissonSampling | FixedSizeSampling | None, float]] = Counter()
-    last = None
-    for run in runs:
-        shuffled: dict[ShuffledEpochs, list[Release]] = {}
-        for release in run:
-            if isinstance(release.sampling, ShuffledEpochs):
-                shuffled.setdefault(release.sampling, []).append(release)
-                last = (None, release.noise_multiplier)
-            else:
-                last = (release.sampling, release.noise_multiplier)
-                counts[last] += release.steps
-        for scheme, releases in shuffled.items():
-            for sigma, count in _participations(releases, scheme.steps_per_epoch):
-                counts[None, sigma] += count
-    keys = sorted(counts, key=lambda key: (key == last, key[0] == (last and last[0]), repr(key)))
-    return tuple(Mechanism(*key, counts[key]) for key in keys)
-
-
-def _participations(releases: Sequence[Release], epoch: int) -> Iterator[tuple[float, int]]:
-    """For every epoch begun, the smallest noise multiplier that one example may have met."""
-    filled, worst = 0, math.inf
-    for release in releases:
-        head = min(release.steps, epoch - filled)
-        filled, worst = filled + head, min(worst, release.noise_multiplier)
-        whole, rest = divmod(release.steps - head, epoch)
-        if filled == epoch:
-            yield worst, 1
-            filled, worst = 0, math.inf
-        if whole:
-            yield release.noise_multiplier, whole
-        if rest:
-            filled, worst = rest, release.noise_multiplier
-    if filled:
-        yield worst, 1
-
-
-def coarsened(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
-    """The mechanisms that are really composed: fewer, and never more private.
-
-    Plain Gaussians compose exactly into one. Of every sampling scheme with more than
-    `MAX_DISTINCT_SIGMAS` noise multipliers, the range is cut into that many geometric bins and each
-    multiplier falls to the smallest one of its bin. Less noise is less private, so this can only
-    overstate epsilon.
-
-    Args:
-        mechanisms: distinct mechanisms, the most recent one last.
-
-    Returns:
-        Distinct mechanisms, the most recent one still last.
-
-    Example:
-        >>> coarsened((Mechanism(None, 2.0, 2), Mechanism(None, 2.0, 2)))
-        (Mechanism(sampling=None, noise_multiplier=1.0, repeats=1),)
-    """
-    by_scheme: dict[PoissonSampling | FixedSizeSampling | None, list[Mechanism]] = {}
-    for mechanism in mechanisms:
-        # Reinserting keeps the scheme of the most recent mechanism at the end.
-        capped = min(mechanism.noise_multiplier, _LARGEST_SIGMA)
-        group = by_scheme.pop(mechanism.sampling, [])
-        by_scheme[mechanism.sampling] = [*group, mechanism._replace(noise_multiplier=capped)]
-    return tuple(
-        coarse
-        for sampling, group in by_scheme.items()
-        for coarse in (_one_gaussian(group) if sampling is None else _rounded_down(group))
-    )
-
-
-def _one_gaussian(group: list[Mechanism]) -> list[Mechanism]:
-    sigma = combined_with_counts(tuple((each.noise_multiplier, each.repeats) for each in group))
-    return [Mechanism(None, sigma, 1)]
-
-
-def _rounded_down(group: list[Mechanism]) -> list[Mechanism]:
-    if len({each.noise_multiplier for each in group}) <= MAX_DISTINCT_SIGMAS:
-        return group
-    logs = [math.log(each.noise_multiplier) for each in group]
-    low, width = min(logs), (max(logs) - min(logs)) / MAX_DISTINCT_SIGMAS
-    bins: dict[int, Mechanism] = {}
-    for log, each in zip(logs, group, strict=True):
-        index = min(int((log - low) / width), MAX_DISTINCT_SIGMAS - 1)
-        known = bins.pop(index, each._replace(repeats=0))
-        bins[index] = Mechanism(
-            each.sampling,
-            min(known.noise_multiplier, each.noise_multiplier),
-            known.repeats + each.repeats,
-        )
-    return list(bins.values())
-
-
-def event_of(mechanism: Mechanism, scale: float = 1.0) -> dp_accounting.DpEvent:
-    """The DpEvent of one mechanism, counted.
-
-    Args:
-        mechanism: what was released, how often.
-        scale: factor on the noise multiplier, see `noise_scale`.
-
-    Returns:
-        The event; wrapped in `SelfComposedDpEvent` if it happened more than once.
-
-    Example:
-        >>> event_of(Mechanism(None, 1.5, 1))
-        GaussianDpEvent(noise_multiplier=1.5)
-    """
-    event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(mechanism.noise_multiplier * scale)
-    match mechanism.sampling:
-        case PoissonSampling(rate):
-            event = dp_accounting.PoissonSampledDpEvent(rate, event)
-        case FixedSizeSampling(size, batch):
-            event = dp_accounting.SampledWithoutReplacementDpEvent(size, batch, event)
-    if mechanism.repeats == 1:
-        return event
-    return dp_accounting.SelfComposedDpEvent(event, mechanism.repeats)
-
-
-def events_of(mechanisms: Sequence[Mechanism]) -> dp_accounting.DpEvent:
-    """The DpEvent of several mechanisms together, in the convention of noise std / clip norm.
-
-    Args:
-        mechanisms: what was released.
-
-    Returns:
-        One event; `NoOpDpEvent` if there is none.
-
-    Example:
-        >>> events_of(())
-        NoOpDpEvent()
-    """
-    events = [event_of(mechanism) for mechanism in mechanisms]
-    match events:
-        case []:
-            return dp_accounting.NoOpDpEvent()
-        case [event]:
-            return event
-        case _:
-            return dp_accounting.ComposedDpEvent(events)
-
-
-def dp_event(
-    noise_multiplier: NoiseMultiplier, sampling: SamplingScheme, steps: int = 1
-) -> dp_accounting.DpEvent:
-    """The dp-accounting event of a run of equal steps.
-
-    Its noise multipliers are noise std / clip norm. dp-accounting's RDP accountant reads them
-    relative to the distance of the neighbours, 2 · clip norm under replace-one; `epsilon` and
-    `Ledger` take care of that, a caller who feeds the event to that accountant must halve them.
-
-    Args:
-        noise_multiplier: σ ≥ 0, or one for each Gaussian released from the same batch.
-        sampling: how the batches were drawn.
-        steps: number of steps, ≥ 0.
-
-    Returns:
-        A `dp_accounting.DpEvent`.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range.
-
-    Example:
-        >>> dp_event(1.1, ShuffledEpochs(steps_per_epoch=100), steps=250)
-        SelfComposedDpEvent(event=GaussianDpEvent(noise_multiplier=1.1), count=3)
-    """
-    return events_of(_run_of(noise_multiplier, sampling, steps))
-
-
-def _run_of(
-    noise_multiplier: NoiseMultiplier, sampling: SamplingScheme, steps: int
-) -> tuple[Mechanism, ...]:
-    steps = check_integer("steps", steps, minimum=0, advice="Pass the number of noised releases.")
-    sigma = combined_noise_multiplier(noise_multiplier)
-    check_scheme(sampling)
-    return mechanisms_of([[Release(sigma, sampling, steps)]]) if steps else ()
-
-
 def noise_scale(question: Question) -> float:
     """What our noise multiplier must be multiplied with before this accountant reads it.
 
@@ -334,13 +118,11 @@ def noise_scale(question: Question) -> float:
     return 0.5 if question == ("rdp", "replace_one") else 1.0
 
 
-def _fresh_accountant(
-    question: Question, interval: float = 1e-4
-) -> PLDAccountant | RdpAccountant:
+def _fresh_accountant(question: Question) -> PLDAccountant | RdpAccountant:
     relation = _RELATIONS[question.relation]
     if question.accountant == "rdp":
         return RdpAccountant(neighboring_relation=relation)
-    return PLDAccountant(relation, interval)
+    return PLDAccountant(neighboring_relation=relation)
 
 
 def _check_supported(mechanisms: Sequence[Mechanism], question: Question) -> None:
@@ -371,7 +153,7 @@ def _check_supported(mechanisms: Sequence[Mechanism], question: Question) -> Non
         )
 
 
-def _grid_interval(mechanisms: Sequence[Mechanism], question: Question) -> float:
+def _grid_interval(mechanisms: Sequence[Mechanism], relation: RelationName) -> float:
     """The PLD grid's step: dp-accounting's 1e-4, coarser once epsilon may reach a hundred.
 
     A step is rounded pessimistically, so this choice bounds memory and never the truth: at σ = 0.01
@@ -380,7 +162,7 @@ def _grid_interval(mechanisms: Sequence[Mechanism], question: Question) -> float
     mean = widest = 0.0
     for mechanism in mechanisms:
         sampling, sigma, count = mechanism
-        sigma = sigma / 2 if question.relation == "replace_one" else sigma
+        sigma = sigma / 2 if relation == "replace_one" else sigma
         rate = sampling.sampling_rate if isinstance(sampling, PoissonSampling) else 1.0
         # Mean loss of one step: convexity gives q/2σ², Jensen gives log of the χ² moment.
         linear, exponent = rate / (2 * sigma**2), 1 / sigma**2
@@ -394,23 +176,57 @@ def _grid_interval(mechanisms: Sequence[Mechanism], question: Question) -> float
     return 1e-4 * 2 ** math.ceil(math.log2(coarsening))
 
 
+@lru_cache(maxsize=64)
+def _pld_of_step(
+    sampling: PoissonSampling | None, sigma: float, relation: RelationName, interval: float
+) -> PrivacyLossDistribution:
+    """Of one step: by far the most expensive part of an answer, and the same at every report."""
+    return from_gaussian_mechanism(
+        sigma,
+        value_discretization_interval=interval,
+        sampling_prob=1.0 if sampling is None else sampling.sampling_rate,
+        neighboring_relation=_RELATIONS[relation],
+    )
+
+
+def _pld_of(
+    mechanism: Mechanism, relation: RelationName, interval: float
+) -> PrivacyLossDistribution:
+    sampling, sigma, repeats = mechanism
+    if sampling is None:
+        # Plain Gaussians add up exactly, without the rounding of a self-composition.
+        return _pld_of_step(None, sigma / math.sqrt(repeats), relation, interval)
+    if isinstance(sampling, FixedSizeSampling):
+        raise TypeError(f"dp-accounting has no privacy loss distribution for {sampling}")
+    return _pld_of_step(sampling, sigma, relation, interval).self_compose(repeats)
+
+
 @lru_cache(maxsize=8)
-def _composed_past(
-    mechanisms: tuple[Mechanism, ...], question: Question, interval: float
+def _pld_of_past(
+    mechanisms: tuple[Mechanism, ...], relation: RelationName, interval: float
+) -> PrivacyLossDistribution:
+    composed = identity(interval)
+    for mechanism in mechanisms:
+        composed = composed.compose(_pld_of(mechanism, relation, interval))
+    return composed
+
+
+def _composed_pld(
+    mechanisms: tuple[Mechanism, ...], relation: RelationName
+) -> PrivacyLossDistribution:
+    """Composed as `PLDAccountant` does; a running ledger only ever grows its last mechanism."""
+    interval = _grid_interval(mechanisms, relation)
+    past = _pld_of_past(mechanisms[:-1], relation, interval)
+    return past.compose(_pld_of(mechanisms[-1], relation, interval))
+
+
+def _composed_rdp(
+    mechanisms: tuple[Mechanism, ...], question: Question
 ) -> PLDAccountant | RdpAccountant:
-    accountant = _fresh_accountant(question, interval)
+    accountant = _fresh_accountant(question)
     for mechanism in mechanisms:
         accountant.compose(event_of(mechanism, noise_scale(question)))
     return accountant
-
-
-def _composed(
-    mechanisms: tuple[Mechanism, ...], question: Question
-) -> PLDAccountant | RdpAccountant:
-    interval = _grid_interval(mechanisms, question) if question.accountant == "pld" else 0.0
-    # Accountants are mutable: the cached one is copied before the last mechanism joins it.
-    accountant = copy.deepcopy(_composed_past(mechanisms[:-1], question, interval))
-    return accountant.compose(event_of(mechanisms[-1], noise_scale(question)))
 
 
 @lru_cache(maxsize=4096)
@@ -437,7 +253,10 @@ def epsilon_of(mechanisms: tuple[Mechanism, ...], delta: float, question: Questi
     _check_supported(mechanisms, question)
     if any(mechanism.noise_multiplier < _SMALLEST_SIGMA for mechanism in mechanisms):
         return math.inf
-    return float(_composed(coarsened(mechanisms), question).get_epsilon(delta))
+    mechanisms = coarsened(mechanisms)
+    if question.accountant == "rdp":
+        return float(_composed_rdp(mechanisms, question).get_epsilon(delta))
+    return float(_composed_pld(mechanisms, question.relation).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=4096)
@@ -464,78 +283,7 @@ def delta_of(mechanisms: tuple[Mechanism, ...], epsilon: float, question: Questi
     _check_supported(mechanisms, question)
     if any(mechanism.noise_multiplier < _SMALLEST_SIGMA for mechanism in mechanisms):
         return 1.0
-    return float(_composed(coarsened(mechanisms), question).get_delta(epsilon))
-
-
-def sampling_of(sampling_rate: float | None, sampling: SamplingScheme | None) -> SamplingScheme:
-    """The scheme meant by the two alternative arguments.
-
-    Args:
-        sampling_rate: shorthand for Poisson sampling.
-        sampling: any scheme.
-
-    Returns:
-        The scheme.
-
-    Raises:
-        TypeError: `sampling` is no scheme, or the rate is no number.
-        ValueError: none or both are given, or the rate is outside (0, 1].
-
-    Example:
-        >>> sampling_of(0.5, None)
-        PoissonSampling(sampling_rate=0.5)
-    """
-    if (sampling_rate is None) == (sampling is None):
-        raise ValueError(
-            "exactly one of sampling_rate and sampling must be given, got "
-            f"sampling_rate={sampling_rate!r} and sampling={sampling!r}. "
-            "Pass sampling_rate for Poisson sampling, sampling for any other scheme."
-        )
-    return check_scheme(sampling) if sampling_rate is None else PoissonSampling(sampling_rate)
-
-
-def epsilon(
-    noise_multiplier: NoiseMultiplier,
-    *,
-    steps: int,
-    delta: float,
-    sampling_rate: float | None = None,
-    sampling: SamplingScheme | None = None,
-    accountant: AccountantName = "pld",
-    neighboring_relation: RelationName = "add_or_remove_one",
-) -> float:
-    """The ε of a run of equal steps at a given δ.
-
-    With M the composition of `steps` sampled Gaussians,
-    ε = min {e ≥ 0 : P[M(D) ∈ E] ≤ exp(e) P[M(D') ∈ E] + δ for all neighbours D, D' and all E},
-    up to the accountant's rounding, which is always upwards.
-
-    Args:
-        noise_multiplier: σ ≥ 0, noise std / clip norm, or one for each Gaussian that a step
-            releases from the same batch (see `combined_noise_multiplier`).
-        steps: number of steps, ≥ 0.
-        delta: δ in (0, 1). "pld" resolves δ down to about 1e-14.
-        sampling_rate: q in (0, 1], shorthand for `sampling=PoissonSampling(q)`.
-        sampling: how the batches are drawn; exactly one of the two is given.
-        accountant: "pld" or "rdp".
-        neighboring_relation: "add_or_remove_one" or "replace_one".
-
-    Returns:
-        ε ≥ 0: 0.0 for no steps, `math.inf` for no noise (σ < 1e-6 counts as none).
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or dp-accounting does not support the combination:
-            fixed-size sampling needs "rdp" with "replace_one", Poisson sampling with "replace_one"
-            needs "pld".
-
-    Source: Doroshenko et al. 2022, "Connect the Dots: Tighter Discrete Approximations of Privacy
-    Loss Distributions" (pld); Mironov, Talwar, Zhang 2019, "Rényi Differential Privacy of the
-    Sampled Gaussian Mechanism" (rdp).
-
-    Example:
-        >>> round(epsilon(1.1, steps=250, delta=1e-5, sampling_rate=0.04, accountant="rdp"), 3)
-        3.895
-    """
-    mechanisms = _run_of(noise_multiplier, sampling_of(sampling_rate, sampling), steps)
-    return epsilon_of(mechanisms, check_delta(delta), as_question(accountant, neighboring_relation))
+    mechanisms = coarsened(mechanisms)
+    if question.accountant == "rdp":
+        return float(_composed_rdp(mechanisms, question).get_delta(epsilon))
+    return float(_composed_pld(mechanisms, question.relation).get_delta_for_epsilon(epsilon))

@@ -21,16 +21,13 @@ from jaxdp.accounting.calibration import check_epsilon, largest_count
 from jaxdp.accounting.checks import check_integer, check_keys, check_real
 from jaxdp.accounting.composition import (
     AccountantName,
-    Mechanism,
     RelationName,
-    Release,
     as_question,
     check_delta,
     delta_of,
     epsilon_of,
-    events_of,
-    mechanisms_of,
 )
+from jaxdp.accounting.mechanisms import Mechanism, Release, events_of, mechanisms_of
 from jaxdp.accounting.schemes import (
     NoiseMultiplier,
     SamplingScheme,

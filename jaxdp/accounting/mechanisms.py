@@ -1,0 +1,202 @@
+"""From executed steps to counted mechanisms.
+
+Order does not matter for Poisson and fixed-size steps, so equal ones become one mechanism with a
+count. Shuffled epochs become plain Gaussians.
+
+Example:
+    >>> step = Release(1.1, PoissonSampling(0.1), steps=2)
+    >>> mechanisms_of([[step, step]])
+    (Mechanism(sampling=PoissonSampling(sampling_rate=0.1), noise_multiplier=1.1, repeats=4),)
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import dp_accounting
+
+from jaxdp.accounting.schemes import (
+    FixedSizeSampling,
+    PoissonSampling,
+    SamplingScheme,
+    ShuffledEpochs,
+    combined_with_counts,
+)
+
+MAX_DISTINCT_SIGMAS = 32
+"""More distinct noise multipliers than this, of one scheme, are rounded down before composing."""
+
+# More noise than this is counted as this much: squares of larger numbers leave what floats can
+# hold, and capping only overstates epsilon.
+_LARGEST_SIGMA = 1e6
+
+
+class Release(NamedTuple):
+    """`steps` consecutive steps of one run that released the same thing."""
+
+    noise_multiplier: float
+    sampling: SamplingScheme
+    steps: int
+
+
+class Mechanism(NamedTuple):
+    """`repeats` equal mechanisms; without a sampling scheme they are plain Gaussians."""
+
+    sampling: PoissonSampling | FixedSizeSampling | None
+    noise_multiplier: float
+    repeats: int
+
+
+def mechanisms_of(runs: Iterable[Sequence[Release]]) -> tuple[Mechanism, ...]:
+    """Groups the steps of all runs into distinct mechanisms with counts.
+
+    Sorted, except that the mechanism of the very last step comes last: a run that grows then keeps
+    its composed past, and `compose` finds it in the cache.
+
+    Args:
+        runs: for every run its releases, in the order of execution.
+
+    Returns:
+        The mechanisms; empty if nothing was released.
+
+    Example:
+        >>> poisson = PoissonSampling(0.5)
+        >>> mechanisms_of([[Release(1.0, poisson, 2)], [Release(1.0, poisson, 3)]])
+        (Mechanism(sampling=PoissonSampling(sampling_rate=0.5), noise_multiplier=1.0, repeats=5),)
+    """
+    counts: Counter[tuple[PoissonSampling | FixedSizeSampling | None, float]] = Counter()
+    last = None
+    for run in runs:
+        shuffled: dict[ShuffledEpochs, list[Release]] = {}
+        for release in run:
+            if isinstance(release.sampling, ShuffledEpochs):
+                shuffled.setdefault(release.sampling, []).append(release)
+                last = (None, release.noise_multiplier)
+            else:
+                last = (release.sampling, release.noise_multiplier)
+                counts[last] += release.steps
+        for scheme, releases in shuffled.items():
+            for sigma, count in _participations(releases, scheme.steps_per_epoch):
+                counts[None, sigma] += count
+    keys = sorted(counts, key=lambda key: (key == last, key[0] == (last and last[0]), repr(key)))
+    return tuple(Mechanism(*key, counts[key]) for key in keys)
+
+
+def _participations(releases: Sequence[Release], epoch: int) -> Iterator[tuple[float, int]]:
+    """For every epoch begun, the smallest noise multiplier that one example may have met."""
+    filled, worst = 0, math.inf
+    for release in releases:
+        head = min(release.steps, epoch - filled)
+        filled, worst = filled + head, min(worst, release.noise_multiplier)
+        whole, rest = divmod(release.steps - head, epoch)
+        if filled == epoch:
+            yield worst, 1
+            filled, worst = 0, math.inf
+        if whole:
+            yield release.noise_multiplier, whole
+        if rest:
+            filled, worst = rest, release.noise_multiplier
+    if filled:
+        yield worst, 1
+
+
+def coarsened(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
+    """The mechanisms that are really composed: fewer, and never more private.
+
+    Plain Gaussians compose exactly into one. Of every sampling scheme with more than
+    `MAX_DISTINCT_SIGMAS` noise multipliers, the range is cut into that many geometric bins and each
+    multiplier falls to the smallest one of its bin. Less noise is less private, so this can only
+    overstate epsilon.
+
+    Args:
+        mechanisms: distinct mechanisms, the most recent one last.
+
+    Returns:
+        Distinct mechanisms, the most recent one still last.
+
+    Example:
+        >>> coarsened((Mechanism(None, 2.0, 2), Mechanism(None, 2.0, 2)))
+        (Mechanism(sampling=None, noise_multiplier=1.0, repeats=1),)
+    """
+    by_scheme: dict[PoissonSampling | FixedSizeSampling | None, list[Mechanism]] = {}
+    for mechanism in mechanisms:
+        # Reinserting keeps the scheme of the most recent mechanism at the end.
+        capped = min(mechanism.noise_multiplier, _LARGEST_SIGMA)
+        group = by_scheme.pop(mechanism.sampling, [])
+        by_scheme[mechanism.sampling] = [*group, mechanism._replace(noise_multiplier=capped)]
+    return tuple(
+        coarse
+        for sampling, group in by_scheme.items()
+        for coarse in (_one_gaussian(group) if sampling is None else _rounded_down(group))
+    )
+
+
+def _one_gaussian(group: list[Mechanism]) -> list[Mechanism]:
+    sigma = combined_with_counts(tuple((each.noise_multiplier, each.repeats) for each in group))
+    return [Mechanism(None, sigma, 1)]
+
+
+def _rounded_down(group: list[Mechanism]) -> list[Mechanism]:
+    if len({each.noise_multiplier for each in group}) <= MAX_DISTINCT_SIGMAS:
+        return group
+    logs = [math.log(each.noise_multiplier) for each in group]
+    low, width = min(logs), (max(logs) - min(logs)) / MAX_DISTINCT_SIGMAS
+    bins: dict[int, Mechanism] = {}
+    for log, each in zip(logs, group, strict=True):
+        index = min(int((log - low) / width), MAX_DISTINCT_SIGMAS - 1)
+        known = bins.pop(index, each._replace(repeats=0))
+        bins[index] = Mechanism(
+            each.sampling,
+            min(known.noise_multiplier, each.noise_multiplier),
+            known.repeats + each.repeats,
+        )
+    return list(bins.values())
+
+
+def event_of(mechanism: Mechanism, scale: float = 1.0) -> dp_accounting.DpEvent:
+    """The DpEvent of one mechanism, counted.
+
+    Args:
+        mechanism: what was released, how often.
+        scale: factor on the noise multiplier, see `noise_scale`.
+
+    Returns:
+        The event; wrapped in `SelfComposedDpEvent` if it happened more than once.
+
+    Example:
+        >>> event_of(Mechanism(None, 1.5, 1))
+        GaussianDpEvent(noise_multiplier=1.5)
+    """
+    event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(mechanism.noise_multiplier * scale)
+    match mechanism.sampling:
+        case PoissonSampling(rate):
+            event = dp_accounting.PoissonSampledDpEvent(rate, event)
+        case FixedSizeSampling(size, batch):
+            event = dp_accounting.SampledWithoutReplacementDpEvent(size, batch, event)
+    if mechanism.repeats == 1:
+        return event
+    return dp_accounting.SelfComposedDpEvent(event, mechanism.repeats)
+
+
+def events_of(mechanisms: Sequence[Mechanism]) -> dp_accounting.DpEvent:
+    """The DpEvent of several mechanisms together, in the convention of noise std / clip norm.
+
+    Args:
+        mechanisms: what was released.
+
+    Returns:
+        One event; `NoOpDpEvent` if there is none.
+
+    Example:
+        >>> events_of(())
+        NoOpDpEvent()
+    """
+    events = [event_of(mechanism) for mechanism in mechanisms]
+    match events:
+        case []:
+            return dp_accounting.NoOpDpEvent()
+        case [event]:
+            return event
+        case _:
+            return dp_accounting.ComposedDpEvent(events)
