@@ -47,7 +47,7 @@ def main() -> None:
     """Runs every seed, prints the table and writes the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist")
-    parser.add_argument("--epochs", type=float, default=40.0)
+    parser.add_argument("--epochs", type=float, default=30.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench/results/fashion_mnist.json"))
     options = parser.parse_args()

@@ -53,6 +53,7 @@ def _train(options: argparse.Namespace) -> None:
         clip=options.clip,
         threshold=options.threshold,
         learning_rate=options.learning_rate,
+        schedule=options.schedule,
         momentum=options.momentum,
         accountant=options.accountant,
         microbatch_size=options.microbatch_size,
@@ -165,6 +166,8 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     train.add_argument("--clip", default="flat", choices=classify.CLIP_NAMES)
     train.add_argument("--threshold", type=float, default=0.1, help="clip norm")
     train.add_argument("--learning-rate", type=float, default=8.0)
+    train.add_argument("--schedule", default="cosine", choices=classify.SCHEDULE_NAMES,
+                       help="of the learning rate")
     train.add_argument("--momentum", type=float, default=0.9)
     train.add_argument("--microbatch-size", type=int, default=None,
                        help="per-sample gradients held at a time")

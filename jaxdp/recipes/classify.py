@@ -1,7 +1,7 @@
 """The main job: train an image classifier privately, from a configuration to a result."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from jaxdp.sampling import PoissonSampler
 from jaxdp.training.logs import LogFn
 
 CLIP_NAMES = ("flat", "per-layer", "automatic", "adaptive")
+SCHEDULE_NAMES = ("cosine", "constant")
 
 # Of the count of an adaptive clip, relative to the batch size: costs next to nothing.
 _COUNT_NOISE = 0.05
@@ -41,6 +42,8 @@ class Config:
       clip: one of `CLIP_NAMES`.
       threshold: clip norm C of the whole gradient (initial, if adaptive).
       learning_rate: of SGD with momentum, for gradients averaged over the expected batch.
+      schedule: of the learning rate, one of `SCHEDULE_NAMES`; "cosine" falls to zero over the
+        run, which averages the noise of the last steps away.
       momentum: in [0, 1).
       accountant: "pld" or "rdp".
       microbatch_size: per-sample gradients held at a time; None for a whole physical batch.
@@ -57,6 +60,7 @@ class Config:
     clip: str = "flat"
     threshold: float = 1.0
     learning_rate: float = 1.0
+    schedule: str = "cosine"
     momentum: float = 0.9
     accountant: accounting.AccountantName = "pld"
     microbatch_size: int | None = None
@@ -134,8 +138,8 @@ def train(
     """
     model = build(config.model, dataset.train_x.shape[1:], dataset.num_classes)
     count = len(dataset.train_y)
-    if config.clip not in CLIP_NAMES:
-        raise ValueError(f"clip must be one of {', '.join(CLIP_NAMES)}, got {config.clip!r}")
+    _check_name("clip", config.clip, CLIP_NAMES)
+    _check_name("schedule", config.schedule, SCHEDULE_NAMES)
     sampler = PoissonSampler(count, expected_batch_size=config.batch_size, seed=config.seed)
     steps = max(round(config.epochs * count / config.batch_size), 1)
     total = accounting.calibrate_noise_multiplier(
@@ -154,7 +158,7 @@ def train(
             optax.chain(
                 add_noise(sigma, keys[2]),
                 optax.scale(1 / config.batch_size),
-                optax.sgd(config.learning_rate, momentum=config.momentum or None),
+                optax.sgd(_learning_rate(config, steps), momentum=config.momentum or None),
             )
         ),
     )
@@ -191,6 +195,17 @@ def train(
             else f"seed {config.seed} (an experiment: keep the seed secret)",
         },
     )
+
+
+def _check_name(field: str, value: str, names: Sequence[str]) -> None:
+    if value not in names:
+        raise ValueError(f"{field} must be one of {', '.join(names)}, got {value!r}")
+
+
+def _learning_rate(config: Config, steps: int) -> optax.ScalarOrSchedule:
+    if config.schedule == "constant":
+        return config.learning_rate
+    return optax.cosine_decay_schedule(config.learning_rate, steps)
 
 
 def _clip(
