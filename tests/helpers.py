@@ -26,7 +26,7 @@ THRESHOLDS = (1.0, 0.5, 2.0)
 # Name -> clip with thresholds c[0], c[1], c[2], which may be traced.
 CLIPS: Mapping[str, Callable[[Any], Transformation]] = {
     "flat": lambda c: jaxdp.clip_flat(c[0]),
-    "flat_schedule": lambda c: jaxdp.clip_flat(lambda step: c[0] / (1.0 + step)),
+    "flat_schedule": lambda c: jaxdp.clip_flat(lambda step: c[0] / (1.0 + step.astype(jnp.float32))),
     "per_layer": lambda c: jaxdp.clip_per_layer(c[0]),
     "per_layer_tree": lambda c: jaxdp.clip_per_layer(
         {"body": {"b": c[0], "w": c[1]}, "head": c[2]}
