@@ -91,6 +91,7 @@ def fit(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxdp
+      >>> from jaxdp.training import init, make_step
       >>> loss_fn = lambda params, example: (params @ example) ** 2
       >>> sampler = jaxdp.PoissonSampler(100, expected_batch_size=10, seed=0)
       >>> tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(optax.chain(
@@ -98,7 +99,7 @@ def fit(
       >>> run = fit(init(jnp.ones(3), tx), make_step(jaxdp.per_sample_grads(loss_fn), tx),
       ...           sampler, np.ones((100, 3), np.float32), steps=20, delta=1e-5, progress=False)
       >>> run.ledger.steps, [round(row["epsilon"], 2) for row in run.history]
-      (20, [1.42, 2.01])
+      (20, [0.8, 1.08])
     """
     load = _loader(data, sampler)
     log = log_function(log_fn)
@@ -107,14 +108,19 @@ def fit(
     history: list[dict[str, Any]] = []
     _check_overflow(state, sampler)
 
+    def spent(ledger: Ledger) -> float:
+        return ledger.epsilon(
+            delta, accountant=accountant, neighboring_relation=neighboring_relation
+        )
+
+    # What the accountant cannot answer for must fail before the first step, not at the first report.
+    spent(ledger.charge(1.0, sampler.scheme))
     saved = checkpoints.restore(state, sampler) if checkpoints is not None else None
     if saved is not None:
         state, ledger, history = saved
 
     def report(seen: _Seen) -> None:
-        epsilon = ledger.epsilon(
-            delta, accountant=accountant, neighboring_relation=neighboring_relation
-        )
+        epsilon = spent(ledger)
         epoch = done * sampler.expected_batch_size / sampler.num_examples
         row = {"step": done, "epoch": epoch, "epsilon": epsilon, "delta": delta, **seen.summary()}
         if evaluate is not None:

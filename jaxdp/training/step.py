@@ -18,11 +18,13 @@ class TrainState(NamedTuple):
       step: logical steps executed, int32 scalar.
       params: the parameters.
       opt_state: state of the optax chain; the noise keys live here.
+      key: randomness of the model (dropout), see `example_keys` of `make_step`; not of the noise.
     """
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
+    key: jax.Array
 
 
 class StepMetrics(NamedTuple):
@@ -54,22 +56,33 @@ class Step(NamedTuple):
     noise_multipliers: Callable[[TrainState, Any], jax.Array]
 
 
-def init(params: optax.Params, tx: optax.GradientTransformation) -> TrainState:
+def init(
+    params: optax.Params, tx: optax.GradientTransformation, key: jax.Array | None = None
+) -> TrainState:
     """The state before the first step.
 
     Everything is copied, since a step reuses the buffers of the state it is given.
+
+    Args:
+      params: the parameters, any pytree.
+      tx: the optax chain.
+      key: randomness of the model; default `jax.random.key(0)`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> int(init({"w": jnp.zeros(2)}, optax.sgd(0.1)).step)
       0
     """
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    key = jax.random.key(0) if key is None else key
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
     return jax.tree.map(jnp.copy, state)
 
 
 def make_step(
-    grads_fn: Callable[..., Any], tx: optax.GradientTransformation
+    grads_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    example_keys: bool = False,
 ) -> Step:
     """Compiles one training step: per-sample gradients, then the chain, then the update.
 
@@ -77,6 +90,8 @@ def make_step(
       grads_fn: from `jaxdp.per_sample_grads`.
       tx: the optax chain: a clip, then `jaxdp.add_noise` (inside `jaxdp.accumulate` where logical
         batches may overflow the physical batch), then any optimizer.
+      example_keys: give the loss a fresh key for each sample: its example is then the pair
+        `(example, key)`.
 
     Returns:
       The compiled `Step`; `run` compiles once per shape of the batch.
@@ -99,10 +114,16 @@ def make_step(
     """
     chain = optax.with_extra_args_support(tx)
 
+    def with_keys(batch: Any, key: jax.Array) -> Any:
+        if not example_keys:
+            return batch
+        return batch, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
+
     def run(
         state: TrainState, batch: Any, mask: jax.Array, is_last: ArrayLike
     ) -> tuple[TrainState, StepMetrics]:
-        grads = grads_fn(state.params, batch, mask)
+        key, rows_key = jax.random.split(state.key)
+        grads = grads_fn(state.params, with_keys(batch, rows_key), mask)
         updates, opt_state = chain.update(grads, state.opt_state, state.params, is_last=is_last)
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(
@@ -111,13 +132,13 @@ def make_step(
             nonfinite=grads.nonfinite,
         )
         step = state.step + jnp.asarray(is_last, jnp.int32)
-        return TrainState(step, params, opt_state), metrics
+        return TrainState(step, params, opt_state, key), metrics
 
     def noise_multipliers(state: TrainState, batch: Any) -> jax.Array:
         # The chain itself, on an empty batch, says what it is about to release: a second
         # definition could disagree with the noise. All else is dead code to the compiler.
         row = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:1]), batch)
-        grads = grads_fn(state.params, row, jnp.zeros((1,), bool))
+        grads = grads_fn(state.params, with_keys(row, state.key), jnp.zeros((1,), bool))
         _, opt_state = chain.update(grads, state.opt_state, state.params, is_last=True)
         released = executed_noise_multipliers(opt_state)
         if not released:

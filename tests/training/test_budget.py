@@ -1,0 +1,135 @@
+"""The budget: not one step beyond ε, and not one step short of it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from jaxdp.accounting import FixedSizeSampling, Ledger, PoissonSampling, ShuffledEpochs
+from jaxdp.training import Budget
+
+DELTA = 1e-5
+POISSON = PoissonSampling(0.04)
+
+
+def spend(
+    budget: Budget, sigma: Callable[[int], Any], scheme: Any, *, ledger: Ledger, at_most: int
+) -> Ledger:
+    """Charges step after step until the budget says no."""
+    for step in range(at_most):
+        releases = sigma(step)
+        releases = releases if isinstance(releases, list) else [releases]
+        if not budget.allows(ledger, releases, scheme):
+            break
+        ledger = ledger.charge(releases, scheme)
+    return ledger
+
+
+# (σ of a step, scheme, accountant, relation, ε)
+CASES: dict[str, tuple[Callable[[int], Any], Any, str, str, float]] = {
+    "constant": (lambda t: 1.1, POISSON, "pld", "add_or_remove_one", 1.5),
+    "constant rdp": (lambda t: 1.1, POISSON, "rdp", "add_or_remove_one", 2.0),
+    "replace one": (lambda t: 2.0, POISSON, "pld", "replace_one", 1.0),
+    "fixed size": (lambda t: 3.0, FixedSizeSampling(100, 5), "rdp", "replace_one", 2.0),
+    "shuffled": (lambda t: 5.0, ShuffledEpochs(7), "pld", "add_or_remove_one", 2.5),
+    "several releases": (lambda t: [1.5, 8.0], POISSON, "rdp", "add_or_remove_one", 1.2),
+    # Each value several times: the margin of the next steps is asked for and used up.
+    "decreasing": (lambda t: 2.0 - 0.1 * (t // 12), POISSON, "rdp", "add_or_remove_one", 2.0),
+    "decreasing a little": (
+        lambda t: 1.5 * 0.9999 ** (t // 3), POISSON, "rdp", "add_or_remove_one", 1.2
+    ),
+    "increasing": (lambda t: 1.0 + 0.05 * (t // 9), POISSON, "rdp", "add_or_remove_one", 2.2),
+    "one step down": (
+        lambda t: 2.0 if t < 25 else 0.9, POISSON, "pld", "add_or_remove_one", 1.5
+    ),
+    "one step up": (lambda t: 1.0 if t < 20 else 3.0, POISSON, "pld", "add_or_remove_one", 1.5),
+    "to and fro": (lambda t: (1.0, 2.0)[t % 2], POISSON, "rdp", "add_or_remove_one", 2.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_last_step_fits_and_the_next_one_would_not(
+    case: tuple[Callable[[int], Any], Any, str, str, float],
+) -> None:
+    sigma, scheme, accountant, relation, epsilon = case
+    budget = Budget(epsilon, DELTA, accountant, relation)
+    ledger = spend(budget, sigma, scheme, ledger=Ledger(), at_most=400)
+
+    def spent(ledger: Ledger) -> float:
+        return ledger.epsilon(DELTA, accountant=accountant, neighboring_relation=relation)
+
+    assert 3 < ledger.steps < 400
+    assert spent(ledger) <= epsilon < spent(ledger.charge(sigma(ledger.steps), scheme))
+
+
+def test_a_refusal_holds_for_a_weaker_step_but_not_for_a_stronger_one() -> None:
+    budget = Budget(2.0, DELTA, "rdp")
+    ledger = spend(budget, lambda t: 1.1, POISSON, ledger=Ledger(), at_most=400)
+    assert not budget.allows(ledger, [1.1], POISSON)
+    assert not budget.allows(ledger, [0.8], POISSON)
+    assert budget.allows(ledger, [50.0], POISSON)
+
+
+def test_what_was_spent_before_counts() -> None:
+    before = Ledger().charge(1.1, POISSON, steps=40)
+    fresh = spend(Budget(2.0, DELTA, "rdp"), lambda t: 1.1, POISSON, ledger=Ledger(), at_most=400)
+    later = spend(Budget(2.0, DELTA, "rdp"), lambda t: 1.1, POISSON, ledger=before, at_most=400)
+    assert later.steps == fresh.steps > 40
+
+
+def test_a_budget_made_anew_goes_on_as_the_old_one() -> None:
+    """A resumed run makes a new one: it must stop at the same step."""
+    sigma = CASES["decreasing"][0]
+    whole = spend(Budget(2.0, DELTA, "rdp"), sigma, POISSON, ledger=Ledger(), at_most=400)
+    for pause in (1, 13, whole.steps - 1):
+        half = spend(Budget(2.0, DELTA, "rdp"), sigma, POISSON, ledger=Ledger(), at_most=pause)
+        resumed = spend(
+            Budget(2.0, DELTA, "rdp"),
+            lambda t, pause=pause: sigma(t + pause),
+            POISSON,
+            ledger=half,
+            at_most=400,
+        )
+        assert resumed == whole
+
+
+def test_a_change_of_the_scheme_is_noticed() -> None:
+    """Steps that fit at a small rate must not be granted at a large one."""
+    budget, ledger = Budget(2.0, DELTA, "rdp"), Ledger()
+    small, large = PoissonSampling(0.001), PoissonSampling(0.5)
+    assert budget.allows(ledger, [1.1], small)
+    ledger = ledger.charge(1.1, small)
+    ledger = spend(budget, lambda t: 1.1, large, ledger=ledger, at_most=400)
+    assert ledger.epsilon(DELTA, accountant="rdp") <= 2.0
+    assert ledger.charge(1.1, large).epsilon(DELTA, accountant="rdp") > 2.0
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.05])
+def test_a_step_that_cannot_be_private_is_never_allowed(sigma: float) -> None:
+    assert not Budget(8.0, DELTA).allows(Ledger(), [sigma], POISSON)
+    assert math.isinf(Ledger().charge(0.0, POISSON).epsilon(DELTA))
+
+
+def test_the_accountant_is_not_asked_for_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    steps_left = Ledger.steps_left
+    monkeypatch.setattr(
+        Ledger, "steps_left", lambda *args, **options: asked.append(1) or steps_left(*args, **options)
+    )
+    ledger = spend(Budget(2.0, DELTA, "rdp"), lambda t: 1.1, POISSON, ledger=Ledger(), at_most=400)
+    assert ledger.steps > 50 and len(asked) <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epsilon": -1.0, "delta": DELTA}, "epsilon must be finite, > 0, got -1.0"),
+        ({"epsilon": 1.0, "delta": 2.0}, "delta must be finite, > 0, < 1, got 2.0"),
+        ({"epsilon": 1.0, "delta": DELTA, "accountant": "moments"}, "got 'moments'"),
+        ({"epsilon": 1.0, "delta": DELTA, "neighboring_relation": "some"}, "got 'some'"),
+    ],
+)
+def test_an_impossible_budget_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Budget(**options).allows(Ledger(), [1.0], POISSON)
