@@ -113,7 +113,7 @@ def fit(
             delta, accountant=accountant, neighboring_relation=neighboring_relation
         )
 
-    # What the accountant cannot answer for must fail before the first step, not at the first report.
+    # What the accountant cannot answer for fails before the first step, not at the first report.
     spent(ledger.charge(1.0, sampler.scheme))
     saved = checkpoints.restore(state, sampler) if checkpoints is not None else None
     if saved is not None:
