@@ -150,15 +150,9 @@ class PerSampleGrads:
 
         Masked rows are zero; leaves without a gradient are zeros of the leaf's dtype.
         """
-        grads = iter(self._lowering.materialize().grads)
-        leaves, treedef = jax.tree.flatten(self.params)
-        rows = [
-            jnp.zeros((self.batch_size, *leaf.shape), leaf.dtype)
-            if group is None
-            else dense.select_rows(self.mask, next(grads))
-            for leaf, group in zip(leaves, self._groups, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, rows)
+        grads = self._lowering.materialize().grads
+        rows = [dense.select_rows(self.mask, grad) for grad in grads]
+        return self._tree(rows, axes=(self.batch_size,))
 
     def __repr__(self) -> str:
         return f"PerSampleGrads(batch_size={self.batch_size})"
@@ -185,15 +179,15 @@ class PerSampleGrads:
             )
         return tuple(group for group in groups if group is not None)
 
-    def _tree(self, sums: list[jax.Array]) -> Any:
-        """Sums of the leaves that have a gradient -> pytree like the parameters."""
-        remaining = iter(sums)
+    def _tree(self, moving: list[jax.Array], axes: tuple[int, ...] = ()) -> Any:
+        """Values of the leaves that have a gradient -> pytree like the parameters, with leading
+        `axes`; zeros for the others."""
+
+        def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            return jnp.zeros((*axes, *leaf.shape), leaf.dtype)
+
         leaves, treedef = jax.tree.flatten(self.params)
-        filled = [
-            jnp.zeros(leaf.shape, leaf.dtype) if group is None else next(remaining)
-            for leaf, group in zip(leaves, self._groups, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, filled)
+        return jax.tree.unflatten(treedef, _merged(leaves, self._groups, moving, zeros))
 
 
 def _refuse_to_flatten(_: PerSampleGrads) -> Any:
@@ -269,11 +263,7 @@ def per_sample_grads(
         leaves, treedef = jax.tree.flatten(params)
 
         def loss(moving: list[jax.Array], example: Any) -> tuple[jax.Array, Any]:
-            remaining = iter(moving)
-            merged = [
-                leaf if group is None else next(remaining)
-                for leaf, group in zip(leaves, groups, strict=True)
-            ]
+            merged = _merged(leaves, groups, moving, lambda leaf: leaf)
             value = loss_fn(jax.tree.unflatten(treedef, merged), example, **kwargs)
             return _checked_loss(value, has_aux)
 
@@ -290,6 +280,17 @@ def per_sample_grads(
 
 def _with_gradient(leaves: list[Any], groups: Groups) -> list[Any]:
     return [leaf for leaf, group in zip(leaves, groups, strict=True) if group is not None]
+
+
+def _merged(
+    leaves: list[Any], groups: Groups, moving: list[Any], fixed: Callable[[Any], Any]
+) -> list[Any]:
+    """The inverse of `_with_gradient`; a leaf without gradient becomes `fixed(leaf)`."""
+    remaining = iter(moving)
+    return [
+        fixed(leaf) if group is None else next(remaining)
+        for leaf, group in zip(leaves, groups, strict=True)
+    ]
 
 
 def _trainable_groups(params: Any, trainable: Any) -> Groups:

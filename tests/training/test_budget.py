@@ -11,6 +11,7 @@ from jaxdp.training import Budget
 
 DELTA = 1e-5
 POISSON = PoissonSampling(0.04)
+GAUSSIAN = ShuffledEpochs(1)
 
 
 def spend(
@@ -35,16 +36,16 @@ CASES: dict[str, tuple[Callable[[int], Any], Any, str, str, float]] = {
     "shuffled": (lambda t: 5.0, ShuffledEpochs(7), "pld", "add_or_remove_one", 2.5),
     "several releases": (lambda t: [1.5, 8.0], POISSON, "rdp", "add_or_remove_one", 1.2),
     # Each value several times: the margin of the next steps is asked for and used up.
-    "decreasing": (lambda t: 2.0 - 0.1 * (t // 12), POISSON, "rdp", "add_or_remove_one", 2.0),
-    "decreasing a little": (
-        lambda t: 1.5 * 0.9999 ** (t // 3), POISSON, "rdp", "add_or_remove_one", 1.2
-    ),
-    "increasing": (lambda t: 1.0 + 0.05 * (t // 9), POISSON, "rdp", "add_or_remove_one", 2.2),
+    "decreasing": (lambda t: 2.0 - 0.3 * (t // 25), POISSON, "pld", "add_or_remove_one", 1.5),
+    "increasing": (lambda t: 1.0 + 0.3 * (t // 9), POISSON, "pld", "add_or_remove_one", 1.7),
     "one step down": (
         lambda t: 2.0 if t < 25 else 0.9, POISSON, "pld", "add_or_remove_one", 1.5
     ),
     "one step up": (lambda t: 1.0 if t < 20 else 3.0, POISSON, "pld", "add_or_remove_one", 1.5),
-    "to and fro": (lambda t: (1.0, 2.0)[t % 2], POISSON, "rdp", "add_or_remove_one", 2.0),
+    # Of plain Gaussians, whose accounting is instant: another value at every step.
+    "always less": (lambda t: 20 * 0.99**t, GAUSSIAN, "rdp", "add_or_remove_one", 2.5),
+    "always more": (lambda t: 10 * 1.01**t, GAUSSIAN, "rdp", "add_or_remove_one", 2.5),
+    "to and fro": (lambda t: (10.0, 20.0)[t % 2], GAUSSIAN, "pld", "add_or_remove_one", 2.5),
 }
 
 
@@ -65,33 +66,39 @@ def test_the_last_step_fits_and_the_next_one_would_not(
 
 def test_a_refusal_holds_for_a_weaker_step_but_not_for_a_stronger_one() -> None:
     budget = Budget(2.0, DELTA, "rdp")
-    ledger = spend(budget, lambda t: 1.1, POISSON, ledger=Ledger(), at_most=400)
-    assert not budget.allows(ledger, [1.1], POISSON)
-    assert not budget.allows(ledger, [0.8], POISSON)
-    assert budget.allows(ledger, [50.0], POISSON)
+    ledger = spend(budget, lambda t: 10.0, GAUSSIAN, ledger=Ledger(), at_most=400)
+    assert not budget.allows(ledger, [10.0], GAUSSIAN)
+    assert not budget.allows(ledger, [8.0], GAUSSIAN)
+    assert budget.allows(ledger, [100.0], GAUSSIAN)
 
 
 def test_what_was_spent_before_counts() -> None:
-    before = Ledger().charge(1.1, POISSON, steps=40)
-    fresh = spend(Budget(2.0, DELTA, "rdp"), lambda t: 1.1, POISSON, ledger=Ledger(), at_most=400)
-    later = spend(Budget(2.0, DELTA, "rdp"), lambda t: 1.1, POISSON, ledger=before, at_most=400)
-    assert later.steps == fresh.steps > 40
+    before = Ledger().charge(1.1, POISSON, steps=30)
+    fresh, later = (
+        spend(Budget(2.0, DELTA, "rdp"), lambda t: 1.1, POISSON, ledger=ledger, at_most=400)
+        for ledger in (Ledger(), before)
+    )
+    assert later == fresh and later.steps > 30
 
 
 def test_a_budget_made_anew_goes_on_as_the_old_one() -> None:
     """A resumed run makes a new one: it must stop at the same step."""
-    sigma = CASES["decreasing"][0]
-    whole = spend(Budget(2.0, DELTA, "rdp"), sigma, POISSON, ledger=Ledger(), at_most=400)
+    sigma, scheme, accountant, relation, epsilon = CASES["always less"]
+    whole = spend(
+        Budget(epsilon, DELTA, accountant), sigma, scheme, ledger=Ledger(), at_most=400
+    )
     for pause in (1, 13, whole.steps - 1):
-        half = spend(Budget(2.0, DELTA, "rdp"), sigma, POISSON, ledger=Ledger(), at_most=pause)
+        half = spend(
+            Budget(epsilon, DELTA, accountant), sigma, scheme, ledger=Ledger(), at_most=pause
+        )
         resumed = spend(
-            Budget(2.0, DELTA, "rdp"),
-            lambda t, pause=pause: sigma(t + pause),
-            POISSON,
+            Budget(epsilon, DELTA, accountant),
+            lambda step, pause=pause: sigma(step + pause),
+            scheme,
             ledger=half,
             at_most=400,
         )
-        assert resumed == whole
+        assert half.steps == pause and resumed == whole
 
 
 def test_a_change_of_the_scheme_is_noticed() -> None:
@@ -105,7 +112,7 @@ def test_a_change_of_the_scheme_is_noticed() -> None:
     assert ledger.charge(1.1, large).epsilon(DELTA, accountant="rdp") > 2.0
 
 
-@pytest.mark.parametrize("sigma", [0.0, 0.05])
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
 def test_a_step_that_cannot_be_private_is_never_allowed(sigma: float) -> None:
     assert not Budget(8.0, DELTA).allows(Ledger(), [sigma], POISSON)
     assert math.isinf(Ledger().charge(0.0, POISSON).epsilon(DELTA))
@@ -114,10 +121,13 @@ def test_a_step_that_cannot_be_private_is_never_allowed(sigma: float) -> None:
 def test_the_accountant_is_not_asked_for_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     steps_left = Ledger.steps_left
-    monkeypatch.setattr(
-        Ledger, "steps_left", lambda *args, **options: asked.append(1) or steps_left(*args, **options)
-    )
-    ledger = spend(Budget(2.0, DELTA, "rdp"), lambda t: 1.1, POISSON, ledger=Ledger(), at_most=400)
+
+    def counted(*args: Any, **options: Any) -> int:
+        asked.append(args)
+        return steps_left(*args, **options)
+
+    monkeypatch.setattr(Ledger, "steps_left", counted)
+    ledger = spend(Budget(2.0, DELTA), lambda t: 1.1, POISSON, ledger=Ledger(), at_most=400)
     assert ledger.steps > 50 and len(asked) <= 2
 
 
