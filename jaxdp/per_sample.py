@@ -238,12 +238,12 @@ def per_sample_grads(
       >>> import jax.numpy as jnp
       >>> loss_fn = lambda params, example: (params["w"] @ example[0] - example[1]) ** 2 / 2
       >>> params = {"w": jnp.array([1.0, -1.0])}
-      >>> batch = (jnp.array([[3.0, 4.0], [1.0, 0.0]]), jnp.array([0.0, 3.0]))
+      >>> batch = (jnp.array([[3.0, 4.0], [8.0, 6.0]]), jnp.array([0.0, 1.0]))
       >>> grads = per_sample_grads(loss_fn)(params, batch)
       >>> grads.norms().tolist()
-      [5.0, 2.0]
+      [5.0, 10.0]
       >>> grads.materialize()["w"].tolist()
-      [[-3.0, -4.0], [-2.0, 0.0]]
+      [[-3.0, -4.0], [8.0, 6.0]]
 
     Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1, line
     "compute gradient".
