@@ -18,6 +18,9 @@ examples:
 """
 
 
+_Help = argparse.ArgumentDefaultsHelpFormatter
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence and exit code 2, without the usage that argparse prints before it."""
@@ -120,61 +123,130 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="name", required=True, default=argparse.SUPPRESS, metavar="COMMAND"
+    )
     _add_train(commands)
 
-    spent = commands.add_parser("epsilon", help="ε of a run")
-    spent.add_argument("--noise-multiplier", type=float, nargs="+", required=True, metavar="σ",
-                       help="noise std relative to the clip norm; several for layers of one step")
+    spent = commands.add_parser("epsilon", help="ε of a run", formatter_class=_Help)
+    spent.add_argument(
+        "--noise-multiplier",
+        type=float,
+        nargs="+",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="σ",
+        help="noise std relative to the clip norm; several for layers of one step",
+    )
     _add_run(spent)
     spent.set_defaults(command=_epsilon)
 
-    calibrate = commands.add_parser("calibrate", help="the noise multiplier that a target ε needs")
-    calibrate.add_argument("--epsilon", type=float, required=True, metavar="ε")
+    calibrate = commands.add_parser(
+        "calibrate", help="the noise multiplier that a target ε needs", formatter_class=_Help
+    )
+    calibrate.add_argument(
+        "--epsilon",
+        type=float,
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="ε",
+        help="of the whole run",
+    )
     _add_run(calibrate)
     calibrate.set_defaults(command=_calibrate)
     return parser
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sampling-rate", type=float, required=True, metavar="Q",
-                        help="expected batch size over number of examples (Poisson)")
-    parser.add_argument("--steps", type=int, required=True, metavar="T")
+    parser.add_argument(
+        "--sampling-rate",
+        type=float,
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="Q",
+        help="expected batch size over number of examples (Poisson)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="T",
+        help="logical steps",
+    )
     _add_accounting(parser)
-    parser.add_argument("--neighboring-relation", default="add_or_remove_one",
-                        choices=("add_or_remove_one", "replace_one"))
+    parser.add_argument(
+        "--neighboring-relation",
+        default="add_or_remove_one",
+        choices=("add_or_remove_one", "replace_one"),
+        help="which data sets are neighbours",
+    )
 
 
 def _add_accounting(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--delta", type=float, default=1e-5, metavar="δ", help="default 1e-5")
-    parser.add_argument("--accountant", default="pld", choices=("pld", "rdp"), help="default pld")
+    parser.add_argument("--delta", type=float, default=1e-5, metavar="δ", help="of (ε, δ)")
+    parser.add_argument(
+        "--accountant",
+        default="pld",
+        choices=("pld", "rdp"),
+        help="loss distributions (tight) or Rényi (fast)",
+    )
 
 
 def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     train = commands.add_parser(
-        "train",
-        help="train an image classifier privately",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "train", help="train an image classifier privately", formatter_class=_Help
     )
-    train.add_argument("--data", default="mnist-sample", help="mnist-sample or digits (embedded), "
-                       "a directory of IDX files, or an .npz file")
-    train.add_argument("--model", default="tanh-cnn", choices=models.MODEL_NAMES)
+    train.add_argument(
+        "--data",
+        default="mnist-sample",
+        help="mnist-sample or digits (embedded), a directory of IDX files, or an .npz file",
+    )
+    train.add_argument(
+        "--model",
+        default="tanh-cnn",
+        choices=models.MODEL_NAMES,
+        help="tanh-cnn needs images of at least 16x16",
+    )
     train.add_argument("--epsilon", type=float, default=8.0, help="of the whole run")
     _add_accounting(train)
-    train.add_argument("--epochs", type=float, default=20.0)
+    train.add_argument(
+        "--epochs", type=float, default=20.0, help="passes over the data, in expectation"
+    )
     train.add_argument("--batch-size", type=float, default=512.0, help="expected, per step")
-    train.add_argument("--clip", default="flat", choices=classify.CLIP_NAMES)
+    train.add_argument(
+        "--clip",
+        default="flat",
+        choices=classify.CLIP_NAMES,
+        help="how per-sample gradients are bounded",
+    )
     train.add_argument("--threshold", type=float, default=0.1, help="clip norm")
-    train.add_argument("--learning-rate", type=float, default=8.0)
-    train.add_argument("--schedule", default="cosine", choices=classify.SCHEDULE_NAMES,
-                       help="of the learning rate")
-    train.add_argument("--momentum", type=float, default=0.9)
-    train.add_argument("--microbatch-size", type=int, default=None,
-                       help="per-sample gradients held at a time")
-    train.add_argument("--seed", type=int, default=None,
-                       help="for experiments; without it, randomness is the operating system's")
+    train.add_argument(
+        "--learning-rate",
+        type=float,
+        default=8.0,
+        help="of SGD, for the mean over the expected batch",
+    )
+    train.add_argument(
+        "--schedule", default="cosine", choices=classify.SCHEDULE_NAMES, help="of the learning rate"
+    )
+    train.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    train.add_argument(
+        "--microbatch-size", type=int, default=None, help="per-sample gradients held at a time"
+    )
+    train.add_argument(
+        "--seed",
+        type=int,
+        default=None,
+        help="for experiments; without it, randomness is the operating system's",
+    )
     train.add_argument("--out", type=Path, default=Path("out"), help="for metrics and plot")
     train.add_argument("--checkpoints", type=Path, default=None, help="save here, and resume")
-    train.add_argument("--log", default=None, choices=("logging", "wandb", "tensorboard", "all"))
+    train.add_argument(
+        "--log",
+        default=None,
+        choices=("logging", "wandb", "tensorboard", "all"),
+        help="where each epoch is logged",
+    )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(command=_train)

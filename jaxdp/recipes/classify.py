@@ -140,7 +140,13 @@ def train(
     count = len(dataset.train_y)
     _check_name("clip", config.clip, CLIP_NAMES)
     _check_name("schedule", config.schedule, SCHEDULE_NAMES)
-    sampler = PoissonSampler(count, expected_batch_size=config.batch_size, seed=config.seed)
+    store = None if checkpoints is None else training.Checkpoints(checkpoints)
+    saved = None if store is None else store.sampler()
+    sampler = PoissonSampler(
+        count,
+        expected_batch_size=config.batch_size,
+        seed=saved.seed if saved is not None and config.seed is None else config.seed,
+    )
     steps = max(round(config.epochs * count / config.batch_size), 1)
     total = accounting.calibrate_noise_multiplier(
         config.epsilon,
@@ -164,7 +170,6 @@ def train(
     )
     grads_fn = per_sample_grads(cross_entropy(model), microbatch_size=config.microbatch_size)
     accuracy = accuracy_fn(model, dataset.test_x, dataset.test_y)
-    store = None if checkpoints is None else training.Checkpoints(checkpoints)
     run = training.fit(
         training.init(params, tx),
         training.make_step(grads_fn, tx),

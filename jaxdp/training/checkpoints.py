@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxdp.accounting import Ledger
-from jaxdp.sampling import Sampler
+from jaxdp.sampling import Sampler, sampler_from_dict
 from jaxdp.training.step import TrainState
 
 
@@ -54,6 +54,15 @@ class Checkpoints:
             ),
         )
 
+    def sampler(self) -> Sampler | None:
+        """The sampler of the newest checkpoint, or None where there is none.
+
+        A run whose seed came from the operating system can be resumed only with the sampler that
+        was saved: its seed is written nowhere else.
+        """
+        step = self._manager.latest_step()
+        return None if step is None else sampler_from_dict(self._run(step)["sampler"])
+
     def restore(self, like: TrainState, sampler: Sampler) -> Saved | None:
         """The newest checkpoint, or None where there is none.
 
@@ -68,14 +77,9 @@ class Checkpoints:
         if step is None:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),  # pyright: ignore[reportCallIssue]
-                run=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
-            ),
-        )
-        run = restored["run"]
+        state = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=state))
+        run = self._run(step)
         if run["sampler"] != sampler.to_dict():
             raise ValueError(
                 f"the checkpoint in {self.directory} was drawn by another sampler, so that its "
@@ -83,6 +87,10 @@ class Checkpoints:
                 "directory"
             )
         return Saved(restored["state"], Ledger.from_json(run["ledger"]), run["history"])
+
+    def _run(self, step: int) -> dict[str, Any]:
+        run = ocp.args.JsonRestore()  # pyright: ignore[reportCallIssue]
+        return self._manager.restore(step, args=ocp.args.Composite(run=run))["run"]
 
     def close(self) -> None:
         """Ends Orbax's threads."""
