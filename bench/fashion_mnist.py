@@ -28,7 +28,7 @@ def measure(dataset: data.Dataset, epochs: float, seed: int) -> dict[str, Any]:
         epochs=epochs,
         batch_size=2048,
         threshold=0.1,
-        learning_rate=4.0,
+        learning_rate=24.0,
         seed=seed,
     )
     result = classify.train(config, dataset)

@@ -123,9 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(
-        dest="name", required=True, default=argparse.SUPPRESS, metavar="COMMAND"
-    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     _add_train(commands)
 
     spent = commands.add_parser("epsilon", help="ε of a run", formatter_class=_Help)
