@@ -1,0 +1,174 @@
+"""What all samplers share: physical batches, and draws that are functions of (seed, step)."""
+
+import itertools
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxdp.accounting.checks import check_integer
+from jaxdp.accounting.schemes import SamplingScheme
+
+_SEED_BITS = 128
+
+
+class PhysicalBatch(NamedTuple):
+    """One array-shaped piece of a logical batch.
+
+    Attributes:
+        indices: int64 [P], rows of the training set; 0 where the mask is False.
+        mask: bool [P], True for the examples that take part.
+        is_last: whether this piece completes its logical batch, and noise is due.
+
+    Example:
+        >>> import numpy as np
+        >>> PhysicalBatch(np.zeros(2, np.int64), np.zeros(2, bool), True).is_last
+        True
+    """
+
+    indices: NDArray[np.int64]
+    mask: NDArray[np.bool_]
+    is_last: bool
+
+
+@dataclass(frozen=True, init=False)
+class Sampler(ABC):
+    """A value that says, for every step, which examples take part.
+
+    Attributes:
+        num_examples: n.
+        physical_batch_size: rows of one physical batch.
+        seed: as secret as the data; left out of `repr`.
+    """
+
+    kind: ClassVar[str]
+    """Names the sampler in `to_dict`."""
+
+    stream: ClassVar[int]
+    """Keeps the randomness of one kind apart from that of another with the same seed."""
+
+    num_examples: int
+    physical_batch_size: int
+    seed: int = field(repr=False)
+
+    def __init__(self, num_examples: int, physical_batch_size: int, seed: int | None) -> None:
+        object.__setattr__(self, "num_examples", num_examples)
+        object.__setattr__(self, "physical_batch_size", _check_physical(physical_batch_size))
+        object.__setattr__(self, "seed", _check_seed(seed))
+
+    @property
+    @abstractmethod
+    def expected_batch_size(self) -> float:
+        """The constant to divide a noised sum by."""
+
+    @property
+    @abstractmethod
+    def largest_draw(self) -> int:
+        """How many examples one draw can hold at the most."""
+
+    @property
+    @abstractmethod
+    def scheme(self) -> SamplingScheme:
+        """What the accountant must know."""
+
+    @abstractmethod
+    def members(self, step: int) -> NDArray[np.intp]:
+        """Indices of the examples that take part in a step ≥ 0."""
+
+    def draw(self, step: int) -> tuple[PhysicalBatch, ...]:
+        """The logical batch of one step.
+
+        Args:
+            step: number of the step, ≥ 0.
+
+        Returns:
+            At least one physical batch of [physical_batch_size] rows; only the last says
+            `is_last`.
+
+        Raises:
+            TypeError: `step` is no integer.
+            ValueError: `step` is negative.
+
+        Example:
+            >>> from jaxdp.sampling import FixedSizeSampler
+            >>> sampler = FixedSizeSampler(100, batch_size=5, physical_batch_size=4, seed=1)
+            >>> [int(batch.mask.sum()) for batch in sampler.draw(0)]
+            [4, 1]
+        """
+        return _packed(self.members(_check_step(step)), self.physical_batch_size)
+
+    def batches(self, start: int = 0) -> Iterator[tuple[int, PhysicalBatch]]:
+        """All physical batches from a step on, without end.
+
+        Args:
+            start: the first step, ≥ 0; a resumed run passes the step it stopped before.
+
+        Returns:
+            An iterator of (step, physical batch).
+
+        Example:
+            >>> from jaxdp.sampling import PoissonSampler
+            >>> next(PoissonSampler(20, sampling_rate=0.1, seed=1).batches(start=5))[0]
+            5
+        """
+        # Checked here, not in the generator below, so that a wrong start fails at the call.
+        steps = itertools.count(_check_step(start))
+        return ((step, batch) for step in steps for batch in self.draw(step))
+
+    def to_dict(self) -> dict[str, object]:
+        """The sampler as JSON-able data for `sampler_from_dict`; it contains the secret seed.
+
+        Returns:
+            A dict with a "kind" and the fields.
+
+        Example:
+            >>> from jaxdp.sampling import PoissonSampler
+            >>> PoissonSampler(20, sampling_rate=0.1, seed=1).to_dict()["kind"]
+            'poisson'
+        """
+        return {"kind": self.kind, **asdict(self)}
+
+    def words(self, number: int) -> np.random.PCG64:
+        """The stream of raw 64-bit words of a step or an epoch."""
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(self.stream, number))
+        return np.random.PCG64(sequence)
+
+
+def check_num_examples(value: object) -> int:
+    """The number of examples, an integer of at least 1; raises otherwise."""
+    return check_integer(
+        "num_examples", value, minimum=1, advice="Pass the number of rows of the training set."
+    )
+
+
+def _check_physical(value: object) -> int:
+    advice = "Pass the number of rows that fit the device at once, or leave it out."
+    return check_integer("physical_batch_size", value, minimum=1, advice=advice)
+
+
+def _check_seed(value: object) -> int:
+    if value is None:
+        return secrets.randbits(_SEED_BITS)
+    # The value is a secret: no message of ours may print it.
+    advice = "Pass secrets.randbits(128), or leave it out."
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"seed must be an integer, got a {type(value).__name__}. {advice}")
+    if not 0 <= value < 2**_SEED_BITS:
+        raise ValueError(f"seed must be in [0, 2**{_SEED_BITS}), got one outside. {advice}")
+    return int(value)
+
+
+def _check_step(value: object) -> int:
+    return check_integer("step", value, minimum=0, advice="Steps count from 0.")
+
+
+def _packed(indices: NDArray[np.intp], rows: int) -> tuple[PhysicalBatch, ...]:
+    count = max(1, -(-len(indices) // rows))
+    padded = np.zeros((count, rows), np.int64)
+    padded.reshape(-1)[: len(indices)] = indices
+    mask = (np.arange(count * rows) < len(indices)).reshape(count, rows)
+    return tuple(PhysicalBatch(padded[i], mask[i], i == count - 1) for i in range(count))

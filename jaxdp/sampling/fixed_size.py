@@ -1,0 +1,99 @@
+"""Batches of a fixed size, without replacement."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxdp.accounting.schemes import FixedSizeSampling
+from jaxdp.sampling.base import Sampler, check_num_examples
+
+
+@dataclass(frozen=True, init=False)
+class FixedSizeSampler(Sampler):
+    """Every step takes a uniform subset of b examples, independent of the other steps.
+
+    Each of the C(n, b) subsets is equally likely: every example gets a random 64-bit key and the b
+    smallest keys win.
+
+    Args:
+        num_examples: n, at least 1.
+        batch_size: b, between 1 and n.
+        physical_batch_size: rows of one physical batch. Default: b.
+        seed: integer in [0, 2¹²⁸), as secret as the data. Default: 128 bits from the system.
+
+    Attributes:
+        num_examples: n.
+        batch_size: b.
+        physical_batch_size: rows of one physical batch.
+        seed: the seed, left out of `repr`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Source: Wang, Balle, Kasiviswanathan 2019, "Subsampled Rényi Differential Privacy and
+    Analytical Moments Accountant".
+
+    Example:
+        >>> [batch] = FixedSizeSampler(100, batch_size=4, seed=1).draw(0)
+        >>> len(set(batch.indices.tolist()))
+        4
+    """
+
+    batch_size: int
+    kind = "fixed_size"
+    stream = 1
+
+    def __init__(
+        self,
+        num_examples: int,
+        *,
+        batch_size: int,
+        physical_batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        sizes = FixedSizeSampling(check_num_examples(num_examples), batch_size)
+        super().__init__(
+            sizes.num_examples,
+            sizes.batch_size if physical_batch_size is None else physical_batch_size,
+            seed,
+        )
+        object.__setattr__(self, "batch_size", sizes.batch_size)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The constant to divide a noised sum by.
+
+        Returns:
+            b.
+
+        Example:
+            >>> FixedSizeSampler(100, batch_size=4, seed=1).expected_batch_size
+            4.0
+        """
+        return float(self.batch_size)
+
+    @property
+    def largest_draw(self) -> int:
+        """How many examples one draw can hold at the most: the batch."""
+        return self.batch_size
+
+    @property
+    def scheme(self) -> FixedSizeSampling:
+        """What the accountant must know.
+
+        Returns:
+            The fixed-size scheme.
+
+        Example:
+            >>> FixedSizeSampler(100, batch_size=4, seed=1).scheme
+            FixedSizeSampling(num_examples=100, batch_size=4)
+        """
+        return FixedSizeSampling(self.num_examples, self.batch_size)
+
+    def members(self, step: int) -> NDArray[np.intp]:
+        """Indices of the examples that take part, ascending."""
+        keys = self.words(step).random_raw(self.num_examples)
+        chosen = np.argpartition(keys, self.batch_size - 1)[: self.batch_size]
+        return np.sort(chosen)

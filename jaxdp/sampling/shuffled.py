@@ -1,0 +1,121 @@
+"""Shuffled epochs."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxdp.accounting.schemes import FixedSizeSampling, ShuffledEpochs
+from jaxdp.sampling.base import Sampler, check_num_examples
+
+
+@dataclass(frozen=True, init=False)
+class ShuffledSampler(Sampler):
+    """A fresh uniform permutation per epoch, cut into batches; every example once per epoch.
+
+    An epoch has ceil(n / b) steps. Its last batch may hold fewer examples; the mask pads it, and
+    the divisor stays b. The accountant claims no amplification for it (`ShuffledEpochs`).
+
+    Args:
+        num_examples: n, at least 1.
+        batch_size: b, between 1 and n.
+        physical_batch_size: rows of one physical batch. Default: b.
+        seed: integer in [0, 2¹²⁸), as secret as the data. Default: 128 bits from the system.
+
+    Attributes:
+        num_examples: n.
+        batch_size: b.
+        physical_batch_size: rows of one physical batch.
+        seed: the seed, left out of `repr`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Source: Chua et al. 2024, "How Private are DP-SGD Implementations?".
+
+    Example:
+        >>> sampler = ShuffledSampler(10, batch_size=4, seed=1)
+        >>> sampler.steps_per_epoch, [int(sampler.draw(t)[0].mask.sum()) for t in range(3)]
+        (3, [4, 4, 2])
+    """
+
+    batch_size: int
+    kind = "shuffled"
+    stream = 2
+
+    def __init__(
+        self,
+        num_examples: int,
+        *,
+        batch_size: int,
+        physical_batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        sizes = FixedSizeSampling(check_num_examples(num_examples), batch_size)
+        super().__init__(
+            sizes.num_examples,
+            sizes.batch_size if physical_batch_size is None else physical_batch_size,
+            seed,
+        )
+        object.__setattr__(self, "batch_size", sizes.batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit every example once.
+
+        Returns:
+            ceil(n / b).
+
+        Example:
+            >>> ShuffledSampler(10, batch_size=4, seed=1).steps_per_epoch
+            3
+        """
+        return -(-self.num_examples // self.batch_size)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The constant to divide a noised sum by.
+
+        Returns:
+            b, for the shorter last batch of an epoch too.
+
+        Example:
+            >>> ShuffledSampler(10, batch_size=4, seed=1).expected_batch_size
+            4.0
+        """
+        return float(self.batch_size)
+
+    @property
+    def largest_draw(self) -> int:
+        """How many examples one draw can hold at the most: the batch."""
+        return self.batch_size
+
+    @property
+    def scheme(self) -> ShuffledEpochs:
+        """What the accountant must know.
+
+        Returns:
+            The scheme without amplification.
+
+        Example:
+            >>> ShuffledSampler(10, batch_size=4, seed=1).scheme
+            ShuffledEpochs(steps_per_epoch=3)
+        """
+        return ShuffledEpochs(self.steps_per_epoch)
+
+    def members(self, step: int) -> NDArray[np.intp]:
+        """Indices of the examples that take part, in the order of the epoch's permutation."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = _permutation(self, epoch)
+        first = position * self.batch_size
+        return order[first : first + self.batch_size]
+
+
+@lru_cache(maxsize=4)
+def _permutation(sampler: ShuffledSampler, epoch: int) -> NDArray[np.intp]:
+    keys = sampler.words(epoch).random_raw(sampler.num_examples)
+    order = np.argsort(keys, kind="stable")
+    order.flags.writeable = False  # The cache hands the same array to every step of the epoch.
+    return order
