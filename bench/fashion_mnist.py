@@ -29,7 +29,7 @@ def measure(dataset: data.Dataset, epochs: float, seed: int) -> dict[str, Any]:
         epochs=epochs,
         batch_size=2048,
         threshold=0.1,
-        learning_rate=24.0,
+        learning_rate=8.0,
         seed=seed,
     )
     result = classify.train(config, dataset)
@@ -48,7 +48,7 @@ def main() -> None:
     """Runs every seed, prints the table and writes the figures as JSON."""
     parser = argparse.ArgumentParser(description="Fashion-MNIST at ε ≤ 2.7, several seeds")
     parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist")
-    parser.add_argument("--epochs", type=float, default=30.0)
+    parser.add_argument("--epochs", type=float, default=40.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench/results/fashion_mnist.json"))
     options = parser.parse_args()

@@ -26,7 +26,7 @@ THRESHOLDS = (1.0, 0.5, 2.0)
 # Name -> clip with thresholds c[0], c[1], c[2], which may be traced.
 CLIPS: Mapping[str, Callable[[Any], Transformation]] = {
     "flat": lambda c: jaxdp.clip_flat(c[0]),
-    "flat_schedule": lambda c: jaxdp.clip_flat(lambda step: c[0] / (1.0 + step.astype(jnp.float32))),
+    "flat_schedule": lambda c: jaxdp.clip_flat(lambda step: c[0] / (1.0 + jnp.float32(step))),
     "per_layer": lambda c: jaxdp.clip_per_layer(c[0]),
     "per_layer_tree": lambda c: jaxdp.clip_per_layer(
         {"body": {"b": c[0], "w": c[1]}, "head": c[2]}
@@ -45,8 +45,8 @@ CLIPS: Mapping[str, Callable[[Any], Transformation]] = {
     "adaptive_per_layer": lambda c: adaptive(c[0], per_layer=True),
 }
 
-# Those that fit any tree.
-ANY_TREE = ("flat", "per_layer", "automatic", "automatic_per_layer", "adaptive_per_layer")
+# Those that fit any tree; between them one group and many, with state and without.
+ANY_TREE = ("flat", "adaptive_per_layer")
 
 
 def adaptive(threshold: Any, **options: Any) -> Transformation:
@@ -82,10 +82,14 @@ TREES: Mapping[str, Any] = {
 }
 
 
+def is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
 def tree_loss(params: Any, example: jax.Array) -> jax.Array:
     """A loss for any tree: with t the sum of the floats, x·t + t²/2; its gradient is x + t."""
-    leaves = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    total = sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves)
+    leaves = jax.tree.leaves(params)
+    total = sum(jnp.sum(jnp.float32(leaf)) for leaf in leaves if is_float(leaf))
     return example * total + 0.5 * total * total
 
 
@@ -104,9 +108,12 @@ def small_batch(count: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     )
 
 
+_small_grads = jax.jit(lambda batch: jax.vmap(jax.grad(small_loss), (None, 0))(PARAMS, batch))
+
+
 def small_grads(count: int, seed: int = 0) -> Any:
     """Per-sample gradients of `small_loss`, as `vmap(grad)` gives them."""
-    return jax.vmap(jax.grad(small_loss), (None, 0))(PARAMS, small_batch(count, seed))
+    return _small_grads(small_batch(count, seed))
 
 
 def structure(tree: Any) -> list[tuple[Any, Any, bool]]:

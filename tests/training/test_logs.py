@@ -3,6 +3,7 @@
 import importlib
 import logging
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,16 +70,18 @@ def test_tensorboard_gets_every_scalar_but_the_step(fake_writer: list[Any]) -> N
     assert fake_writer == [*expected, ("flush",)]
 
 
-def test_tensorboard_writes_an_event_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_writes_an_event_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboardX")
     monkeypatch.chdir(tmp_path)
-    log_function("tensorboard")(ROW)
-    [events] = (tmp_path / "runs").rglob("events.out.tfevents.*")
-    content = events.read_bytes()
-    # Slashes apart, tensorboardX keeps the names as they are.
-    assert all(name.encode() in content for name in ROW if name != "step")
+    log, content = log_function("tensorboard"), b""
+    for _ in range(100):  # a thread of tensorboardX writes when it likes
+        log(ROW)
+        [events] = (tmp_path / "runs").rglob("events.out.tfevents.*")
+        content = events.read_bytes()
+        if all(name.encode() in content for name in ROW if name != "step"):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"of {ROW} the event file holds {content!r}")
 
 
 def test_all_goes_everywhere(

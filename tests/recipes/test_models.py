@@ -1,0 +1,73 @@
+"""The models: their sizes, what they return, and which images they take."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdp.recipes.models import MODEL_NAMES, build
+
+KEY = jax.random.key(0)
+
+# (model, image shape, classes, parameters)
+SIZES = [
+    ("tanh-cnn", (28, 28, 1), 10, 26_010),
+    ("tanh-mlp", (8, 8, 1), 10, 64 * 64 + 64 + 64 * 10 + 10),
+    ("linear", (8, 8, 1), 10, 64 * 10 + 10),
+    ("linear", (4, 5, 3), 2, 60 * 2 + 2),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "classes", "size"), SIZES)
+def test_the_number_of_parameters(
+    name: str, shape: tuple[int, ...], classes: int, size: int
+) -> None:
+    params = jax.eval_shape(build(name, shape, classes).init, KEY)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("shape", [(16, 16, 1), (28, 28, 1), (32, 20, 3)])
+def test_one_image_gives_one_row_of_logits(name: str, shape: tuple[int, ...]) -> None:
+    model = build(name, shape, 7)
+    params = jax.eval_shape(model.init, KEY)
+    logits = jax.eval_shape(model.apply, params, jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert (logits.shape, logits.dtype) == ((7,), jnp.float32)
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_logits_depend_on_every_part_of_the_image(name: str) -> None:
+    model = build(name, (28, 28, 1), 10)
+    params = jax.jit(model.init)(KEY)
+    image = jax.random.uniform(KEY, (28, 28, 1))
+
+    @jax.jit
+    @jax.grad
+    def slope(image: jax.Array) -> jax.Array:
+        return jnp.sum(model.apply(params, image) ** 2)
+
+    slopes = np.abs(slope(image))[..., 0]
+    # Of pooling, only the largest of a window counts: blocks of pixels, not each.
+    blocks = slopes[2:26, 2:26].reshape(3, 8, 3, 8).sum(axis=(1, 3))
+    assert (blocks > 0).all()
+
+
+@pytest.mark.parametrize("name", ["tanh-mlp", "linear"])
+def test_initialisation_follows_the_key(name: str) -> None:
+    init = jax.jit(build(name, (16, 16, 1), 3).init)
+    same, other = init(KEY), init(jax.random.key(1))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, init(KEY), same))
+    assert not jax.tree.all(jax.tree.map(jnp.array_equal, other, same))
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="tanh-cnn, tanh-mlp, linear, got 'resnet'"):
+        build("resnet", (28, 28, 1), 10)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (15, 28, 1), (28, 15, 1)])
+def test_an_image_too_small_to_convolve_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least 16x16") as caught:
+        build("tanh-cnn", shape, 10)
+    assert str(shape) in str(caught.value)

@@ -1,0 +1,202 @@
+"""Accumulation: however a logical batch is split, it is one step with one noise."""
+
+# optax types updates as trees of arrays; jaxdp sends PerSampleGrads and Bounded through it.
+# pyright: reportArgumentType=false
+# pyright: reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportReturnType=false
+
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxdp
+from jaxdp.bounded import Bounded
+from tests import helpers
+from tests.helpers import CLIPS, KEY, PARAMS, THRESHOLDS
+
+LOGICAL = 8
+PHYSICAL = 4
+
+
+def chain(clip: Any, sigma: float = 1.0) -> Any:
+    inner = optax.chain(jaxdp.add_noise(sigma, KEY), optax.sgd(0.1, momentum=0.9))
+    return optax.chain(clip, jaxdp.accumulate(inner))
+
+
+def stepper(tx: Any) -> Any:
+    @jax.jit
+    def step(carry: Any, rows: Any, mask: jax.Array, is_last: jax.Array) -> Any:
+        params, state = carry
+        grads = jaxdp.PerSampleGrads.from_arrays(rows, mask)
+        updates, state = tx.update(grads, state, params, is_last=is_last)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+STEPS = {
+    name: (lambda tx: (tx, stepper(tx)))(chain(CLIPS[name](THRESHOLDS)))
+    for name in ("per_layer_tree", "adaptive_per_layer")
+}
+
+
+def padded(rows: Any, indices: np.ndarray) -> tuple[Any, np.ndarray]:
+    """A physical batch: the rows of `indices`, filled up with garbage under the mask."""
+    mask = np.arange(PHYSICAL) < len(indices)
+    places = np.append(indices, np.zeros(PHYSICAL - len(indices), int)).astype(int)
+
+    def fill(leaf: jax.Array) -> np.ndarray:
+        leaf = np.array(leaf)[places]
+        leaf[~mask] = np.nan
+        return leaf
+
+    return jax.tree.map(fill, rows), mask
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> list[np.ndarray]:
+    """The samples in any order, in physical batches of any size; some may be empty."""
+    order = draw(st.permutations(range(LOGICAL)))
+    parts, rest = [], list(order)
+    while rest:
+        size = draw(st.integers(0, min(PHYSICAL, len(rest)))) if len(parts) < 6 else PHYSICAL
+        parts.append(np.array(rest[:size], int))
+        rest = rest[size:]
+    if draw(st.booleans()):
+        parts.append(np.array([], int))
+    return parts
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_any_split_of_a_logical_batch_gives_the_parameters_of_the_whole(name: str) -> None:
+    tx, step = STEPS[name]
+    rows = helpers.small_grads(LOGICAL)
+    start = (PARAMS, tx.init(PARAMS))
+    whole = step(start, rows, np.ones(LOGICAL, bool), True)
+
+    @hypothesis.settings(max_examples=20)
+    @hypothesis.given(parts=splits())
+    def search(parts: list[np.ndarray]) -> None:
+        carry = start
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            carry = step(carry, *padded(rows, part), last)
+            if not last:
+                # Nothing is released before the end: neither parameters nor inner state move.
+                helpers.assert_trees_equal(carry[0], PARAMS)
+                helpers.assert_trees_equal(carry[1][1].inner_state, start[1][1].inner_state)
+        helpers.assert_trees_close(carry, whole, rtol=1e-5, atol=1e-5)
+
+    search()
+
+
+def test_noise_is_drawn_once_for_a_logical_batch() -> None:
+    """With empty batches the update is the noise alone: that of one draw, whatever the number of
+    physical batches, and another one at the next logical step."""
+    noise = jaxdp.add_noise(1.0, KEY)
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(noise))
+    update = jax.jit(tx.update)
+    rows = jax.tree.map(jnp.zeros_like, helpers.small_grads(2))
+    state, noise_state = tx.init(PARAMS), noise.init(PARAMS)
+    empty = Bounded(jax.tree.map(jnp.zeros_like, PARAMS), 1.0)
+    seen = []
+    for parts in (1, 3, 2):
+        for part in range(parts):
+            updates, state = update(rows, state, PARAMS, is_last=part == parts - 1)
+            if part < parts - 1:
+                helpers.assert_trees_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+        alone, noise_state = noise.update(empty, noise_state)
+        helpers.assert_trees_close(updates, alone)
+        seen.append(updates)
+    assert not helpers.any_equal(seen[0], seen[1])
+    assert not helpers.any_equal(seen[1], seen[2])
+
+
+def test_the_noise_adds_to_the_sum_of_all_physical_batches() -> None:
+    rows = helpers.small_grads(6)
+    clip = jaxdp.clip_per_layer(0.5)
+    total, _ = clip.update(rows, clip.init(PARAMS))
+    for sigma in (0.0, 2.0):
+        tx = optax.chain(clip, jaxdp.accumulate(jaxdp.add_noise(sigma, KEY)))
+        update, state = jax.jit(tx.update), tx.init(PARAMS)
+        for start in (0, 2, 4):
+            part = jax.tree.map(lambda leaf, s=start: leaf[s : s + 2], rows)
+            updates, state = update(part, state, PARAMS, is_last=start == 4)
+        noise = jaxdp.add_noise(sigma, KEY)
+        expected, _ = noise.update(total, noise.init(PARAMS))
+        helpers.assert_trees_close(updates, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_thresholds_that_change_within_a_logical_batch_count_with_their_maximum() -> None:
+    unit = jaxdp.add_noise(1.0, KEY, "per_layer")
+    tx = jaxdp.accumulate(unit)
+    nothing = [jnp.zeros(3), jnp.zeros(2)]
+    update, state = jax.jit(tx.update), tx.init(nothing)
+    parts = (jnp.array([1.0, 5.0]), jnp.array([4.0, 2.0]), jnp.array([3.0, 1.0]))
+    for number, sensitivity in enumerate(parts):
+        part = Bounded(nothing, sensitivity, (0, 1))
+        updates, state = update(part, state, nothing, is_last=number == 2)
+    expected, _ = unit.update(Bounded(nothing, jnp.array([4.0, 5.0]), (0, 1)), unit.init(nothing))
+    helpers.assert_trees_close(updates, expected)
+    # The next logical batch begins anew.
+    updates, _ = update(Bounded(nothing, jnp.ones(2), (0, 1)), state, nothing, is_last=True)
+    again, _ = unit.update(
+        Bounded(nothing, jnp.ones(2), (0, 1)), unit.init(nothing)._replace(step=jnp.int32(1))
+    )
+    helpers.assert_trees_close(updates, again)
+
+
+def test_after_the_end_nothing_of_the_logical_batch_remains() -> None:
+    tx, step = STEPS["per_layer_tree"]
+    carry = (PARAMS, tx.init(PARAMS))
+    for number in range(3):
+        carry = step(carry, *padded(helpers.small_grads(LOGICAL), np.arange(3)), number == 2)
+    state = carry[1][1]
+    helpers.assert_trees_equal(state.value, jax.tree.map(jnp.zeros_like, PARAMS))
+    assert np.all(np.asarray(state.sensitivities) == 0)
+
+
+def test_every_physical_batch_runs_the_same_compiled_step() -> None:
+    tx = chain(jaxdp.clip_flat(1.0))
+    step = stepper(tx)
+    carry = (PARAMS, tx.init(PARAMS))
+    for number in range(4):
+        rows, mask = padded(helpers.small_grads(LOGICAL), np.arange(number))
+        carry = step(carry, rows, mask, jnp.asarray(number % 2 == 1))
+    assert step._cache_size() == 1
+
+
+def accumulated(updates: Any, **options: Any) -> Any:
+    tx = jaxdp.accumulate(jaxdp.add_noise(1.0, KEY))
+    return tx.update(updates, tx.init(PARAMS), PARAMS, **options)
+
+
+def test_the_end_of_the_logical_batch_must_be_said() -> None:
+    with pytest.raises(TypeError, match=r"accumulate needs update\(..., is_last=...\)"):
+        accumulated(Bounded(PARAMS, 1.0))
+
+
+@pytest.mark.parametrize("updates", [PARAMS, helpers.small_grads(2)], ids=["mean", "per_sample"])
+def test_only_the_bounded_sum_of_a_clip_is_accumulated(updates: Any) -> None:
+    with pytest.raises(TypeError, match="accumulate takes the jaxdp.Bounded of a clip, got dict"):
+        accumulated(updates, is_last=True)
+
+
+def test_a_handle_is_not_accumulated() -> None:
+    grads = jaxdp.per_sample_grads(helpers.small_loss)(PARAMS, helpers.small_batch(2))
+    with pytest.raises(TypeError, match="got PerSampleGrads: put it right behind the clip"):
+        accumulated(grads, is_last=True)
+
+
+def test_an_optimizer_without_noise_inside_says_what_is_missing() -> None:
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(optax.sgd(0.1)))
+    with pytest.raises((TypeError, ValueError), match="jaxdp.*add_noise"):
+        tx.update(helpers.small_grads(2), tx.init(PARAMS), PARAMS, is_last=True)

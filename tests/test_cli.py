@@ -1,0 +1,330 @@
+"""The command line: what it prints and writes, and the one sentence it says otherwise."""
+
+import gzip
+import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdp.cli import main
+from jaxdp.recipes.classify import CLIP_NAMES
+
+ROOT = Path(__file__).parents[1]
+SECRET = 987_654_321
+# A few steps on the smallest data set.
+SMALL = ["train", "--data", "digits", "--model", "tanh-mlp", "--epochs", "0.3", "--quiet"]
+SMALL += ["--batch-size", "128", "--accountant", "rdp"]
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("COLUMNS", "300")  # so that no row of a table is folded
+    # optax's cosine schedule compares its int32 step with a float.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def rows(text: str) -> dict[str, str]:
+    """The rows of the tables that were printed."""
+    found = re.findall(r"^│ (.+?) +│ (.+?) +│$", text, re.MULTILINE)
+    return {name.strip(): value.strip() for name, value in found}
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+    assert main(list(arguments)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return rows(out)
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that is said with exit code 2."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as exit:  # argparse leaves this way
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith(f"jaxdp {arguments[0]}: error: ") and err.count("\n") == 1, err
+    assert err.endswith("\n") and "Traceback" not in err
+    return err
+
+
+def strict(text: str) -> Any:
+    """JSON as its standard has it, without NaN and Infinity."""
+
+    def forbidden(name: str) -> Any:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=forbidden)
+
+
+# epsilon and calibrate.
+
+RUN = ["--sampling-rate", "0.04", "--steps", "250"]
+EPSILONS = [
+    (["--noise-multiplier", "1.1", *RUN], "3.4715"),
+    (["--noise-multiplier", "1.1", *RUN, "--accountant", "rdp"], "3.8950"),
+    (["--noise-multiplier", "2", "3", "4", *RUN], "1.9851"),
+    (["--noise-multiplier", "2", "3", "4", *RUN, "--accountant", "rdp"], "2.1969"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), EPSILONS)
+def test_epsilon_prints_the_reference_values(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    printed = call(capsys, "epsilon", *arguments)
+    assert printed["ε"] == expected
+    assert printed["δ"] == "1e-05" and printed["steps"] == "250"
+    assert "Poisson" in printed["sampling"] and "0.04" in printed["sampling"]
+    assert printed["accountant"].startswith("RDP" if "rdp" in arguments else "PLD")
+    assert printed["neighbours"] == "add or remove one"
+
+
+def test_epsilon_of_other_neighbours_is_larger(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["epsilon", "--noise-multiplier", "1.1", *RUN]
+    one, two = (
+        call(capsys, *arguments, "--neighboring-relation", relation)
+        for relation in ("add_or_remove_one", "replace_one")
+    )
+    assert float(two["ε"]) > float(one["ε"])
+    assert two["neighbours"] == "replace one"
+
+
+@pytest.mark.parametrize("options", [[], ["--accountant", "rdp", "--delta", "1e-6"]])
+def test_calibrate_inverts_epsilon(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    calibrated = call(capsys, "calibrate", "--epsilon", "3", *RUN, *options)
+    sigma = calibrated["noise multiplier"]
+    spent = call(capsys, "epsilon", "--noise-multiplier", sigma, *RUN, *options)
+    # Four printed digits of σ may be rounded down.
+    assert 2.99 < float(spent["ε"]) <= 3.001
+    assert calibrated["ε"] == "at most 3"
+
+
+# train.
+
+
+def test_train_writes_metrics_and_a_plot_and_prints_a_table(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    out = tmp_path / "new" / "out"
+    options = ["--seed", str(SECRET), "--epsilon", "2", "--clip", "adaptive", "--out", str(out)]
+    printed = call(capsys, *SMALL, *options)
+
+    text = (out / "metrics.json").read_text()
+    metrics = strict(text)
+    assert str(SECRET) not in text
+    assert 0 <= metrics["test_accuracy"] <= 1
+    assert 1.96 < metrics["epsilon"] <= 2 and metrics["delta"] == 1e-5
+    assert metrics["steps"] == 3 and metrics["noise_multiplier"] > 0
+    last = metrics["history"][-1]
+    assert last["epsilon"] == metrics["epsilon"]
+    assert last["test_accuracy"] == metrics["test_accuracy"]
+    assert metrics["config"]["model"] == "tanh-mlp" and metrics["assumptions"]
+
+    pixels = image.imread(out / "training.png")
+    assert min(pixels.shape[:2]) > 300 and np.ptp(pixels[..., :3]) > 0.5
+
+    assert printed["test accuracy"] == f"{metrics['test_accuracy']:.2%}"
+    assert printed["ε"].startswith(f"{metrics['epsilon']:.3f}") and "budget 2" in printed["ε"]
+    assert printed["δ"] == "1e-05" and printed["accountant"].startswith("RDP")
+    assert printed["noise multiplier"] == f"{metrics['noise_multiplier']:.4f}"
+    assert "added or removed" in printed["unit of privacy"] and "Poisson" in printed["sampling"]
+    assert str(out / "metrics.json") in printed["written"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", CLIP_NAMES)
+def test_train_knows_every_clip(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, clip: str
+) -> None:
+    arguments = [*SMALL, "--clip", clip, "--out", str(tmp_path), "--epsilon", "2"]
+    call(capsys, *arguments, "--model", "linear", "--microbatch-size", "50")
+    metrics = strict((tmp_path / "metrics.json").read_text())
+    assert metrics["config"]["clip"] == clip
+    assert 1.96 < metrics["epsilon"] <= 2
+
+
+def test_train_resumes_from_its_checkpoints(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [*SMALL, "--model", "linear", "--out", str(tmp_path / "out")]
+    arguments += ["--checkpoints", str(tmp_path / "checkpoints")]
+    # Without a seed: it is in the checkpoint, and nowhere else.
+    first = call(capsys, *arguments)
+    before = strict((tmp_path / "out" / "metrics.json").read_text())
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["3"]
+    assert call(capsys, *arguments) == first
+    # Throughput included: nothing was executed again.
+    assert strict((tmp_path / "out" / "metrics.json").read_text()) == before
+    message = refuse(capsys, *arguments, "--seed", "2")
+    assert "another sampler" in message
+
+
+def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jaxdp", "epsilon", "--noise-multiplier", "1.1", *RUN]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
+    good = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert (good.returncode, good.stderr) == (0, b"")
+    assert "3.4715" in good.stdout.decode()
+
+
+def test_the_module_hands_the_exit_code_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["jaxdp", "epsilon", "--noise-multiplier", "-1", *RUN])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("jaxdp", run_name="__main__")
+    assert exit.value.code == 2
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["epsilon"], ["calibrate"]])
+def test_help_is_printed(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--help"])
+    assert exit.value.code == 0
+    out, err = capsys.readouterr()
+    assert "usage: jaxdp" in out and err == ""
+
+
+# What is refused: (how to call it, given an empty directory; what the sentence must say).
+
+
+def corrupt_gzip(directory: Path) -> str:
+    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (directory / f"{stem}-ubyte.gz").write_bytes(gzip.compress(bytes(64))[:-9])
+    return str(directory)
+
+
+def corrupt_idx(directory: Path) -> str:
+    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (directory / f"{stem}-ubyte").write_bytes(b"\0\0\x08\x03 and then nothing")
+    return str(directory)
+
+
+def wrong_shape(directory: Path) -> str:
+    path = directory / "set.npz"
+    images = np.zeros((6, 20), np.uint8)
+    np.savez(path, x_train=images, y_train=np.zeros(6, int), x_test=images, y_test=np.zeros(6, int))
+    return str(path)
+
+
+def a_file(directory: Path) -> str:
+    path = directory / "file"
+    path.write_text("in the way")
+    return str(path)
+
+
+Arguments = Callable[[Path], list[str]]
+
+REFUSED: dict[str, tuple[Arguments, str]] = {
+    "missing path": (lambda d: [*SMALL, "--data", str(d / "none" / "set.npz")], "does not exist"),
+    "unknown data": (lambda d: [*SMALL, "--data", "mnits"], "'mnits'"),
+    "empty directory": (lambda d: [*SMALL, "--data", str(d)], "is missing"),
+    "corrupt gzip": (lambda d: [*SMALL, "--data", corrupt_gzip(d)], "corrupt gzip"),
+    "corrupt idx": (lambda d: [*SMALL, "--data", corrupt_idx(d)], "header"),
+    "wrong shape": (lambda d: [*SMALL, "--data", wrong_shape(d)], "got [6, 20]"),
+    "unknown model": (lambda d: [*SMALL, "--model", "resnet"], "resnet"),
+    "unknown clip": (lambda d: [*SMALL, "--clip", "none"], "none"),
+    "too small for the model": (lambda d: [*SMALL, "--model", "tanh-cnn"], "use tanh-mlp"),
+    "negative epsilon": (lambda d: [*SMALL, "--epsilon", "-1"], "epsilon must be"),
+    "no epsilon": (lambda d: [*SMALL, "--epsilon", "nan"], "epsilon must be"),
+    "delta": (lambda d: [*SMALL, "--delta", "2"], "delta must be"),
+    "batch size zero": (lambda d: [*SMALL, "--batch-size", "0"], "expected_batch_size must be"),
+    "batch size beyond data": (
+        lambda d: [*SMALL, "--batch-size", "1439"],
+        "expected_batch_size must be",
+    ),
+    "microbatch size zero": (lambda d: [*SMALL, "--microbatch-size", "0"], "microbatch_size must"),
+    "threshold": (lambda d: [*SMALL, "--threshold", "-1"], "threshold must be"),
+    "seed": (lambda d: [*SMALL, "--seed", "-1"], "seed must be"),
+    "no number": (lambda d: [*SMALL, "--epochs", "many"], "invalid float value: 'many'"),
+    "out is a file": (lambda d: [*SMALL, "--out", a_file(d)], "file"),
+    "out below a file": (lambda d: [*SMALL, "--out", a_file(d) + "/out"], "file/out"),
+    "epsilon: rate": (
+        lambda d: ["epsilon", "--noise-multiplier", "1", "--sampling-rate", "2", "--steps", "1"],
+        "sampling_rate must be",
+    ),
+    "epsilon: steps": (
+        lambda d: ["epsilon", "--noise-multiplier", "1", "--sampling-rate", "0.1", "--steps", "-1"],
+        "steps must be",
+    ),
+    "epsilon: noise": (
+        lambda d: ["epsilon", "--noise-multiplier", "-1", *RUN],
+        "noise_multiplier must be",
+    ),
+    "epsilon: missing": (lambda d: ["epsilon", *RUN], "--noise-multiplier"),
+    "epsilon: unsupported": (
+        lambda d: [
+            "epsilon",
+            "--noise-multiplier",
+            "1",
+            *RUN,
+            "--accountant",
+            "rdp",
+            "--neighboring-relation",
+            "replace_one",
+        ],
+        "which it does not",
+    ),
+    "calibrate: negative epsilon": (
+        lambda d: ["calibrate", "--epsilon", "-3", *RUN],
+        "epsilon must be",
+    ),
+    "calibrate: beyond reach": (
+        lambda d: ["calibrate", "--epsilon", "1e-9", *RUN, "--delta", "1e-15"],
+        "epsilon must be reachable",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_used_is_one_sentence_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: Arguments,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = [*tmp_path.iterdir()]
+    call = arguments(tmp_path)
+    made = {*tmp_path.iterdir()} - {*before}
+    assert says in refuse(capsys, *call)
+    assert {*tmp_path.iterdir()} - made <= {tmp_path / "out"}  # nothing else is left behind
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["fit"]])
+def test_an_unknown_command_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out) == (2, "")
+    assert err.startswith("jaxdp: error: ") and err.count("\n") == 1
+
+
+def test_a_missing_log_package_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it then fails
+    message = refuse(capsys, *SMALL, "--out", str(tmp_path), "--log", "wandb")
+    assert "pip install 'jaxdp[wandb]'" in message
+
+
+def test_infinite_epsilon_is_a_number_people_can_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert math.isinf(float(call(capsys, "epsilon", "--noise-multiplier", "0", *RUN)["ε"]))

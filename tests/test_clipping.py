@@ -1,0 +1,399 @@
+"""Clips: the numbers of each rule, the adaptive threshold, schedules and misuse.
+
+What a clip must never do is attacked in test_sensitivity.py.
+"""
+
+# optax types updates as trees of arrays; jaxdp sends PerSampleGrads and Bounded through it.
+# pyright: reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+
+import jaxdp
+from tests import helpers
+from tests.helpers import CLIPS, KEY, PARAMS, THRESHOLDS, TREES
+
+ROWS = 6
+
+# Name -> (groups, thresholds, weight of norm and threshold), by the definitions of the papers.
+SHRINK = lambda norm, c: min(1.0, c / norm) if norm else 1.0  # noqa: E731
+NORMALISE = lambda norm, c: c / (norm + 0.1)  # noqa: E731
+DEFINITIONS: Mapping[str, tuple[tuple[int, ...], tuple[float, ...], Callable[..., float]]] = {
+    "flat": ((0, 0, 0), (1.0,), SHRINK),
+    "flat_schedule": ((0, 0, 0), (1.0,), SHRINK),
+    "per_layer": ((0, 1, 2), (1.0, 1.0, 1.0), SHRINK),
+    "per_layer_tree": ((0, 1, 2), (1.0, 0.5, 2.0), SHRINK),
+    "per_layer_prefix": ((0, 1, 2), (1.0, 1.0, 0.5), SHRINK),
+    "per_layer_list": ((0, 1, 2), (1.0, 0.5, 2.0), SHRINK),
+    "by_group": ((1, 1, 0), (1.0, 0.5), SHRINK),
+    "by_group_function": ((0, 1, 0), (1.0, 0.5), SHRINK),
+    "automatic": ((0, 0, 0), (1.0,), NORMALISE),
+    "automatic_per_layer": ((0, 1, 2), (1.0, 1.0, 1.0), NORMALISE),
+    "adaptive": ((0, 0, 0), (1.0,), SHRINK),
+    "adaptive_per_layer": ((0, 1, 2), (1.0, 1.0, 1.0), SHRINK),
+}
+
+
+def by_definition(name: str, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """Σ_i w_ik g_ik in double precision, one sample and one group at a time."""
+    groups, thresholds, weight = DEFINITIONS[name]
+    sums = [np.zeros(leaf.shape[1:]) for leaf in rows]
+    for i in range(ROWS):
+        sample = [leaf[i].astype(np.float64) for leaf in rows]
+        for k, threshold in enumerate(thresholds):
+            members = [leaf for leaf, group in enumerate(groups) if group == k]
+            norm = np.sqrt(sum(np.sum(sample[leaf] ** 2) for leaf in members))
+            for leaf in members:
+                sums[leaf] += weight(norm, threshold) * sample[leaf]
+    return sums
+
+
+@pytest.mark.parametrize("name", list(CLIPS))
+def test_each_clip_computes_its_definition(name: str) -> None:
+    for scale in (0.1, 1.0, 30.0):  # no sample clipped, some, all
+        rows = jax.tree.map(lambda leaf, scale=scale: scale * leaf, helpers.small_grads(ROWS, 3))
+        rows["head"] = rows["head"].at[0].set(0.0)
+        tx = CLIPS[name](THRESHOLDS)
+        got, _ = tx.update(rows, tx.init(PARAMS), PARAMS)
+        expected = by_definition(name, [np.asarray(leaf) for leaf in jax.tree.leaves(rows)])
+        for sums, reference in zip(jax.tree.leaves(got.value), expected, strict=True):
+            np.testing.assert_allclose(sums, reference, rtol=1e-5, atol=1e-5)
+        groups, thresholds, _ = DEFINITIONS[name]
+        assert got.groups == groups
+        np.testing.assert_allclose(np.atleast_1d(got.sensitivity), thresholds)
+        np.testing.assert_allclose(
+            got.total_sensitivity, np.linalg.norm(thresholds), rtol=1e-6
+        )
+
+
+def test_a_threshold_that_nobody_reaches_changes_nothing() -> None:
+    rows = helpers.small_grads(ROWS)
+    for clip in (jaxdp.clip_flat(1e6), jaxdp.clip_per_layer(1e6)):
+        got, _ = clip.update(rows, clip.init(PARAMS))
+        helpers.assert_trees_close(got.value, jax.tree.map(lambda leaf: leaf.sum(0), rows))
+
+
+def test_thresholds_of_frozen_leaves_count_for_nothing() -> None:
+    grads_fn = jaxdp.per_sample_grads(
+        helpers.small_loss, trainable={"body": {"b": True, "w": False}, "head": True}
+    )
+    grads = grads_fn(PARAMS, helpers.small_batch(ROWS))
+    for thresholds in ([1.0, 99.0, 2.0], {"body": {"b": 1.0, "w": 99.0}, "head": 2.0}):
+        clip = jaxdp.clip_per_layer(thresholds)
+        got, _ = clip.update(grads, clip.init(PARAMS), PARAMS)
+        assert got.sensitivity.tolist() == [1.0, 2.0]
+        assert got.groups == (0, None, 1)
+
+
+def test_a_threshold_schedule_is_read_at_the_logical_step() -> None:
+    """Physical batches of one logical batch share a step; the next logical batch has the next."""
+    clips = (
+        jaxdp.clip_flat(lambda step: 1.0 + jnp.float32(step)),
+        jaxdp.clip_per_layer([1.0, lambda step: 1.0 + jnp.float32(step), 1.0]),
+        jaxdp.clip_automatic(lambda step: 1.0 + jnp.float32(step)),
+    )
+    rows = helpers.small_grads(ROWS)
+    for clip in clips:
+        state, seen = clip.init(PARAMS), []
+        for is_last in (False, False, True, True, False):
+            total, state = clip.update(rows, state, PARAMS, is_last=is_last)
+            seen.append(float(np.max(total.sensitivity)))
+        assert seen == [1.0, 1.0, 1.0, 2.0, 3.0]
+
+
+# The adaptive threshold.
+
+
+def counts_of(rows: Any, mask: Any = None, **options: Any) -> jax.Array:
+    """The counts of one physical batch, before noise."""
+    mask = jnp.ones(len(jax.tree.leaves(rows)[0]), bool) if mask is None else mask
+    return _counts_of(rows, mask, tuple(options.items()))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _counts_of(rows: Any, mask: Any, options: Any) -> jax.Array:
+    clip = helpers.adaptive(1.0, **dict(options))
+    grads = jaxdp.PerSampleGrads.from_arrays(rows, mask)
+    _, state = clip.update(grads, clip.init(grads.params), is_last=False)
+    return state.counts
+
+
+def test_the_count_is_half_of_those_below_less_half_of_those_above() -> None:
+    rows = jnp.array([[0.2], [1.0], [-0.9], [3.0]])  # 1.0 lies at the threshold: not above it
+    assert float(counts_of(rows)) == 1.5 - 0.5
+    per_layer = counts_of({"a": rows, "b": 2.0 * rows}, per_layer=True)
+    assert per_layer.tolist() == [1.5 - 0.5, 0.5 - 1.5]
+
+
+def test_masked_and_non_finite_samples_are_not_counted() -> None:
+    rows = {
+        "a": jnp.array([[0.2], [0.2], [jnp.nan], [0.2], [1e30]]),
+        "b": jnp.array([[0.3], [0.3], [0.3], [jnp.inf], [0.3]]),
+    }
+    mask = jnp.array([True, False, True, True, True])
+    assert float(counts_of(rows, mask)) == 0.5
+    assert counts_of(rows, mask, per_layer=True).tolist() == [0.5, 0.5]
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(seed=st.integers(0, 2**32 - 1), scale=st.floats(-3, 3))
+def test_no_sample_moves_the_counts_by_more_than_their_sensitivity(seed: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    rows = {name: (10.0**scale * rng.normal(size=(4, 2))).astype(np.float32) for name in "abc"}
+    for sample in (rng.normal(size=2), np.full(2, np.nan), np.full(2, 1e30), np.zeros(2)):
+        replaced = {name: leaf.copy() for name, leaf in rows.items()}
+        replaced["b"][-1] = sample
+        for per_layer, leaves in ((False, 1), (True, 3)):
+            without = counts_of(rows, np.arange(4) < 3, per_layer=per_layer)
+            for present in (rows, replaced):
+                moved = np.linalg.norm(counts_of(present, per_layer=per_layer) - without)
+                assert moved <= np.sqrt(leaves) / 2 + 1e-6
+
+
+def noise_of_counts(count: int, sigma: float, leaves: int) -> np.ndarray:
+    """Noise `[count, leaves]` of the counts of batches without samples, by many keys, in units of
+    samples. With η = 1 and m = 1 the threshold moves by exp(−(1/2 + noise − γ))."""
+    rows = {str(leaf): jnp.ones((2, 1)) for leaf in range(leaves)}
+
+    def move(key: jax.Array) -> jax.Array:
+        clip = jaxdp.clip_adaptive(
+            1.0,
+            key=key,
+            count_noise_multiplier=sigma,
+            expected_batch_size=1.0,
+            learning_rate=1.0,
+            per_layer=True,
+        )
+        grads = jaxdp.PerSampleGrads.from_arrays(rows, jnp.zeros(2, bool))
+        _, state = clip.update(grads, clip.init(grads.params))
+        return -jnp.log(state.thresholds)
+
+    keys = jax.random.split(jax.random.key(3), count)
+    return np.asarray(jax.jit(jax.vmap(move))(keys), np.float64)
+
+
+@pytest.mark.parametrize("leaves", [1, 4])
+def test_the_noise_of_the_counts_is_gaussian_of_the_stated_deviation(leaves: int) -> None:
+    """σ_b·√K/2 for K counts. Wrong alarm 2·10⁻⁶ in each statement; a deviation of 1.05σ escapes
+    with less than 10⁻⁶ (with n = 40 000 it stands 14 deviations away)."""
+    sigma, count = 0.3, 40_000 // leaves
+    noise = noise_of_counts(count, sigma, leaves) / (sigma * np.sqrt(leaves) / 2)
+    total = noise.size
+    limit = scipy.stats.norm.isf(1e-6)
+    assert abs(noise.mean()) < limit / np.sqrt(total)
+    assert abs(np.mean(noise**2) - 1) < limit * np.sqrt(2 / total)
+    assert abs(np.mean((1.05 * noise) ** 2) - 1) > limit * np.sqrt(2 / total)
+    if leaves > 1:
+        correlations = np.corrcoef(noise.T)[np.triu_indices(leaves, 1)]
+        assert np.max(np.abs(correlations)) < limit / np.sqrt(count)
+
+
+@pytest.mark.parametrize("quantile", [0.2, 0.5, 0.9])
+def test_the_threshold_settles_at_the_quantile_of_the_norms(quantile: float) -> None:
+    norms = np.geomspace(0.5, 50.0, 200)
+    rows = {"a": jnp.asarray(norms[:, None], jnp.float32)}
+    rows["b"] = 10.0 * rows["a"]
+    clip = jaxdp.clip_adaptive(
+        0.01,
+        key=KEY,
+        count_noise_multiplier=1.0,
+        expected_batch_size=len(norms),
+        quantile=quantile,
+        learning_rate=0.5,
+        per_layer=True,
+    )
+
+    def body(state: Any, _: Any) -> tuple[Any, jax.Array]:
+        _, state = clip.update(rows, state)
+        return state, state.thresholds
+
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    _, history = jax.lax.scan(body, clip.init(params), None, length=200)
+    settled = np.asarray(history)[-50:]
+    expected = np.quantile(norms, quantile)
+    for leaf, scale in enumerate((1.0, 10.0)):
+        # The share of the norms below, not the norm itself, is what is steered.
+        below = np.mean(norms[None] * scale <= settled[:, leaf, None])
+        assert abs(below - quantile) < 0.03
+        assert abs(np.log(np.mean(settled[:, leaf]) / (scale * expected))) < 0.2
+
+
+def test_counts_add_up_over_physical_batches_and_move_the_threshold_once() -> None:
+    rows = helpers.small_grads(6)
+    parts = [jax.tree.map(lambda leaf, s=s: leaf[s], rows) for s in np.split(np.arange(6), 3)]
+    for per_layer in (False, True):
+        clip = helpers.adaptive(1.0, per_layer=per_layer)
+        whole = clip.init(PARAMS)
+        _, whole = clip.update(rows, whole, PARAMS)
+        state = clip.init(PARAMS)
+        for part in parts[:2]:
+            bounded, state = clip.update(part, state, PARAMS, is_last=False)
+            assert np.all(np.asarray(state.thresholds) == 1.0)
+            assert np.all(np.asarray(bounded.sensitivity) == 1.0)
+            assert int(state.step) == 0
+            assert np.isnan(state.noise_multiplier)
+        _, state = clip.update(parts[2], state, PARAMS, is_last=True)
+        helpers.assert_trees_close(state, whole)
+        assert np.all(np.asarray(state.counts) == 0)
+        assert int(state.step) == 1
+
+
+def test_the_clip_reports_the_noise_multiplier_of_its_counts() -> None:
+    clip = helpers.adaptive(1.0, count_noise_multiplier=lambda step: 3.0 + jnp.float32(step))
+    state = clip.init(PARAMS)
+    for expected in (3.0, 4.0):
+        _, state = clip.update(helpers.small_grads(ROWS), state, PARAMS)
+        assert [float(s) for s in jaxdp.executed_noise_multipliers(state)] == [expected]
+
+
+def test_the_adaptive_clip_uses_the_threshold_it_releases() -> None:
+    clip = helpers.adaptive(0.5)
+    state = clip.init(PARAMS)
+    for seed in range(3):
+        before = float(state.thresholds)
+        bounded, state = clip.update(helpers.small_grads(ROWS, seed), state, PARAMS)
+        assert float(bounded.sensitivity) == before
+        assert float(state.thresholds) != before
+
+
+def run(clip: Any, rows: Any = None, params: Any = PARAMS) -> Any:
+    rows = helpers.small_grads(2) if rows is None else rows
+    return clip.update(rows, clip.init(PARAMS), params)
+
+
+MISUSES: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "clip after clip": (
+        lambda: run(optax.chain(jaxdp.clip_flat(1.0), jaxdp.clip_flat(1.0))),
+        TypeError,
+        "takes per-sample gradients, got a Bounded, whose samples are summed already",
+    ),
+    "adaptive clip after clip": (
+        lambda: run(optax.chain(jaxdp.clip_flat(1.0), helpers.adaptive(1.0))),
+        TypeError,
+        "got a Bounded",
+    ),
+    "mean gradient": (
+        lambda: run(jaxdp.clip_flat(1.0), PARAMS),
+        ValueError,
+        "not the gradient of a mean loss|same leading axis",
+    ),
+    "mean gradient of one matrix": (
+        lambda: run(jaxdp.clip_flat(1.0), {"w": jnp.ones((3, 2))}, {"w": jnp.ones((3, 2))}),
+        ValueError,
+        "shapes without the sample axis",
+    ),
+    "scalar gradient": (
+        lambda: run(jaxdp.clip_flat(1.0), jnp.ones(()), None),
+        ValueError,
+        "must have a leading sample axis",
+    ),
+    "rows disagree": (
+        lambda: run(jaxdp.clip_flat(1.0), {"a": jnp.ones((2, 1)), "b": jnp.ones((3, 1))}, None),
+        ValueError,
+        "same leading axis, the samples",
+    ),
+    "nothing to clip": (
+        lambda: run(jaxdp.clip_flat(1.0), {"a": jnp.arange(3)}, None),
+        ValueError,
+        "at least one trainable",
+    ),
+    "complex gradients": (
+        lambda: run(jaxdp.clip_flat(1.0), jnp.ones((3, 2), jnp.complex64), None),
+        TypeError,
+        "parameters must be real",
+    ),
+    "thresholds of another structure": (
+        lambda: run(jaxdp.clip_per_layer({"tail": 1.0})),
+        ValueError,
+        "threshold must be a pytree prefix of the parameters",
+    ),
+    "too few thresholds": (
+        lambda: run(jaxdp.clip_per_layer([1.0, 2.0])),
+        ValueError,
+        "one number for each of the 3 leaves of the parameters, got 2",
+    ),
+    "label without threshold": (
+        lambda: run(jaxdp.clip_by_group({"body": "a", "head": "b"}, {"a": 1.0})),
+        ValueError,
+        r"must hold every label, got labels \[\"'b'\"\] without one; known: \[\"'a'\"\]",
+    ),
+    "threshold without label": (
+        lambda: run(jaxdp.clip_by_group("a", {"a": 1.0, "b": 1.0})),
+        ValueError,
+        r"but \['b'\] guard none and would only add noise: remove them",
+    ),
+    "labels of another structure": (
+        lambda: run(jaxdp.clip_by_group({"tail": "a"}, {"a": 1.0})),
+        ValueError,
+        "labels must be a pytree prefix of the parameters",
+    ),
+    "no groups": (
+        lambda: jaxdp.clip_by_group({}, {}), ValueError, "must hold at least one label, got none"
+    ),
+    "quantile": (lambda: helpers.adaptive(1.0, quantile=1.5), ValueError, "quantile .* got 1.5"),
+    "quantile nan": (
+        lambda: helpers.adaptive(1.0, quantile=float("nan")), ValueError, "quantile must be in"
+    ),
+    "count noise": (
+        lambda: helpers.adaptive(1.0, count_noise_multiplier=-1.0),
+        ValueError,
+        "count_noise_multiplier must be finite and at least 0, got .*=-1.0",
+    ),
+    "batch size": (
+        lambda: helpers.adaptive(1.0, expected_batch_size=0.0),
+        ValueError,
+        "expected_batch_size must be finite and above 0",
+    ),
+    "learning rate": (
+        lambda: helpers.adaptive(1.0, learning_rate=0.0), ValueError, "learning_rate must be"
+    ),
+    "stability": (
+        lambda: jaxdp.clip_automatic(stability=0.0), ValueError, "stability must be .* above 0"
+    ),
+}
+
+
+@pytest.mark.parametrize("misuse", list(MISUSES))
+def test_misuse_is_told_with_name_rule_and_value(misuse: str) -> None:
+    action, error, message = MISUSES[misuse]
+    with pytest.raises(error, match=message):
+        action()
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan"), float("inf"), np.float32(-2.0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        jaxdp.clip_flat,
+        jaxdp.clip_per_layer,
+        lambda c: jaxdp.clip_per_layer([1.0, c]),
+        lambda c: jaxdp.clip_per_layer({"body": 1.0, "head": c}),
+        lambda c: jaxdp.clip_by_group("a", {"a": c}),
+        jaxdp.clip_automatic,
+        helpers.adaptive,
+    ],
+)
+def test_a_threshold_must_be_a_finite_number_above_zero(make: Any, threshold: float) -> None:
+    with pytest.raises(ValueError, match=r"threshold.* must be finite and above 0, got"):
+        make(threshold)
+
+
+def test_gradients_of_every_tree_are_accepted_as_arrays() -> None:
+    for params in TREES.values():
+        rows = jax.tree.map(lambda leaf: jnp.ones((3, *leaf.shape), leaf.dtype), params)
+        clip = jaxdp.clip_per_layer(1.0)
+        total, _ = jax.eval_shape(clip.update, rows, clip.init(params), params)
+        assert jax.tree.structure(total.value) == jax.tree.structure(params)
+        shapes = zip(jax.tree.leaves(total.value), jax.tree.leaves(params), strict=True)
+        assert all(got.shape == param.shape for got, param in shapes)

@@ -1,0 +1,222 @@
+"""The train state and the jitted step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxdp
+from jaxdp import training
+from jaxdp.noise import executed_noise_multipliers
+from jaxdp.recipes import classify, models
+
+EXAMPLES = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+KEY = jax.random.key(5)
+
+Chain = optax.GradientTransformationExtraArgs
+
+
+def loss_fn(params: dict[str, jax.Array], example: jax.Array) -> jax.Array:
+    return (example @ params["w"] + params["b"]) ** 2
+
+
+def new_params() -> dict[str, jax.Array]:
+    return {"w": jnp.arange(1.0, 4.0), "b": jnp.ones(())}
+
+
+def chain(sigma: Any = 1.5, key: jax.Array = KEY, **options: Any) -> Chain:
+    inner = optax.chain(jaxdp.add_noise(sigma, key, **options), optax.sgd(0.1, momentum=0.9))
+    return optax.chain(jaxdp.clip_per_layer(1.0), jaxdp.accumulate(inner))
+
+
+def adaptive(key: jax.Array = KEY) -> Chain:
+    clip = jaxdp.clip_adaptive(1.0, key=key, count_noise_multiplier=6.0, expected_batch_size=4.0)
+    return optax.chain(clip, jaxdp.accumulate(jaxdp.add_noise(1.5, key)), optax.sgd(0.1))
+
+
+def made(tx: Chain) -> tuple[training.Step, training.TrainState]:
+    step = training.make_step(jaxdp.per_sample_grads(loss_fn), tx)
+    return step, training.init(new_params(), tx)
+
+
+def mask(*rows: int) -> np.ndarray:
+    return np.isin(np.arange(len(EXAMPLES)), rows)
+
+
+ALL = mask(*range(6))
+
+
+def test_the_update_is_that_of_the_chain() -> None:
+    tx = chain()
+    step, state = made(tx)
+
+    @jax.jit
+    def by_hand(params: Any) -> Any:
+        grads = jax.vmap(jax.grad(loss_fn), (None, 0))(params, EXAMPLES)
+        updates, _ = tx.update(grads, tx.init(params), params, is_last=True)
+        return optax.apply_updates(params, updates)
+
+    expected = by_hand(new_params())
+    state, _ = step.run(state, EXAMPLES, ALL, True)
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), state.params, expected
+    )
+
+
+def test_only_the_last_part_of_a_logical_batch_is_a_step() -> None:
+    step, state = made(chain())
+    before = jax.device_get(state.params)
+    for is_last, count in [(False, 0), (False, 0), (True, 1), (False, 1), (True, 2)]:
+        state, _ = step.run(state, EXAMPLES, ALL, is_last)
+        assert state.step.dtype == jnp.int32 and int(state.step) == count
+        moved = not np.array_equal(state.params["w"], before["w"])
+        assert moved == (count > 0)  # nothing is released before the end
+
+
+def test_what_a_step_reports() -> None:
+    step, state = made(chain())
+    batch = EXAMPLES.copy()
+    batch[1] = np.nan  # masked: counts for nothing, nowhere
+    batch[2] = 1e30  # its gradient overflows
+    _, metrics = step.run(state, batch, mask(0, 2, 4), True)
+    assert (int(metrics.samples), int(metrics.nonfinite)) == (3, 1)
+    _, metrics = step.run(training.init(new_params(), chain()), batch, mask(0, 4), True)
+    losses = [float(loss_fn(new_params(), jnp.asarray(batch[row]))) for row in (0, 4)]
+    assert (int(metrics.samples), int(metrics.nonfinite)) == (2, 0)
+    np.testing.assert_allclose(metrics.loss_sum, sum(losses), rtol=1e-6)
+
+
+def test_the_state_that_is_given_is_consumed_but_what_the_user_holds_survives() -> None:
+    params, key = new_params(), jax.random.key(11)
+    tx = adaptive(key)  # one key in two states: donating it twice would fail
+    step = training.make_step(jaxdp.per_sample_grads(loss_fn), tx)
+    for _ in range(2):  # a second run from the same pieces
+        first = training.init(params, tx)
+        state, _ = step.run(first, EXAMPLES, ALL, True)
+        state, _ = step.run(state, EXAMPLES, ALL, True)
+        assert first.params["w"].is_deleted()
+    np.testing.assert_array_equal(params["w"], new_params()["w"])
+    assert jax.random.key_data(key).tolist() == jax.random.key_data(jax.random.key(11)).tolist()
+
+
+def test_every_sample_of_every_physical_batch_gets_a_key_of_its_own() -> None:
+    def loss_and_key(params: Any, example: Any) -> tuple[jax.Array, jax.Array]:
+        row, key = example
+        return loss_fn(params, row), jax.random.bits(key)
+
+    seen: list[int] = []
+    keyed = jaxdp.per_sample_grads(loss_and_key, has_aux=True)
+
+    def grads_fn(params: Any, batch: Any, mask: jax.Array) -> Any:
+        grads = keyed(params, batch, mask)
+        jax.debug.callback(lambda bits: seen.extend(bits.tolist()), grads.aux)
+        return grads
+
+    step = training.make_step(grads_fn, chain(), example_keys=True)
+
+    def three_parts(key: jax.Array) -> list[int]:
+        seen.clear()
+        state = training.init(new_params(), chain(), key)
+        for is_last in (False, True, True):
+            state, _ = step.run(state, EXAMPLES, ALL, is_last)
+        jax.effects_barrier()
+        return list(seen)
+
+    first = three_parts(jax.random.key(1))
+    assert len(set(first)) == 3 * len(EXAMPLES)
+    assert three_parts(jax.random.key(1)) == first
+    assert not set(three_parts(jax.random.key(2))) & set(first)
+
+
+def test_asking_for_the_noise_consumes_nothing() -> None:
+    step, state = made(adaptive())
+    step.noise_multipliers(state, EXAMPLES)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert int(state.step) == 0
+
+
+def test_it_compiles_once() -> None:
+    step, state = made(adaptive())
+    for index in range(6):
+        step.noise_multipliers(state, EXAMPLES)
+        rows = mask(*range(index))
+        state, _ = step.run(state, EXAMPLES + np.float32(index), rows, index % 3 == 2)
+    assert step.run._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert step.noise_multipliers._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
+# Chain -> the noise multipliers of steps 0, 1, 2.
+RELEASES: dict[str, tuple[Chain, list[list[float]]]] = {
+    "schedule": (chain(lambda step: 2.0 / (1 + step.astype(float))), [[2.0], [1.0], [2 / 3]]),
+    "per layer": (chain(1.1, allocation="per_layer"), [[1.1 / 2**0.5]] * 3),
+    "adaptive": (adaptive(), [[6.0, 1.5]] * 3),
+    "without accumulation": (
+        optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(0.7, KEY), optax.sgd(0.1)),
+        [[0.7]] * 3,
+    ),
+}
+
+
+@pytest.mark.parametrize(("tx", "expected"), RELEASES.values(), ids=RELEASES.keys())
+def test_the_noise_that_is_announced_is_the_noise_that_is_drawn(
+    tx: Chain, expected: list[list[float]]
+) -> None:
+    step, state = made(tx)
+    for want in expected:
+        announced = step.noise_multipliers(state, EXAMPLES)
+        np.testing.assert_allclose(announced, want, rtol=1e-6)
+        state, _ = step.run(state, EXAMPLES, ALL, True)
+        drawn = executed_noise_multipliers(state.opt_state)
+        np.testing.assert_array_equal(announced, jnp.stack(drawn))
+
+
+def test_the_announced_noise_does_not_depend_on_the_rows() -> None:
+    step, state = made(adaptive())
+    nothing = np.full_like(EXAMPLES, np.nan)
+    np.testing.assert_array_equal(
+        step.noise_multipliers(state, EXAMPLES), step.noise_multipliers(state, nothing)
+    )
+
+
+def test_a_chain_without_noise_is_refused() -> None:
+    step, state = made(optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(_strip())))
+    with pytest.raises(ValueError, match="put jaxdp.add_noise"):
+        step.noise_multipliers(state, EXAMPLES)
+
+
+def _strip() -> optax.GradientTransformation:
+    """Takes the value out of a Bounded: what nobody should do."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return updates.value, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def test_announcing_the_noise_costs_next_to_nothing() -> None:
+    model = models.build("tanh-cnn", (28, 28, 1), 10)
+    clip = jaxdp.clip_adaptive(0.1, key=KEY, count_noise_multiplier=6.0, expected_batch_size=8.0)
+    noise = jaxdp.add_noise(lambda step: 1.0 + step.astype(float), KEY)
+    tx = optax.chain(clip, jaxdp.accumulate(optax.chain(noise, optax.sgd(0.1, momentum=0.9))))
+    step = training.make_step(jaxdp.per_sample_grads(classify.cross_entropy(model)), tx)
+    state = jax.eval_shape(lambda: training.init(model.init(KEY), tx))
+    batch = (np.zeros((8, 28, 28, 1), np.float32), np.zeros(8, np.int32))
+
+    def flops(stage: Any) -> float:
+        return stage.cost_analysis().get("flops", 0.0)
+
+    whole = flops(step.run.lower(state, batch, np.ones(8, bool), True))  # pyright: ignore[reportFunctionMemberAccess]
+    asked = step.noise_multipliers.lower(state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    assert whole > 1e6
+    assert flops(asked.compile()) < 1e-4 * whole
+
+
+def test_init_makes_a_state_of_stable_shapes() -> None:
+    step, state = made(adaptive())
+    after = jax.eval_shape(step.run, state, EXAMPLES, ALL, True)[0]
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
