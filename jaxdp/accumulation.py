@@ -49,7 +49,8 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
       zero and neither noise nor the inner state moves: nothing is released, nothing is to charge.
 
     Raises:
-      TypeError: (in `update`) `is_last` is missing, or what comes in is no `Bounded`.
+      TypeError: (in `update`) `is_last` is missing, what comes in is no `Bounded`, or `inner`
+        draws no noise.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp
@@ -96,6 +97,11 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
             released, inner_state = behind.update(
                 total, state.inner_state, params, is_last=True, **extra
             )
+            if isinstance(released, Bounded):
+                raise TypeError(
+                    "accumulate must hold everything behind the clip, but its inner transformation "
+                    "lets a Bounded through: move jaxdp.add_noise and what follows it inside"
+                )
             empty = jax.tree.map(jnp.zeros_like, value)
             return released, AccumulateState(empty, jnp.zeros_like(sensitivities), inner_state)
 

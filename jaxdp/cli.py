@@ -1,6 +1,8 @@
 """The command line: `python -m jaxdp train | epsilon | calibrate`. Parsing and printing only."""
 
 import argparse
+import io
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,12 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit code: 0, or 2 for input that cannot be used, after one sentence on stderr.
     """
     options = _parser().parse_args(arguments)
+    _quieten()
     try:
         options.command(options)
     except (ValueError, ImportError, OSError) as error:
         print(f"jaxdp {options.name}: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _quieten() -> None:
+    """Keeps what is printed to what was asked for, on any terminal."""
+    # dp-accounting warns of every Rényi order that does not converge, one line each.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("jaxdp").setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every terminal can show ε
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -62,7 +76,8 @@ def _train(options: argparse.Namespace) -> None:
         microbatch_size=options.microbatch_size,
         seed=options.seed,
     )
-    options.out.mkdir(parents=True, exist_ok=True)
+    metrics, plot = options.out / "metrics.json", options.out / "training.png"
+    report.check_outputs(metrics, plot)
     result = classify.train(
         config,
         dataset,
@@ -70,7 +85,6 @@ def _train(options: argparse.Namespace) -> None:
         checkpoints=options.checkpoints,
         progress=not options.quiet,
     )
-    metrics, plot = options.out / "metrics.json", options.out / "training.png"
     report.write_metrics(metrics, config, dataset, result)
     report.write_plot(plot, dataset, result)
     rows = report.summary(config, dataset, result) | {"written": f"{metrics}, {plot}"}

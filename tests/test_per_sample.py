@@ -214,7 +214,7 @@ def assert_close(got: Any, expected: np.ndarray, tolerance: float = 1e-5) -> Non
 
 
 CASES = [(name, None) for name in MODELS] + [
-    (name, 2) for name in ("convolution", "recurrent", "with_aux", "dropout_typed_keys")
+    (name, 2) for name in ("recurrent", "with_aux", "dropout_typed_keys")
 ]
 
 
@@ -262,7 +262,7 @@ def test_everything_a_handle_answers_equals_the_loop(
     assert int(nonfinite) == 0
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, ROWS, ROWS + 4])
+@pytest.mark.parametrize("size", [1, 3, 7])
 def test_any_microbatch_size_gives_the_same_rows(size: int) -> None:
     model = with_aux()
 
@@ -283,15 +283,21 @@ def test_any_microbatch_size_gives_the_same_rows(size: int) -> None:
 
 @pytest.mark.parametrize("microbatch_size", [None, 1])
 def test_bfloat16_parameters_have_norms_and_sums_in_float32(microbatch_size: int | None) -> None:
-    """2·4096 equal entries: in bfloat16, of 8 bits, their sum would stop growing at 256."""
+    """4096 entries and 300 rows of ones: in bfloat16, of 8 bits, their sums would stop at 256."""
     count, rows = 4096, 300
     params = {"w": jnp.ones(count, jnp.bfloat16)}
-    with jax.numpy_dtype_promotion("standard"):
-        grads = jaxdp.per_sample_grads(
+
+    @jax.jit
+    def answers(batch: jax.Array) -> Any:
+        grads_fn = jaxdp.per_sample_grads(
             lambda p, x: jnp.sum(p["w"]) * x, microbatch_size=microbatch_size
-        )(params, jnp.ones(rows, jnp.bfloat16))
-        norms, total = grads.norms(), grads.weighted_sum(jnp.ones(rows))
-        assert grads.materialize()["w"].dtype == jnp.bfloat16
+        )
+        grads = grads_fn(params, batch)
+        return grads.norms(), grads.weighted_sum(jnp.ones(rows)), grads.materialize()
+
+    with jax.numpy_dtype_promotion("standard"):
+        norms, total, materialized = answers(jnp.ones(rows, jnp.bfloat16))
+    assert materialized["w"].dtype == jnp.bfloat16
     assert norms.dtype == total["w"].dtype == jnp.float32
     np.testing.assert_allclose(norms, 64.0, rtol=1e-6)
     np.testing.assert_allclose(total["w"], 300.0, rtol=1e-6)
@@ -302,9 +308,10 @@ def test_bfloat16_gradients_agree_with_the_loop_to_their_own_precision() -> None
     expected = one_at_a_time("perceptron")
     with jax.numpy_dtype_promotion("standard"):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
-        grads = jaxdp.per_sample_grads(model.loss_fn)(params, model.batch)
+        grads_fn = jaxdp.per_sample_grads(model.loss_fn)
+        rows = jax.jit(lambda p, b: grads_fn(p, b).materialize())(params, model.batch)
         # A bfloat16 has 8 bits: 2^-8 for each of the few roundings on the way.
-        for got, leaf in zip(jax.tree.leaves(grads.materialize()), expected.grads, strict=True):
+        for got, leaf in zip(jax.tree.leaves(rows), expected.grads, strict=True):
             assert_close(got.astype(jnp.float32), leaf, tolerance=0.02)
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, cast, get_args
 
 import dp_accounting
+import numpy as np
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.pld.privacy_loss_distribution import (
     PrivacyLossDistribution,
@@ -20,6 +21,8 @@ from dp_accounting.pld.privacy_loss_distribution import (
     identity,
 )
 from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp.rdp_privacy_accountant import compute_delta, compute_epsilon
+from numpy.typing import NDArray
 
 from jaxdp.accounting.checks import check_choice, check_real
 from jaxdp.accounting.mechanisms import Mechanism, coarsened, event_of
@@ -220,13 +223,19 @@ def _composed_pld(
     return past.compose(_pld_of(mechanisms[-1], relation, interval))
 
 
+@lru_cache(maxsize=4096)
+def _rdp_of_step(mechanism: Mechanism, question: Question) -> NDArray[np.float64]:
+    """Of one step, at dp-accounting's default orders."""
+    accountant = RdpAccountant(neighboring_relation=_RELATIONS[question.relation])
+    return accountant.compose(event_of(mechanism, noise_scale(question))).rdp
+
+
 def _composed_rdp(
     mechanisms: tuple[Mechanism, ...], question: Question
-) -> PLDAccountant | RdpAccountant:
-    accountant = _fresh_accountant(question)
-    for mechanism in mechanisms:
-        accountant.compose(event_of(mechanism, noise_scale(question)))
-    return accountant
+) -> tuple[list[float], list[float]]:
+    """Orders and RDP of all the steps: it adds up."""
+    steps = (each.repeats * _rdp_of_step(each._replace(repeats=1), question) for each in mechanisms)
+    return RdpAccountant().orders.tolist(), np.sum(list(steps), axis=0).tolist()
 
 
 @lru_cache(maxsize=4096)
@@ -255,7 +264,7 @@ def epsilon_of(mechanisms: tuple[Mechanism, ...], delta: float, question: Questi
         return math.inf
     mechanisms = coarsened(mechanisms)
     if question.accountant == "rdp":
-        return float(_composed_rdp(mechanisms, question).get_epsilon(delta))
+        return float(compute_epsilon(*_composed_rdp(mechanisms, question), delta)[0])
     return float(_composed_pld(mechanisms, question.relation).get_epsilon_for_delta(delta))
 
 
@@ -285,5 +294,5 @@ def delta_of(mechanisms: tuple[Mechanism, ...], epsilon: float, question: Questi
         return 1.0
     mechanisms = coarsened(mechanisms)
     if question.accountant == "rdp":
-        return float(_composed_rdp(mechanisms, question).get_delta(epsilon))
+        return float(compute_delta(*_composed_rdp(mechanisms, question), epsilon)[0])
     return float(_composed_pld(mechanisms, question.relation).get_delta_for_epsilon(epsilon))

@@ -87,8 +87,7 @@ class Ledger:
         * Equal (σ, scheme) steps are grouped before composing; for Poisson and fixed-size sampling
           the order does not matter. Shuffled steps are counted per epoch, in order.
         * When a scheme saw more than 32 distinct noise multipliers (a noise schedule), each is
-          rounded DOWN to the smallest one in its bin of a geometric grid of 32 bins. That only
-          overstates epsilon, by a few percent when they lie within a factor of two or three.
+          rounded DOWN to a power of 2^(1/32). That only overstates epsilon, by a few percent.
           `dp_event()` stays exact.
         * Answers are cached, and so is the composed past of the last answer.
 

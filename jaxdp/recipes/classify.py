@@ -1,5 +1,6 @@
 """The main job: train an image classifier privately, from a configuration to a result."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from jaxdp.randomness import random_key
 from jaxdp.recipes.data import Dataset
 from jaxdp.recipes.models import Model, build
 from jaxdp.sampling import PoissonSampler
+from jaxdp.schedules import checked
 from jaxdp.training.logs import LogFn
 
 CLIP_NAMES = ("flat", "per-layer", "automatic", "adaptive")
@@ -47,9 +49,9 @@ class Config:
       momentum: in [0, 1).
       accountant: "pld" or "rdp".
       microbatch_size: per-sample gradients held at a time; None for a whole physical batch.
-      seed: for initialisation, sampling and noise. None draws all of them from the operating
-        system: needed for a model that is released, since whoever knows the seed can subtract
-        the noise.
+      seed: in [0, 2³²), for initialisation, sampling and noise. None draws all of them from the
+        operating system: needed for a model that is released, since whoever knows the seed can
+        subtract the noise.
     """
 
     model: str
@@ -65,6 +67,16 @@ class Config:
     accountant: accounting.AccountantName = "pld"
     microbatch_size: int | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checked("epochs", self.epochs)
+        checked("learning_rate", self.learning_rate)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+        _check_name("clip", self.clip, CLIP_NAMES)
+        _check_name("schedule", self.schedule, SCHEDULE_NAMES)
 
 
 class Result(NamedTuple):
@@ -138,15 +150,7 @@ def train(
     """
     model = build(config.model, dataset.train_x.shape[1:], dataset.num_classes)
     count = len(dataset.train_y)
-    _check_name("clip", config.clip, CLIP_NAMES)
-    _check_name("schedule", config.schedule, SCHEDULE_NAMES)
-    store = None if checkpoints is None else training.Checkpoints(checkpoints)
-    saved = None if store is None else store.sampler()
-    sampler = PoissonSampler(
-        count,
-        expected_batch_size=config.batch_size,
-        seed=saved.seed if saved is not None and config.seed is None else config.seed,
-    )
+    sampler = _sampler(config, count, config.seed)
     steps = max(round(config.epochs * count / config.batch_size), 1)
     total = accounting.calibrate_noise_multiplier(
         config.epsilon,
@@ -155,35 +159,36 @@ def train(
         sampling=sampler.scheme,
         accountant=config.accountant,
     )
-    keys = jax.random.split(random_key() if config.seed is None else jax.random.key(config.seed), 3)
-    params = model.init(keys[0])
-    clip, sigma = _clip(config, total, len(jax.tree.leaves(params)), keys[1])
-    tx = optax.chain(
-        clip,
-        accumulate(
-            optax.chain(
-                add_noise(sigma, keys[2]),
-                optax.scale(1 / config.batch_size),
-                optax.sgd(_learning_rate(config, steps), momentum=config.momentum or None),
-            )
-        ),
-    )
+    key = random_key() if config.seed is None else jax.random.key(config.seed)
+    init_key, chain_key = jax.random.split(key)
+    params = model.init(init_key)
+    tx, sigma = _chain(config, total, steps, params, chain_key)
     grads_fn = per_sample_grads(cross_entropy(model), microbatch_size=config.microbatch_size)
     accuracy = accuracy_fn(model, dataset.test_x, dataset.test_y)
-    run = training.fit(
-        training.init(params, tx),
-        training.make_step(grads_fn, tx),
-        sampler,
-        (dataset.train_x, dataset.train_y),
-        steps=steps,
-        delta=config.delta,
-        budget=config.epsilon,
-        accountant=config.accountant,
-        evaluate=lambda params: {"test_accuracy": accuracy(params)},
-        log_fn=log_fn,
-        checkpoints=store,
-        progress=progress,
-    )
+    with contextlib.ExitStack() as stack:
+        store = None
+        if checkpoints is not None:
+            store = stack.enter_context(contextlib.closing(training.Checkpoints(checkpoints)))
+            saved = store.sampler()
+            if saved is not None and config.seed is None:
+                sampler = _sampler(config, count, saved.seed)
+        run = training.fit(
+            training.init(params, tx),
+            training.make_step(grads_fn, tx),
+            sampler,
+            (dataset.train_x, dataset.train_y),
+            steps=steps,
+            delta=config.delta,
+            budget=config.epsilon,
+            accountant=config.accountant,
+            evaluate=lambda params: {"test_accuracy": accuracy(params)},
+            log_fn=log_fn,
+            checkpoints=store,
+            progress=progress,
+        )
+    randomness = "operating system"
+    if config.seed is not None:
+        randomness = "a given seed (an experiment: who knows it can subtract the noise)"
     return Result(
         params=run.state.params,
         accuracy=accuracy(run.state.params),
@@ -195,11 +200,27 @@ def train(
             "unit of privacy": "one training example, added or removed",
             "sampling": f"Poisson, rate {sampler.scheme.sampling_rate:.4g} per step",
             "released": "every iterate (the test set counts as public)",
-            "randomness": "operating system"
-            if config.seed is None
-            else f"seed {config.seed} (an experiment: keep the seed secret)",
+            "randomness": randomness,
         },
     )
+
+
+def _sampler(config: Config, count: int, seed: int | None) -> PoissonSampler:
+    return PoissonSampler(count, expected_batch_size=config.batch_size, seed=seed)
+
+
+def _chain(
+    config: Config, total: float, steps: int, params: Any, key: jax.Array
+) -> tuple[optax.GradientTransformation, float]:
+    """The optax chain whose step costs `total`, and the σ of its gradients."""
+    clip_key, noise_key = jax.random.split(key)
+    clip, sigma = _clip(config, total, len(jax.tree.leaves(params)), clip_key)
+    behind = optax.chain(
+        add_noise(sigma, noise_key),
+        optax.scale(1 / config.batch_size),
+        optax.sgd(_learning_rate(config, steps), momentum=config.momentum or None),
+    )
+    return optax.chain(clip, accumulate(behind)), sigma
 
 
 def _check_name(field: str, value: str, names: Sequence[str]) -> None:

@@ -53,10 +53,24 @@ def write_metrics(path: Path, config: Config, dataset: Dataset, result: Result) 
         "delta": config.delta,
         "noise_multiplier": result.noise_multiplier,
         "steps": result.steps,
-        "assumptions": {k: v for k, v in result.assumptions.items() if k != "randomness"},
+        "assumptions": result.assumptions,
         "history": result.history,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def check_outputs(*paths: Path) -> None:
+    """Fails before a run, not after it, where its outputs could not be written.
+
+    Raises:
+      OSError: a folder cannot be made, or a path is taken by a folder.
+      ImportError: matplotlib is not installed.
+    """
+    _figure_class()
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
 
 
 def write_plot(path: Path, dataset: Dataset, result: Result) -> None:
@@ -65,16 +79,11 @@ def write_plot(path: Path, dataset: Dataset, result: Result) -> None:
     Raises:
       ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'jaxdp[plot]'") from error
-
     epochs = [row["epoch"] for row in result.history]
     accuracies = [100 * row["test_accuracy"] for row in result.history]
     epsilons = [row["epsilon"] for row in result.history]
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = _figure_class()(figsize=(7, 4), layout="constrained")
     left = figure.subplots()
     right = left.twinx()
     (accuracy_line,) = left.plot(epochs, accuracies, color="tab:blue", marker="o", markersize=3)
@@ -85,3 +94,11 @@ def write_plot(path: Path, dataset: Dataset, result: Result) -> None:
     left.grid(alpha=0.3)
     left.legend([accuracy_line, epsilon_line], ["test accuracy", "ε"], loc="lower right")
     figure.savefig(path, dpi=150)
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib: pip install 'jaxdp[plot]'") from error
+    return Figure

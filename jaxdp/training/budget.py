@@ -10,9 +10,8 @@ from jaxdp.accounting import (
     combined_noise_multiplier,
 )
 
-# A schedule gives every step its own σ. Asking how many steps fit at a slightly smaller one
-# answers for many steps at once; near the end of the budget the question is exact again.
-_MARGIN = 0.98
+# How far ahead to look: one question to the accountant then serves this many equal steps.
+_HORIZON = 1000
 
 
 @dataclass
@@ -20,8 +19,8 @@ class Budget:
     """Tells before each step whether it fits into (ε, δ).
 
     Asked once per step, in order. What it answers is exact: `allows` is true exactly when the
-    ledger with that step in it stays at or below ε. It remembers how many steps fit, so that the
-    accountant is not asked for each of them.
+    ledger with that step in it stays at or below ε. For equal steps it remembers how many fit, so
+    that the accountant is not asked for each of them; a schedule of σ makes it ask at every step.
 
     Args:
       epsilon: ε > 0 that must not be exceeded.
@@ -45,9 +44,8 @@ class Budget:
     delta: float
     accountant: AccountantName = "pld"
     neighboring_relation: RelationName = "add_or_remove_one"
+    _step: tuple[float, SamplingScheme] | None = field(default=None, init=False, repr=False)
     _left: int = field(default=0, init=False, repr=False)
-    _floor: tuple[float, SamplingScheme] | None = field(default=None, init=False, repr=False)
-    _last: float | None = field(default=None, init=False, repr=False)
 
     def allows(
         self, ledger: Ledger, noise_multipliers: list[float], sampling: SamplingScheme
@@ -59,24 +57,18 @@ class Budget:
           noise_multipliers: of the Gaussians that the coming step releases.
           sampling: the scheme that draws its batch.
         """
-        sigma = combined_noise_multiplier(noise_multipliers)
-        known = self._floor is not None and sampling == self._floor[1] and sigma >= self._floor[0]
-        if not (known and self._left > 0):
-            steady = self._last is None or sigma == self._last
-            floor = sigma if steady else _MARGIN * sigma
-            self._floor, self._left = (floor, sampling), self._fitting(ledger, floor, sampling)
-            if self._left == 0 and floor < sigma:
-                self._floor, self._left = (sigma, sampling), self._fitting(ledger, sigma, sampling)
-        self._last = sigma
+        step = combined_noise_multiplier(noise_multipliers), sampling
+        if step != self._step or self._left <= 0:
+            # A σ met for the first time may be one of a schedule: look one step ahead only.
+            horizon = _HORIZON if step == self._step else 1
+            self._step = step
+            self._left = ledger.steps_left(
+                *step,
+                epsilon=self.epsilon,
+                delta=self.delta,
+                accountant=self.accountant,
+                neighboring_relation=self.neighboring_relation,
+                at_most=horizon,
+            )
         self._left -= 1
         return self._left >= 0
-
-    def _fitting(self, ledger: Ledger, sigma: float, sampling: SamplingScheme) -> int:
-        return ledger.steps_left(
-            sigma,
-            sampling,
-            epsilon=self.epsilon,
-            delta=self.delta,
-            accountant=self.accountant,
-            neighboring_relation=self.neighboring_relation,
-        )

@@ -37,6 +37,8 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.directory = Path(directory).absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"checkpoints need a directory, got the file {self.directory}")
         # Synchronous: the next step reuses the buffers that are being written.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -45,7 +47,12 @@ class Checkpoints:
         self, state: TrainState, ledger: Ledger, sampler: Sampler, history: list[dict[str, Any]]
     ) -> None:
         """Writes one checkpoint, named by the state's step."""
-        run = {"ledger": ledger.to_json(), "sampler": sampler.to_dict(), "history": history}
+        run = {
+            "ledger": ledger.to_json(),
+            "sampler": sampler.to_dict(),
+            "history": history,
+            "structure": _structure(state),
+        }
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -71,27 +78,46 @@ class Checkpoints:
           sampler: the sampler of the run, which must be the one that was saved.
 
         Raises:
-          ValueError: the checkpoint belongs to another sampler.
+          ValueError: the checkpoint belongs to another sampler or another model, clip or
+            optimizer; it is damaged.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        state = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=state))
         run = self._run(step)
+        if run["structure"] != _structure(like):
+            raise ValueError(
+                f"the checkpoint in {self.directory} holds another model, clip or optimizer: use "
+                "the same ones, or another directory"
+            )
         if run["sampler"] != sampler.to_dict():
             raise ValueError(
                 f"the checkpoint in {self.directory} was drawn by another sampler, so that its "
                 "ledger does not describe this run: use the same sampler and seed, or another "
                 "directory"
             )
-        return Saved(restored["state"], Ledger.from_json(run["ledger"]), run["history"])
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        state = self._read(step, "state", ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
+        return Saved(state, Ledger.from_json(run["ledger"]), run["history"])
 
     def _run(self, step: int) -> dict[str, Any]:
-        run = ocp.args.JsonRestore()  # pyright: ignore[reportCallIssue]
-        return self._manager.restore(step, args=ocp.args.Composite(run=run))["run"]
+        return self._read(step, "run", ocp.args.JsonRestore())  # pyright: ignore[reportCallIssue]
+
+    def _read(self, step: int, item: str, how: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+        except (KeyError, OSError, ValueError) as error:
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.directory} is damaged: remove it to "
+                "resume from an older one"
+            ) from error
 
     def close(self) -> None:
         """Ends Orbax's threads."""
         self._manager.close()
+
+
+def _structure(state: TrainState) -> list[str]:
+    """Path, dtype and shape of every leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return [f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]

@@ -74,7 +74,8 @@ def fit(
       budget: ε that must not be exceeded, or None.
       accountant: "pld" or "rdp".
       neighboring_relation: "add_or_remove_one" or "replace_one".
-      ledger: what the data has been charged with before this run.
+      ledger: what the data has been charged with before; where `state` comes from an earlier
+        `fit`, the ledger of that run.
       evaluate: `params -> dict of numbers`, called at every report.
       report_every: logical steps between reports; default one epoch.
       log_fn: "logging", "wandb", "tensorboard", "all" or a callable; gets each report.
@@ -85,9 +86,10 @@ def fit(
       The `Run`.
 
     Raises:
-      ValueError: the data does not fit the sampler; a logical batch may need several physical
-        ones but the chain has no `jaxdp.accumulate`; the chain draws no noise; the accountant
-        cannot account for the sampler's scheme.
+      ValueError: a count out of range; the ledger misses steps of the state; the data does not
+        fit the sampler; a logical batch may need several physical ones but the chain has no
+        `jaxdp.accumulate`; the chain draws no noise; the accountant cannot account for the
+        sampler's scheme.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxdp
@@ -104,8 +106,10 @@ def fit(
     load = _loader(data, sampler)
     log = log_function(log_fn)
     limit = None if budget is None else Budget(budget, delta, accountant, neighboring_relation)
-    report_every = report_every or max(round(sampler.num_examples / sampler.expected_batch_size), 1)
+    if report_every is None:
+        report_every = max(round(sampler.num_examples / sampler.expected_batch_size), 1)
     history: list[dict[str, Any]] = []
+    _check_counts(steps, report_every)
     _check_overflow(state, sampler)
 
     def spent(ledger: Ledger) -> float:
@@ -118,6 +122,10 @@ def fit(
     saved = checkpoints.restore(state, sampler) if checkpoints is not None else None
     if saved is not None:
         state, ledger, history = saved
+    elif int(state.step) == 0:
+        # What the data was charged with before is closed: a new run begins its own epochs.
+        ledger = Ledger().merge(ledger)
+    _check_charged(state, ledger)
 
     def report(seen: _Seen) -> None:
         epsilon = spent(ledger)
@@ -126,10 +134,10 @@ def fit(
         if evaluate is not None:
             row |= {name: float(value) for name, value in evaluate(state.params).items()}
         history.append(row)
-        log(row)
-        bar.show(epsilon=epsilon)
         if checkpoints is not None:
             checkpoints.save(state, ledger, sampler, history)
+        log(row)
+        bar.show(epsilon=epsilon)
 
     done, reported, stopped_by, seen = int(state.step), int(state.step), "steps", _Seen.begin()
     with progress_bar(progress, total=steps, done=done, budget=budget) as bar:
@@ -145,7 +153,8 @@ def fit(
                 metrics.append(part_metrics)
             done += 1
             ledger = ledger.charge(released, sampler.scheme)
-            drawn = load(done)  # the host draws the next batch while the device computes this one
+            if done < steps:
+                drawn = load(done)  # on the host, while the device computes the present batch
             seen = seen.add(jax.device_get(metrics))
             bar.advance(loss=seen.loss, samples_per_second=seen.samples_per_second)
             if done % report_every == 0:
@@ -224,6 +233,22 @@ def _loader(data: Data, sampler: Sampler) -> Callable[[int], list[_Part]]:
         return [_Part(rows(part.indices), part.mask, part.is_last) for part in sampler.draw(step)]
 
     return load
+
+
+def _check_counts(steps: int, report_every: int) -> None:
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    if report_every < 1:
+        raise ValueError(f"report_every must be at least 1 step, got {report_every}")
+
+
+def _check_charged(state: TrainState, ledger: Ledger) -> None:
+    done = int(state.step)
+    if ledger.steps < done:
+        raise ValueError(
+            f"ledger must hold every step that was executed, got {ledger.steps} steps for a state "
+            f"after {done}: pass ledger=run.ledger with run.state"
+        )
 
 
 def _check_overflow(state: TrainState, sampler: Sampler) -> None:

@@ -33,7 +33,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(enabled: bool, *, total: int, done: int, budget: float | None) -> Iterator[Bar]:
-    """A `Bar` for the duration of the block; silent if not enabled or not on a terminal."""
+    """A `Bar` for the duration of the block; off a terminal only its end is printed."""
     of_budget = "" if budget is None else f"/{budget:g}"
     columns = (
         TextColumn("training"),

@@ -210,7 +210,7 @@ def test_bad_idx_content(
 ) -> None:
     write_idx(tmp_path, gzipped=gzipped)
     if gzipped:
-        (tmp_path / f"{IDX_STEMS[key]}.gz").write_bytes(gzip.compress(content))
+        (tmp_path / f"{IDX_STEMS[key]}.gz").write_bytes(gzip.compress(content, mtime=0))
     else:
         (tmp_path / IDX_STEMS[key]).write_bytes(content)
     message = raised_by(tmp_path)
@@ -232,8 +232,8 @@ def corrupted(content: bytes) -> bytes:
 BAD_GZIP = [
     b"no gzip",
     b"",
-    gzip.compress(b"abc")[:-4],
-    corrupted(gzip.compress(bytes(range(256)))),
+    gzip.compress(b"abc", mtime=0)[:-4],
+    corrupted(gzip.compress(bytes(range(256)), mtime=0)),
 ]
 
 
