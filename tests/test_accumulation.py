@@ -82,7 +82,7 @@ def test_any_split_of_a_logical_batch_gives_the_parameters_of_the_whole(name: st
     start = (PARAMS, tx.init(PARAMS))
     whole = step(start, rows, np.ones(LOGICAL, bool), True)
 
-    @hypothesis.settings(max_examples=20)
+    @hypothesis.settings(max_examples=10)
     @hypothesis.given(parts=splits())
     def search(parts: list[np.ndarray]) -> None:
         carry = start
@@ -199,4 +199,13 @@ def test_a_handle_is_not_accumulated() -> None:
 def test_an_optimizer_without_noise_inside_says_what_is_missing() -> None:
     tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(optax.sgd(0.1)))
     with pytest.raises((TypeError, ValueError), match="jaxdp.*add_noise"):
+        tx.update(helpers.small_grads(2), tx.init(PARAMS), PARAMS, is_last=True)
+
+
+def test_noise_outside_is_refused() -> None:
+    """It would be drawn for every physical batch, while one step is charged."""
+    tx = optax.chain(
+        jaxdp.clip_flat(1.0), jaxdp.accumulate(optax.identity()), jaxdp.add_noise(1.0, KEY)
+    )
+    with pytest.raises(TypeError, match="move jaxdp.add_noise and what follows it inside"):
         tx.update(helpers.small_grads(2), tx.init(PARAMS), PARAMS, is_last=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def write_metrics(path: Path, config: Config, dataset: Dataset, result: Result) 
         "delta": config.delta,
         "noise_multiplier": result.noise_multiplier,
         "steps": result.steps,
-        "assumptions": result.assumptions,
+        "assumptions": {k: v for k, v in result.assumptions.items() if k != "randomness"},
         "history": result.history,
     }
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -69,8 +70,8 @@ def check_outputs(*paths: Path) -> None:
     _figure_class()
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OSError(f"cannot write {path}: choose another folder for the outputs")
 
 
 def write_plot(path: Path, dataset: Dataset, result: Result) -> None:

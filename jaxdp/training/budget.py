@@ -59,8 +59,8 @@ class Budget:
         """
         step = combined_noise_multiplier(noise_multipliers), sampling
         if step != self._step or self._left <= 0:
-            # A σ met for the first time may be one of a schedule: look one step ahead only.
-            horizon = _HORIZON if step == self._step else 1
+            # A σ that has just changed is one of a schedule: look one step ahead only.
+            horizon = _HORIZON if self._step in (None, step) else 1
             self._step = step
             self._left = ledger.steps_left(
                 *step,

@@ -162,3 +162,16 @@ def test_the_accountant_is_not_asked_for_every_step(monkeypatch: pytest.MonkeyPa
 def test_an_impossible_budget_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Budget(**options).allows(Ledger(), [1.0], POISSON)
+
+
+def test_more_noise_multipliers_than_are_composed_exactly_never_break_the_budget() -> None:
+    """Beyond 32 of them the ledger rounds, the past included: the answer jumps upwards once."""
+    ledger = spend(
+        Budget(2.0, DELTA, "rdp"),
+        lambda t: 0.8 * 1.1**t,
+        PoissonSampling(0.02),
+        ledger=Ledger(),
+        at_most=130,
+    )
+    assert ledger.steps > 32
+    assert ledger.epsilon(DELTA, accountant="rdp") <= 2.0

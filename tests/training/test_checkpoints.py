@@ -280,6 +280,21 @@ def test_a_checkpoint_of_another_sampler_is_refused(finished: Path, other: Sampl
     store.close()
 
 
+def test_a_checkpoint_of_another_model_is_refused_in_one_sentence(finished: Path) -> None:
+    store = training.Checkpoints(finished)
+    other = training.init({"w": jnp.zeros(FEATURES + 1), "b": jnp.zeros(())}, chain())
+    with pytest.raises(ValueError, match="holds another model, clip or optimizer") as refused:
+        store.restore(other, sampler())
+    assert "\n" not in str(refused.value)
+    store.close()
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="checkpoints need a directory, got the file"):
+        training.Checkpoints(tmp_path / "file")
+
+
 def test_the_sampler_can_be_read_from_the_checkpoint(finished: Path, tmp_path: Path) -> None:
     for directory, expected in [(finished, sampler()), (tmp_path, None)]:
         store = training.Checkpoints(directory)

@@ -225,6 +225,38 @@ def test_earlier_charges_on_the_same_data_count() -> None:
     assert run.history[-1]["epsilon"] > fit().history[-1]["epsilon"]
 
 
+def test_an_earlier_run_of_epochs_is_closed_before_a_new_one_begins() -> None:
+    """Two half epochs of two runs are two participations, not one epoch."""
+    samplers = [jaxdp.ShuffledSampler(COUNT, batch_size=10, seed=seed) for seed in (1, 2)]
+    first = fit(sampler=samplers[0], steps=2)
+    second = fit(sampler=samplers[1], steps=2, ledger=first.ledger)
+    both = Ledger().merge(first.ledger).charge(2.0, samplers[1].scheme, 2)
+    spent = second.ledger.epsilon(DELTA, accountant="rdp")
+    assert spent == both.epsilon(DELTA, accountant="rdp")
+    assert spent > first.ledger.epsilon(DELTA, accountant="rdp")
+
+
+def test_a_state_whose_steps_the_ledger_misses_is_refused() -> None:
+    run = fit()
+    options: dict[str, Any] = {"steps": 8, "delta": DELTA, "progress": False, "accountant": "rdp"}
+    with pytest.raises(ValueError, match="got 0 steps for a state after 4: pass ledger=run.ledger"):
+        training.fit(run.state, step_of(FLAT), poisson(), DATA, **options)
+    more = training.fit(run.state, step_of(FLAT), poisson(), DATA, ledger=run.ledger, **options)
+    assert more.ledger.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": -1}, "steps must be at least 0, got -1"),
+        ({"report_every": 0}, "report_every must be at least 1 step, got 0"),
+    ],
+)
+def test_counts_out_of_range_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        fit(**options)
+
+
 # When it stops.
 
 
