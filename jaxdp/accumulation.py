@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded
-from jaxdp.engine.dense import accumulation_dtype
+from jaxdp.engine.dense import zero_sum
 
 
 class AccumulateState(NamedTuple):
@@ -66,7 +67,7 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     def init(params: optax.Params) -> AccumulateState:
         return AccumulateState(
-            jax.tree.map(_zeros, params),
+            jax.tree.map(lambda leaf: zero_sum(jax.eval_shape(jnp.asarray, leaf)), params),
             jnp.zeros((len(jax.tree.leaves(params)),), jnp.float32),
             behind.init(params),
         )
@@ -110,15 +111,11 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), released)
             return zeros, AccumulateState(value, sensitivities, state.inner_state)
 
+        if isinstance(is_last, bool | np.bool_):
+            return end() if is_last else go_on()
         return jax.lax.cond(jnp.asarray(is_last, bool), end, go_on)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _zeros(leaf: jax.Array) -> jax.Array:
-    """As a clip's sums are: floats accumulate in at least float32."""
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.zeros(leaf.shape, accumulation_dtype(leaf.dtype) if floating else leaf.dtype)
 
 
 def _of_leaves(bounded: Bounded) -> jax.Array:

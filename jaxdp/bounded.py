@@ -97,26 +97,28 @@ class Bounded(metaclass=_SpeakingType):
                 f"groups must name one group per leaf, got {len(groups)} groups for "
                 f"{len(leaves)} leaves"
             )
-        if sensitivity.ndim > 1:
-            raise ValueError(
-                f"sensitivity must be a scalar or one number per group, got shape "
-                f"{sensitivity.shape}"
-            )
-        used = {group for group in groups if group is not None}
-        if not used <= set(range(sensitivity.size)):
-            raise ValueError(
-                f"groups must lie in 0..{sensitivity.size - 1} for a sensitivity of shape "
-                f"{sensitivity.shape}, got {sorted(used)}"
-            )
         self.value = value
         self.sensitivity = sensitivity
         self.groups = groups
+        self.check_groups()
         self._seal = jax.random.wrap_key_data(jnp.zeros((1,), jnp.uint32), impl=_SEAL)  # pyright: ignore[reportArgumentType]
 
     @property
     def total_sensitivity(self) -> jax.Array:
         """L2 sensitivity of the whole tree, a scalar: sqrt(Σ_k Δ_k²)."""
         return jnp.sqrt(jnp.sum(jnp.square(self.sensitivity)))
+
+    def check_groups(self) -> None:
+        """Raises ValueError unless there is one sensitivity for each group of leaves.
+
+        What comes out of `vmap` fails here: a stack of sums is no sum with a sensitivity.
+        """
+        used = {group for group in self.groups if group is not None}
+        if used != set(range(self.sensitivity.size)) or self.sensitivity.ndim > 1:
+            raise ValueError(
+                f"sensitivity must be a scalar or hold one number for each group of leaves, got "
+                f"shape {self.sensitivity.shape} for groups {sorted(used)}"
+            )
 
     def __add__(self, other: "Bounded") -> "Bounded":
         """Adds the sum over further, disjoint samples: one sample is in one of the two only."""
@@ -169,6 +171,10 @@ def _unflatten(groups: Groups, children: Iterable[Any]) -> Bounded:
     # JAX also unflattens with placeholders, which no validation would pass: skip __init__.
     bounded = object.__new__(Bounded)
     bounded.value, bounded.sensitivity, bounded._seal = children
+    # optax.masked and optax.partition make a tree of flags or labels to pick leaves by, and so
+    # would reach the value past the seal.
+    if any(isinstance(leaf, bool | str) for leaf in jax.tree.leaves(bounded.value)):
+        raise TypeError(f"cannot pick leaves of a Bounded: {_NEXT_STEP}")
     bounded.groups = groups
     return bounded
 

@@ -380,7 +380,7 @@ def _clip(make_rule: MakeRule) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[Any, ClipState]:
         grads = _per_sample(updates, params)
         bounded = grads.clipped_sum(make_rule(grads.params, grads.groups, state.step))
-        return bounded, ClipState(state.step + jnp.asarray(is_last, jnp.int32))
+        return bounded, ClipState(state.step + jnp.asarray(is_last, bool).astype(jnp.int32))
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -399,8 +399,8 @@ def _per_sample(updates: Any, params: optax.Params | None) -> PerSampleGrads:
         )
     grads = updates if isinstance(updates, PerSampleGrads) else PerSampleGrads.from_arrays(updates)
     if params is not None:
-        expected = jax.tree.map(jnp.shape, params)
-        got = jax.tree.map(lambda leaf: leaf.shape, grads.params)
+        expected = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+        got = [leaf.shape for leaf in jax.tree.leaves(grads.params)]
         if got != expected:
             raise ValueError(
                 "a clip takes per-sample gradients of shape [B, *param.shape], got shapes without "

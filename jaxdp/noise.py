@@ -22,11 +22,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded
+from jaxdp.engine.dense import accumulation_dtype
 from jaxdp.per_sample import PerSampleGrads
-from jaxdp.randomness import GRADIENT_NOISE, step_key
+from jaxdp.randomness import GRADIENT_NOISE, leaf_key, step_key
 from jaxdp.schedules import FloatOrSchedule, checked, value_at
 
 
@@ -54,8 +57,8 @@ def add_noise(
     Args:
       noise_multiplier: σ ≥ 0, noise standard deviation relative to the sensitivity of adding or
         removing one sample, or a schedule of the logical step. 0 is no privacy.
-      key: a JAX key; at step t and leaf l the noise is drawn from
-        `split(fold_in(key', t))[l]`, with key' derived from `key` for this use alone.
+      key: a JAX key. The noise of a leaf at a step is drawn from a key derived from `key`, the
+        step, and the leaf's place and path in the tree.
       allocation: how σ is spread over the groups of the clip (see the table above): "global"
         gives every leaf the same standard deviation; "per_layer" noise relative to the group's
         own sensitivity; a sequence of K numbers c_k > 0 that, too, times c_k; "optimal" the
@@ -69,6 +72,8 @@ def add_noise(
     Raises:
       ValueError: σ negative or not finite; an unknown allocation, or one of the wrong length.
       TypeError: (in `update`) what comes in is no `Bounded`.
+      ValueError: (in `update`) `is_last=False`. Where it is traced, and at steps where a schedule
+        goes below zero, the result is NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -89,10 +94,18 @@ def add_noise(
         return AddNoiseState(jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.float32), key)
 
     def update(
-        updates: Any, state: AddNoiseState, params: optax.Params | None = None, **_: Any
+        updates: Any,
+        state: AddNoiseState,
+        params: optax.Params | None = None,
+        *,
+        is_last: ArrayLike = True,
+        **_: Any,
     ) -> tuple[Any, AddNoiseState]:
         bounded = _bounded(updates)
         sigma = value_at(noise_multiplier, state.step)
+        # Noise for a part of a logical batch is a release that nobody accounts for, and a negative
+        # σ is none at all: both poison the result.
+        sigma = jnp.where(_whole(is_last) & (sigma >= 0), sigma, jnp.nan)
         sensitivity = jnp.atleast_1d(bounded.sensitivity).astype(jnp.float32)
         stds = sigma * spread.deviations(sensitivity, _group_sizes(bounded))
         noised = _noised(bounded, stds, step_key(state.key, GRADIENT_NOISE, state.step))
@@ -126,8 +139,18 @@ def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:
     return [state.noise_multiplier for state in states if releases(state)]
 
 
+def _whole(is_last: ArrayLike) -> jax.Array:
+    if isinstance(is_last, bool | np.bool_) and not is_last:
+        raise ValueError(
+            "add_noise must see a whole logical batch, got is_last=False: put it into "
+            "jaxdp.accumulate(...), which adds up the physical batches first"
+        )
+    return jnp.asarray(is_last, bool)
+
+
 def _bounded(updates: Any) -> Bounded:
     if isinstance(updates, Bounded):
+        updates.check_groups()
         return updates
     kind = "PerSampleGrads" if isinstance(updates, PerSampleGrads) else "arrays"
     raise TypeError(
@@ -200,14 +223,17 @@ def _group_sizes(bounded: Bounded) -> jax.Array:
 
 
 def _noised(bounded: Bounded, stds: jax.Array, key: jax.Array) -> Any:
-    leaves, treedef = jax.tree.flatten(bounded.value)
-    keys = jax.random.split(key, len(leaves))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(bounded.value)
 
-    def release(leaf: jax.Array, group: int | None, leaf_key: jax.Array) -> jax.Array:
+    def release(index: int, path: Any, leaf: jax.Array, group: int | None) -> jax.Array:
         if group is None:
             return leaf
-        noise = jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
+        leaf = leaf.astype(accumulation_dtype(leaf.dtype))
+        noise = jax.random.normal(leaf_key(key, index, path), leaf.shape, leaf.dtype)
         return leaf + stds[group].astype(leaf.dtype) * noise
 
-    released = map(release, leaves, bounded.groups, keys)
-    return jax.tree.unflatten(treedef, list(released))
+    released = [
+        release(index, path, leaf, group)
+        for index, ((path, leaf), group) in enumerate(zip(leaves, bounded.groups, strict=True))
+    ]
+    return jax.tree.unflatten(treedef, released)

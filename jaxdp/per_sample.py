@@ -67,6 +67,7 @@ class PerSampleGrads:
           TypeError, ValueError: the leaves are not arrays with one common leading axis B.
         """
         count = _batch_size(grads, "per-sample gradients")
+        grads = jax.tree.map(jnp.asarray, grads)
         params = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
         groups = _trainable_groups(params, trainable=True)
         rows = dense.Rows(_with_gradient(jax.tree.leaves(grads), groups), None, None)
@@ -128,8 +129,10 @@ class PerSampleGrads:
     def clipped_sum(self, rule: ClipRule) -> Bounded:
         """Σ_i w_i g_i with the weights of the rule, as a `Bounded` of sensitivity C."""
         kept = rule._replace(groups=self._kept(rule.groups))
-        sums = self._reduce(lambda squared, _: sample_weights(kept, squared))
-        return Bounded(self._tree(sums), rule.thresholds, rule.groups)
+        sizes = [leaf.size for leaf in _with_gradient(jax.tree.leaves(self.params), self._groups)]
+        sums = self._reduce(lambda squared, _: sample_weights(kept, squared, sizes))
+        value = self._tree(sums, dense.zero_sum)
+        return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups)
 
     def weighted_sum(self, weights: ArrayLike) -> Any:
         """Σ_i w_i g_i for weights `[B]`: a pytree like the parameters. No bound is claimed.
@@ -143,7 +146,7 @@ class PerSampleGrads:
         def weigh(squared: jax.Array, rows: jax.Array) -> jax.Array:
             return jnp.broadcast_to(weights[rows][:, None], squared.shape)
 
-        return self._tree(self._reduce(weigh))
+        return self._tree(self._reduce(weigh), dense.zero_sum)
 
     def materialize(self) -> Any:
         """The per-sample gradients themselves: a pytree of `[B, *param.shape]`.
@@ -152,7 +155,11 @@ class PerSampleGrads:
         """
         grads = self._lowering.materialize().grads
         rows = [dense.select_rows(self.mask, grad) for grad in grads]
-        return self._tree(rows, axes=(self.batch_size,))
+
+        def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            return jnp.zeros((self.batch_size, *leaf.shape), leaf.dtype)
+
+        return self._tree(rows, zeros)
 
     def __repr__(self) -> str:
         return f"PerSampleGrads(batch_size={self.batch_size})"
@@ -179,13 +186,9 @@ class PerSampleGrads:
             )
         return tuple(group for group in groups if group is not None)
 
-    def _tree(self, moving: list[jax.Array], axes: tuple[int, ...] = ()) -> Any:
-        """Values of the leaves that have a gradient -> pytree like the parameters, with leading
-        `axes`; zeros for the others."""
-
-        def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            return jnp.zeros((*axes, *leaf.shape), leaf.dtype)
-
+    def _tree(self, moving: list[jax.Array], zeros: Callable[[Any], jax.Array]) -> Any:
+        """Values of the leaves that have a gradient, and zeros for the others, as a pytree like
+        the parameters."""
         leaves, treedef = jax.tree.flatten(self.params)
         return jax.tree.unflatten(treedef, _merged(leaves, self._groups, moving, zeros))
 
@@ -344,11 +347,11 @@ def _checked_loss(value: Any, has_aux: bool) -> tuple[jax.Array, Any]:
         loss, aux = value
     else:
         loss, aux = value, None
-    dtype = getattr(loss, "dtype", None)
-    if jnp.shape(loss) != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             "loss_fn must return one real scalar, the loss of ONE example, got "
-            f"{type(loss).__name__} of shape {jnp.shape(loss)}: drop the batch axis, or pass "
+            f"{type(loss).__name__} of shape {shape}: drop the batch axis, or pass "
             "has_aux=True if it returns a pair"
         )
     return loss, aux

@@ -1,6 +1,8 @@
 """Where randomness comes from: keys that never repeat."""
 
 import secrets
+import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,3 +33,13 @@ def random_key() -> jax.Array:
 def step_key(key: jax.Array, use: int, step: jax.Array) -> jax.Array:
     """The key of one use at one logical step: distinct for every (use, step)."""
     return jax.random.fold_in(jax.random.fold_in(key, use), step)
+
+
+def leaf_key(key: jax.Array, index: int, path: Any) -> jax.Array:
+    """The key of one leaf at one step: distinct for every (index, path).
+
+    The path counts, too: where `optax.partition` gives two chains the same key by mistake, each
+    sees its own leaves only, and their indices alone would coincide.
+    """
+    name = jax.tree_util.keystr(path).encode()
+    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name)), index)

@@ -22,8 +22,8 @@ def checked(name: str, value: FloatOrSchedule, *, zero: bool = False) -> None:
     """
     if callable(value) or isinstance(value, Tracer):
         return
-    if jnp.ndim(value) != 0:
-        raise ValueError(f"{name} must be one number or a schedule, got shape {jnp.shape(value)}")
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} must be one number or a schedule, got shape {np.shape(value)}")
     number = float(np.asarray(value))
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         rule = "at least 0" if zero else "above 0"

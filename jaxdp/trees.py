@@ -16,19 +16,16 @@ def prefix_leaves(name: str, prefix: Any, tree: Any) -> list[Any]:
     Raises:
       ValueError: `prefix` is no prefix of `tree`.
     """
+    values: list[Any] = []
 
-    def spread(value: Any, subtree: Any) -> list[Any]:
-        return [value] * len(jax.tree.leaves(subtree))
+    def spread(value: Any, subtree: Any) -> None:
+        values.extend([value] * len(jax.tree.leaves(subtree)))
 
     try:
-        spread_tree = jax.tree.map(spread, prefix, tree)
+        jax.tree.map(spread, prefix, tree)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{name} must be a pytree prefix of the parameters: got structure "
             f"{jax.tree.structure(prefix)} for parameters {jax.tree.structure(tree)}"
         ) from error
-    return [
-        value
-        for values in jax.tree.leaves(spread_tree, is_leaf=lambda x: isinstance(x, list))
-        for value in values
-    ]
+    return values

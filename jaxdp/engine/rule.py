@@ -4,7 +4,7 @@ Every lowering turns norms into weights through `sample_weights`, so that what a
 contribute is decided in one place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,8 +19,9 @@ class ClipRule(NamedTuple):
     Attributes:
       groups: for each leaf its group; here every leaf has one.
       thresholds: C, a scalar for one group or `[K]`; equals the L2 sensitivity of the sum.
-      weight: elementwise `(norms, thresholds) -> weights`. What it returns is only a wish:
-        `sample_weights` never lets a sample contribute more than its threshold.
+      weight: `(norms [K], thresholds [K]) -> weights [K]` of ONE sample: it cannot look at
+        another. What it returns is only a wish: `sample_weights` never lets a sample contribute
+        more than its threshold.
     """
 
     groups: Groups
@@ -43,8 +44,10 @@ def finite_rows(squared_norms: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(squared_norms), axis=1)
 
 
-def sample_weights(rule: ClipRule, squared_norms: jax.Array) -> jax.Array:
-    r"""Weights `[B, L]` of every sample in every leaf, from the squared norms `[B, L]`.
+def sample_weights(
+    rule: ClipRule, squared_norms: jax.Array, sizes: Sequence[int]
+) -> jax.Array:
+    r"""Weights `[B, L]` of every sample in every leaf, from squared norms `[B, L]` and leaf sizes.
 
     $$ w_{ik} = \min(\max(\mathrm{wish}_{ik}, 0),\; C_k / \lVert g_{ik} \rVert_2) $$
 
@@ -52,10 +55,12 @@ def sample_weights(rule: ClipRule, squared_norms: jax.Array) -> jax.Array:
     gradient or wish is not finite in any group.
     """
     norms = group_norms(squared_norms, rule.groups)
-    thresholds = jnp.maximum(rule.thresholds, 0).astype(norms.dtype).reshape(1, -1)
-    wish = rule.weight(norms, thresholds)
-    tiny = jnp.finfo(norms.dtype).tiny
-    weights = jnp.clip(wish, 0, thresholds / jnp.maximum(norms, tiny))
+    thresholds = jnp.maximum(rule.thresholds, 0).astype(norms.dtype).reshape(-1)
+    wish = jax.vmap(rule.weight, (0, None))(norms, thresholds)
+    # A square below `tiny` may have been flushed to zero: the cap counts every entry as that much.
+    lost = jnp.asarray(sizes, norms.dtype) * jnp.finfo(norms.dtype).tiny
+    largest_norms = group_norms(squared_norms + lost.reshape(1, -1), rule.groups)
+    weights = jnp.clip(wish, 0, thresholds.reshape(1, -1) / largest_norms)
     alive = finite_rows(squared_norms) & jnp.all(jnp.isfinite(wish), axis=1)
     weights = jnp.where(alive[:, None], weights, 0)
     return weights[:, jnp.asarray(rule.groups)]
