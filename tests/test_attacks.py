@@ -45,7 +45,7 @@ def test_a_very_long_gradient_is_not_clipped_too_little() -> None:
         (lambda: jaxdp.clip_automatic(1.0, stability=1e-25), 1e-20),
     ],
 )
-def test_gradients_whose_squares_underflow_are_bounded_all_the_same(clip: Any, entry: float) -> None:
+def test_gradients_whose_squares_underflow_are_bounded_too(clip: Any, entry: float) -> None:
     total, _ = clip().update(jnp.full((1, 4), entry), clip().init(None))
     moved = np.linalg.norm(np.asarray(total.value, np.float64))
     assert moved <= float(total.sensitivity) * (1 + 1e-5)

@@ -7,10 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.engine.rule import ClipRule, finite_rows, group_norms, sample_weights
+from jaxdp.engine.rule import ClipRule, finite_rows, group_norms
+from jaxdp.engine.rule import sample_weights as weights_of_sizes
 
 # Squared norms [B, L] of four samples in three leaves.
 SQUARED = jnp.array([[9.0, 16.0, 4.0], [0.0, 0.0, 0.0], [0.01, 0.0, 0.04], [1e6, 1.0, 1e-6]])
+
+SIZES = (6, 1, 3)
+
+
+def sample_weights(rule: ClipRule, squared: jax.Array) -> jax.Array:
+    return weights_of_sizes(rule, squared, SIZES)
 
 
 def rule(
@@ -56,7 +63,8 @@ def test_a_negative_wish_becomes_zero() -> None:
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_a_sample_whose_wish_is_not_finite_in_one_group_counts_in_none(bad: float) -> None:
     def wish(norms: jax.Array, _: jax.Array) -> jax.Array:
-        return jnp.ones_like(norms).at[0, 1].set(bad)
+        # Only the first sample has a norm of 2 in the second group.
+        return jnp.where(norms == 2.0, bad, 1.0)
 
     weights = np.asarray(sample_weights(rule(wish), SQUARED))
     assert np.all(weights[0] == 0)
