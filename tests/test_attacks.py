@@ -1,5 +1,12 @@
 """What attacks on the core have found, each held by the test that found it."""
 
+# optax types updates as trees of arrays; jaxdp sends PerSampleGrads and Bounded through it.
+# pyright: reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false
+# pyright: reportIndexIssue=false
+# pyright: reportReturnType=false
+
 import functools
 from typing import Any
 
