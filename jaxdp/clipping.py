@@ -341,13 +341,11 @@ def clip_adaptive(
         counts = jnp.sum(select_rows(grads.counted, below), axis=0).reshape(thresholds.shape)
         counts = state.counts.at[places].add(counts)
 
-        sensitivity = math.sqrt(max(thresholds.size, 1)) / 2
         noise_multiplier = value_at(count_noise_multiplier, state.step)
-        noise = jax.random.normal(
-            step_key(state.key, COUNT_NOISE, state.step), counts.shape, counts.dtype
-        )
-        released = (counts + noise_multiplier * sensitivity * noise) / expected_batch_size
-        error = 0.5 + released - quantile
+        std = noise_multiplier * math.sqrt(thresholds.size) / 2  # one sample moves K counts by ½
+        count_key = step_key(state.key, COUNT_NOISE, state.step)
+        noise = jax.random.normal(count_key, counts.shape, counts.dtype)
+        error = 0.5 + (counts + std * noise) / expected_batch_size - quantile
         moved = state.thresholds * jnp.exp(-value_at(learning_rate, state.step) * error)
 
         def at_end(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxdp.accounting.schemes import FixedSizeSampling
-from jaxdp.sampling.base import Sampler, check_num_examples
+from jaxdp.sampling.sized import SizedSampler
 
 
 @dataclass(frozen=True, init=False)
-class FixedSizeSampler(Sampler):
+class FixedSizeSampler(SizedSampler):
     """Every step takes a uniform subset of b examples, independent of the other steps.
 
     Each of the C(n, b) subsets is equally likely: every example gets a random 64-bit key and the b
@@ -41,43 +41,8 @@ class FixedSizeSampler(Sampler):
         4
     """
 
-    batch_size: int
     kind = "fixed_size"
     stream = 1
-
-    def __init__(
-        self,
-        num_examples: int,
-        *,
-        batch_size: int,
-        physical_batch_size: int | None = None,
-        seed: int | None = None,
-    ) -> None:
-        sizes = FixedSizeSampling(check_num_examples(num_examples), batch_size)
-        super().__init__(
-            sizes.num_examples,
-            sizes.batch_size if physical_batch_size is None else physical_batch_size,
-            seed,
-        )
-        object.__setattr__(self, "batch_size", sizes.batch_size)
-
-    @property
-    def expected_batch_size(self) -> float:
-        """The constant to divide a noised sum by.
-
-        Returns:
-            b.
-
-        Example:
-            >>> FixedSizeSampler(100, batch_size=4, seed=1).expected_batch_size
-            4.0
-        """
-        return float(self.batch_size)
-
-    @property
-    def largest_draw(self) -> int:
-        """How many examples one draw can hold at the most: the batch."""
-        return self.batch_size
 
     @property
     def scheme(self) -> FixedSizeSampling:

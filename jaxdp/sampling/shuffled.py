@@ -6,12 +6,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxdp.accounting.schemes import FixedSizeSampling, ShuffledEpochs
-from jaxdp.sampling.base import Sampler, check_num_examples
+from jaxdp.accounting.schemes import ShuffledEpochs
+from jaxdp.sampling.sized import SizedSampler
 
 
 @dataclass(frozen=True, init=False)
-class ShuffledSampler(Sampler):
+class ShuffledSampler(SizedSampler):
     """A fresh uniform permutation per epoch, cut into batches; every example once per epoch.
 
     An epoch has ceil(n / b) steps. Its last batch may hold fewer examples; the mask pads it, and
@@ -41,25 +41,8 @@ class ShuffledSampler(Sampler):
         (3, [4, 4, 2])
     """
 
-    batch_size: int
     kind = "shuffled"
     stream = 2
-
-    def __init__(
-        self,
-        num_examples: int,
-        *,
-        batch_size: int,
-        physical_batch_size: int | None = None,
-        seed: int | None = None,
-    ) -> None:
-        sizes = FixedSizeSampling(check_num_examples(num_examples), batch_size)
-        super().__init__(
-            sizes.num_examples,
-            sizes.batch_size if physical_batch_size is None else physical_batch_size,
-            seed,
-        )
-        object.__setattr__(self, "batch_size", sizes.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -73,24 +56,6 @@ class ShuffledSampler(Sampler):
             3
         """
         return -(-self.num_examples // self.batch_size)
-
-    @property
-    def expected_batch_size(self) -> float:
-        """The constant to divide a noised sum by.
-
-        Returns:
-            b, for the shorter last batch of an epoch too.
-
-        Example:
-            >>> ShuffledSampler(10, batch_size=4, seed=1).expected_batch_size
-            4.0
-        """
-        return float(self.batch_size)
-
-    @property
-    def largest_draw(self) -> int:
-        """How many examples one draw can hold at the most: the batch."""
-        return self.batch_size
 
     @property
     def scheme(self) -> ShuffledEpochs:

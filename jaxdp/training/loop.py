@@ -11,7 +11,7 @@ from jaxdp.accounting import AccountantName, Ledger, RelationName
 from jaxdp.accumulation import AccumulateState
 from jaxdp.sampling import Sampler
 from jaxdp.training.budget import Budget
-from jaxdp.training.checkpoints import Checkpoints
+from jaxdp.training.checkpoints import Checkpoints, Saved
 from jaxdp.training.logs import LogFn, log_function
 from jaxdp.training.progress import progress_bar
 from jaxdp.training.step import Step, StepMetrics, TrainState
@@ -108,7 +108,6 @@ def fit(
     limit = None if budget is None else Budget(budget, delta, accountant, neighboring_relation)
     if report_every is None:
         report_every = max(round(sampler.num_examples / sampler.expected_batch_size), 1)
-    history: list[dict[str, Any]] = []
     _check_counts(steps, report_every)
     _check_overflow(state, sampler)
 
@@ -119,13 +118,7 @@ def fit(
 
     # What the accountant cannot answer for fails before the first step, not at the first report.
     spent(ledger.charge(1.0, sampler.scheme))
-    saved = checkpoints.restore(state, sampler) if checkpoints is not None else None
-    if saved is not None:
-        state, ledger, history = saved
-    elif int(state.step) == 0:
-        # What the data was charged with before is closed: a new run begins its own epochs.
-        ledger = Ledger().merge(ledger)
-    _check_charged(state, ledger)
+    state, ledger, history = _begin(state, ledger, sampler, checkpoints)
 
     def report(seen: _Seen) -> None:
         epsilon = spent(ledger)
@@ -242,13 +235,23 @@ def _check_counts(steps: int, report_every: int) -> None:
         raise ValueError(f"report_every must be at least 1 step, got {report_every}")
 
 
-def _check_charged(state: TrainState, ledger: Ledger) -> None:
+def _begin(
+    state: TrainState, ledger: Ledger, sampler: Sampler, checkpoints: Checkpoints | None
+) -> Saved:
+    """Where the run begins: at the newest checkpoint, or at what `fit` was given."""
+    saved = None if checkpoints is None else checkpoints.restore(state, sampler)
+    if saved is not None:
+        return saved
     done = int(state.step)
+    if done == 0:
+        # What the data was charged with before is closed: a new run begins its own epochs.
+        return Saved(state, Ledger().merge(ledger), [])
     if ledger.steps < done:
         raise ValueError(
             f"ledger must hold every step that was executed, got {ledger.steps} steps for a state "
             f"after {done}: pass ledger=run.ledger with run.state"
         )
+    return Saved(state, ledger, [])
 
 
 def _check_overflow(state: TrainState, sampler: Sampler) -> None:

@@ -1,0 +1,49 @@
+"""What samplers with a given batch size share."""
+
+from dataclasses import dataclass
+
+from jaxdp.accounting.schemes import FixedSizeSampling
+from jaxdp.sampling.base import Sampler, check_num_examples
+
+
+@dataclass(frozen=True, init=False)
+class SizedSampler(Sampler):
+    """A sampler whose draws hold at most `batch_size` examples.
+
+    Attributes:
+        batch_size: b, between 1 and n.
+    """
+
+    batch_size: int
+
+    def __init__(
+        self,
+        num_examples: int,
+        *,
+        batch_size: int,
+        physical_batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        sizes = FixedSizeSampling(check_num_examples(num_examples), batch_size)
+        super().__init__(
+            sizes.num_examples,
+            sizes.batch_size if physical_batch_size is None else physical_batch_size,
+            seed,
+        )
+        object.__setattr__(self, "batch_size", sizes.batch_size)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The constant to divide a noised sum by: b, for a shorter last batch of an epoch too.
+
+        Example:
+            >>> from jaxdp.sampling import FixedSizeSampler
+            >>> FixedSizeSampler(100, batch_size=4, seed=1).expected_batch_size
+            4.0
+        """
+        return float(self.batch_size)
+
+    @property
+    def largest_draw(self) -> int:
+        """How many examples one draw can hold at the most: b."""
+        return self.batch_size
