@@ -15,6 +15,8 @@ from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, Groups
 from jaxdp.engine import dense
+from jaxdp.engine.numerics import select_rows
+from jaxdp.engine.slots import Slots
 from jaxdp.engine.rule import ClipRule, finite_rows, group_norms, sample_weights
 from jaxdp.trees import prefix_leaves
 
@@ -154,7 +156,7 @@ class PerSampleGrads:
         Masked rows are zero; leaves without a gradient are zeros of the leaf's dtype.
         """
         grads = self._lowering.materialize().grads
-        rows = [dense.select_rows(self.mask, grad) for grad in grads]
+        rows = [select_rows(self.mask, grad) for grad in grads]
 
         def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
             return jnp.zeros((self.batch_size, *leaf.shape), leaf.dtype)
@@ -210,6 +212,7 @@ def per_sample_grads(
     loss_fn: LossFn,
     *,
     has_aux: bool = False,
+    method: str = "auto",
     microbatch_size: int | None = None,
     trainable: Any = True,
 ) -> Callable[..., PerSampleGrads]:
@@ -271,7 +274,9 @@ def per_sample_grads(
             return _checked_loss(value, has_aux)
 
         moving = _with_gradient(leaves, groups)
-        if microbatch_size is None:
+        if method == "slots":
+            lowering = Slots(loss, moving, batch, mask)
+        elif microbatch_size is None:
             lowering = dense.Dense(loss, moving, batch, mask)
         else:
             lowering = dense.Microbatched(loss, moving, batch, mask, microbatch_size)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdp.engine.numerics import accumulation_dtype, select_rows, square_sums
+
 # (squared norms [b, L] of some rows, which rows of the batch these are [b]) -> weights [b, L]
 Weigh = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -48,16 +50,6 @@ class Reduction(NamedTuple):
     aux: Any
 
 
-# Rows up to this length are summed in one go, longer ones in blocks of blocks: adding a small
-# square to a large running sum rounds it away, and a norm that is too small is a leak.
-_BLOCK = 256
-
-
-def accumulation_dtype(dtype: Any) -> Any:
-    """Norms and sums accumulate in float32 at least."""
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
-
-
 def zero_sum(leaf: Any) -> jax.Array:
     """The sum over no samples for a parameter of this shape and dtype."""
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -76,34 +68,15 @@ def squared_norms(grads: list[jax.Array]) -> jax.Array:
 
     def of_leaf(grad: jax.Array) -> jax.Array:
         flat = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
-        return _square_sums(flat.astype(accumulation_dtype(grad.dtype)))
+        return square_sums(flat.astype(accumulation_dtype(grad.dtype)))
 
-    columns = [of_leaf(grad) for grad in grads]
+    return stacked([of_leaf(grad) for grad in grads])
+
+
+def stacked(columns: list[jax.Array]) -> jax.Array:
+    """Squared norms `[B]` of each leaf as one `[B, L]`, in the widest of their dtypes."""
     widest = max((column.dtype for column in columns), key=lambda dtype: jnp.finfo(dtype).bits)
     return jnp.stack([column.astype(widest) for column in columns], axis=1)
-
-
-def _square_sums(rows: jax.Array) -> jax.Array:
-    """Σ x² of each row `[b]`, to a relative error of about 1e-6 in float32 for any length."""
-    blocked = _blocks(rows)
-    sums = jnp.einsum("bki,bki->bk", blocked, blocked, precision=jax.lax.Precision.HIGHEST)
-    while sums.shape[1] > 1:
-        sums = jnp.sum(_blocks(sums), axis=2)
-    return sums[:, 0]
-
-
-def _blocks(rows: jax.Array) -> jax.Array:
-    """`[b, n] -> [b, k, _BLOCK]`, filled up with zeros; one shorter block if that holds a row."""
-    count, length = rows.shape
-    if length <= _BLOCK:
-        return rows.reshape(count, 1, length)
-    blocks = -(-length // _BLOCK)
-    return jnp.pad(rows, ((0, 0), (0, blocks * _BLOCK - length))).reshape(count, blocks, _BLOCK)
-
-
-def select_rows(keep: jax.Array, rows: jax.Array) -> jax.Array:
-    """Zero where `keep` is false: by selection, since 0 · NaN is NaN."""
-    return jnp.where(keep.reshape(keep.shape + (1,) * (rows.ndim - 1)), rows, jnp.zeros_like(rows))
 
 
 def weighted_sums(grads: list[jax.Array], weights: jax.Array) -> list[jax.Array]:

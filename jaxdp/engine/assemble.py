@@ -1,0 +1,205 @@
+"""From what each use saw to the gradients of each parameter leaf.
+
+A leaf's gradient is the sum over its uses. Uses of boxes without a common entry are orthogonal:
+their squared norms add. Uses of the same box are joined into one factor, cross terms included.
+Where neither holds the leaf is materialised: squared norms of overlapping uses never just add.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+
+from jaxdp.engine import views, walker
+from jaxdp.engine.instrument import Captures, Slots
+from jaxdp.engine.kinds.base import Factored, Site, Target
+from jaxdp.engine.numerics import accumulation_dtype, select_rows, square_sums, widened
+from jaxdp.engine.sites import Use
+from jaxdp.engine.views import Dim, Part, View
+from jaxdp.engine.walker import Equation, Path, Program
+
+
+class Materialized(NamedTuple):
+    """Per-sample gradients themselves, `[B, *dims]`."""
+
+    values: jax.Array
+    dims: tuple[Dim, ...]
+    target: Target
+
+    @property
+    def method(self) -> str:
+        return "materialized"
+
+    def squared_norms(self) -> jax.Array:
+        rows = widened(self.rows())
+        return square_sums(rows.reshape(rows.shape[0], -1))
+
+    def rows(self) -> jax.Array:
+        return self.target.place(self.values, self.dims)
+
+    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
+        values = widened(select_rows(weights != 0, self.values) if guard else self.values)
+        # A contraction, not a product and a sum: that form is ten times slower on CPU.
+        weights = weights.astype(values.dtype)
+        total = jnp.tensordot(weights, values, 1, precision=Precision.HIGHEST)
+        return self.target.place(total, self.dims)
+
+    def join(self, other: Factored) -> Factored | None:
+        if isinstance(other, Materialized) and self.dims == other.dims:
+            return self._replace(values=self.values + other.values)
+        return None
+
+
+class LeafGradients(NamedTuple):
+    """The gradients of one leaf, in pieces that have no entry in common."""
+
+    pieces: tuple[Factored, ...]
+    leaf: Any  # shape and dtype
+
+    def squared_norms(self, batch_size: int) -> jax.Array:
+        """`[B]`."""
+        zero = jnp.zeros(batch_size, accumulation_dtype(self.leaf.dtype))
+        return sum((piece.squared_norms() for piece in self.pieces), zero)
+
+    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
+        """Σ_i w_i g_i, of the leaf's shape."""
+        zero = jnp.zeros(self.leaf.shape, accumulation_dtype(self.leaf.dtype))
+        sums = [piece.weighted_sum(weights, guard=guard).astype(zero.dtype) for piece in self.pieces]
+        return reduce(jnp.add, sums) if sums else zero
+
+    def rows(self, batch_size: int) -> jax.Array:
+        """`[B, *leaf.shape]`, in the leaf's own dtype as `vmap(grad)` gives them."""
+        zero = jnp.zeros((batch_size, *self.leaf.shape), self.leaf.dtype)
+        rows = [piece.rows().astype(zero.dtype) for piece in self.pieces]
+        return reduce(jnp.add, rows) if rows else zero
+
+
+def assemble(
+    program: Program,
+    uses: Mapping[int, Use],
+    leaves: Sequence[jax.Array],
+    captures: Captures,
+    cotangents: Slots,
+) -> list[LeafGradients]:
+    """The gradients of every leaf, from what a batch left at the uses."""
+    sources: list[Any] = list(leaves)
+    owner: dict[int, int] = {}  # of uses that are no views: the source that stands for the operand
+    for number, use in uses.items():
+        if use.view is None:
+            owner[number] = len(sources)
+            sources.append(use.aval)
+
+    found: dict[int, list[Factored]] = {source: [] for source in range(len(sources))}
+    for number, use in uses.items():
+        view = use.view
+        if view is None:
+            view = views.whole(owner[number], use.aval.shape) or ()
+        for part in view:
+            leaf = sources[part.source]
+            at = views.box(part, use.lengths, leaf.shape)
+            assert at is not None, f"{use.eqn.name} at {use.path} is no box of its leaf"
+            target = Target(at, tuple(leaf.shape))
+            found[part.source].append(
+                _factor(use, part, target, captures.get(number, []), cotangents[number])
+            )
+
+    gradients = [
+        LeafGradients(_pieces(found[source]), leaf) for source, leaf in enumerate(sources)
+    ]
+    derived = {number: gradients[source] for number, source in owner.items()}
+    direct = gradients[: len(leaves)]
+    return _with_derived(program, uses, leaves, direct, derived) if derived else direct
+
+
+def _factor(
+    use: Use, part: Part, target: Target, captured: list[jax.Array], cotangent: jax.Array
+) -> Factored:
+    if use.kind is None:
+        window = tuple(
+            slice(start, start + dim.size) for start, dim in zip(part.start, part.dims, strict=True)
+        )
+        return Materialized(cotangent[(slice(None), *window)], part.dims, target)
+    site = Site(use.eqn, use.operand, use.lengths, captured, cotangent)
+    return use.kind.factor(site, part, target)
+
+
+def _pieces(factors: list[Factored]) -> tuple[Factored, ...]:
+    """The sum of factors as pieces without a common entry."""
+    by_box: dict[views.Box, Factored | None] = {}
+    for factor in factors:
+        at = factor.target.at
+        if at not in by_box:
+            by_box[at] = factor
+        elif (first := by_box[at]) is not None:
+            by_box[at] = first.join(factor) or factor.join(first)
+    overlap = any(not views.disjoint(a, b) for a, b in combinations(by_box, 2))
+    joined = tuple(factor for factor in by_box.values() if factor is not None)
+    if overlap or len(joined) < len(by_box):
+        return (_materialized([factor.rows() for factor in factors]),)
+    return joined
+
+
+def _materialized(rows: Sequence[jax.Array]) -> Materialized:
+    """The sum of materialised gradients `[B, *leaf.shape]` of a whole leaf."""
+    shape = rows[0].shape[1:]
+    whole: View | None = views.whole(0, shape)
+    assert whole is not None, "a leaf without entries has no uses"
+    target = Target(tuple((0, size) for size in shape), shape)
+    return Materialized(reduce(jnp.add, rows), whole[0].dims, target)
+
+
+def _with_derived(
+    program: Program,
+    uses: Mapping[int, Use],
+    leaves: Sequence[jax.Array],
+    direct: list[LeafGradients],
+    derived: Mapping[int, LeafGradients],
+) -> list[LeafGradients]:
+    """Adds the gradients with respect to values computed from parameters, pulled back to these
+    sample by sample."""
+    roots = sorted(frozenset().union(*(uses[number].roots for number in derived)))
+    batch_size = next(
+        piece.rows().shape[0] for gradients in derived.values() for piece in gradients.pieces
+    )
+
+    def derive(chosen: list[jax.Array]) -> list[jax.Array]:
+        merged = list(leaves)
+        for root, leaf in zip(roots, chosen, strict=True):
+            merged[root] = leaf
+        operands = _operands(program, {number: uses[number] for number in derived}, merged)
+        return [operands[number] for number in derived]
+
+    _, pull_back = jax.vjp(derive, [leaves[root] for root in roots])
+    rows = [gradients.rows(batch_size) for gradients in derived.values()]
+    (pulled,) = jax.vmap(pull_back)(rows)
+    total = list(direct)
+    for root, rows in zip(roots, pulled, strict=True):
+        own = [piece.rows().astype(rows.dtype) for piece in direct[root].pieces]
+        total[root] = direct[root]._replace(pieces=(_materialized([rows, *own]),))
+    return total
+
+
+def _operands(
+    program: Program, uses: Mapping[int, Use], leaves: Sequence[jax.Array]
+) -> dict[int, jax.Array]:
+    """The operands of these uses, all of them at the top of the program: whatever needs the
+    sample is left out."""
+    at: dict[Path, list[int]] = {}
+    for number, use in uses.items():
+        at.setdefault(use.path, []).append(number)
+    operands: dict[int, jax.Array] = {}
+
+    def rule(path: Path, eqn: Equation, values: list[Any]) -> Sequence[Any]:
+        if all(value is not None for value in values):
+            return eqn.bind(values)
+        for number in at.get(path, []):
+            operands[number] = values[uses[number].operand]
+        return [None] * len(eqn.outputs)
+
+    sample = [None] * (len(program.in_avals) - len(leaves))
+    walker.evaluate(program, [*leaves, *sample], rule)
+    return operands

@@ -1,0 +1,117 @@
+"""Runs the per-example loss with a slot at every use, so that one backward gives all factors.
+
+A slot is a second input of a value that adds nothing to it but receives its cotangent. For a
+factored use it sits on the output of the equation, for a promoted one on the operand. Slots of
+uses inside a scan are stacked over its steps, and so are the operands captured there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxdp.engine import walker
+from jaxdp.engine.sites import Use
+from jaxdp.engine.walker import Equation, Path, Program
+
+# By the number of the use.
+Slots = dict[int, jax.Array]
+Captures = dict[int, list[jax.Array]]
+
+
+@jax.custom_jvp
+def attach(value: jax.Array, slot: jax.Array) -> jax.Array:
+    """The value, unchanged; its cotangent reaches the slot, too.
+
+    Unlike adding an array of zeros this costs nothing in the forward pass.
+    """
+    del slot
+    return value
+
+
+@attach.defjvp
+def _attach_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return primals[0], tangents[0] + tangents[1]
+
+
+def slot_shape(use: Use) -> jax.ShapeDtypeStruct:
+    """The shape of the slot of one sample, all steps of the enclosing scans stacked."""
+    aval = use.aval if use.kind is None else use.eqn.outputs[0]
+    return jax.ShapeDtypeStruct((*use.lengths, *aval.shape), aval.dtype)
+
+
+def run(
+    program: Program, uses: Mapping[int, Use], args: Sequence[Any], slots: Slots, path: Path = ()
+) -> tuple[list[Any], Captures]:
+    """Outputs of the program for one example, and the operands that the uses asked for.
+
+    Args:
+      program: as `sites.find_uses` saw it.
+      uses: by number; those that have a slot.
+      args: parameter leaves and the leaves of the example.
+      slots: for every use within this program.
+      path: of the equation that holds this program.
+    """
+    at: dict[Path, list[int]] = {}
+    for number, use in uses.items():
+        at.setdefault(use.path, []).append(number)
+    captures: Captures = {}
+
+    def rule(path: Path, eqn: Equation, values: list[Any]) -> Sequence[Any]:
+        values = promote(path, values)
+        inner = {n: use for n, use in uses.items() if use.path[: len(path)] == path != use.path}
+        if inner:
+            outputs, inside = _run_inside(eqn, inner, values, slots, path)
+            captures.update(inside)
+            return outputs
+        outputs = eqn.bind(values)
+        for number in at.get(path, []):
+            use = uses[number]
+            if use.kind is not None:
+                captures[number] = [values[k] for k in use.kind.captures(eqn, use.operand)]
+                outputs[0] = attach(outputs[0], slots[number])
+        return outputs
+
+    def promote(path: Path, values: list[Any]) -> list[Any]:
+        values = list(values)
+        for number in at.get(path, []):
+            use = uses[number]
+            if use.kind is None:
+                values[use.operand] = attach(values[use.operand], slots[number])
+        return values
+
+    return walker.evaluate(program, args, rule, path=path), captures
+
+
+def _run_inside(
+    eqn: Equation, uses: Mapping[int, Use], values: list[Any], slots: Slots, path: Path
+) -> tuple[Sequence[Any], Captures]:
+    """The same for the body of a scan or of a rematerialised block."""
+    slots = {number: slots[number] for number in uses}
+    if (remat := eqn.remat) is not None:
+
+        def block(values: list[Any], slots: Slots) -> tuple[list[Any], Captures]:
+            return run(remat.body, uses, values, slots, path)
+
+        wrapped = jax.checkpoint(block, policy=remat.policy, prevent_cse=remat.prevent_cse)
+        return wrapped(values, slots)
+
+    scan = eqn.scan
+    assert scan is not None, eqn.name
+    first_xs = scan.constants + scan.carry
+    constants, init = values[: scan.constants], values[scan.constants : first_xs]
+
+    def body(carry: list[Any], step: tuple[list[Any], Slots]) -> tuple[list[Any], Any]:
+        xs, slots = step
+        outputs, captures = run(scan.body, uses, [*constants, *carry, *xs], slots, path)
+        return outputs[: scan.carry], (outputs[scan.carry :], captures)
+
+    carry, (ys, captures) = jax.lax.scan(
+        body,
+        init,
+        (values[first_xs:], slots),
+        length=scan.length,
+        reverse=scan.reverse,
+        unroll=scan.unroll,
+    )
+    return [*carry, *ys], captures

@@ -1,0 +1,312 @@
+"""Convolutions: `conv_general_dilated` with any stride, padding, dilation, groups and layout.
+
+A convolution is a matrix product with the patches of its input: u_t holds the k inputs under the
+window at output position t, for each of c channels. The gradient of one sample is Σ_t u_t v_tᵀ as
+for `dot_general`, but the patches take k times the memory of the input. So they are formed for a
+few samples at a time ("rows"), or not at all, since their Gram matrix comes from that of the
+pixels ("gram"):
+
+    ⟨u_t, u_s⟩ = Σ_o ⟨x_{t+o}, x_{s+o}⟩          (o: offsets within the window)
+
+Source: Rochette et al. 2019, "Efficient Per-Example Gradient Computations in Convolutional Neural
+Networks" (per-sample kernels); Bu et al. 2022, "Scalable and Efficient Training of Large
+Convolutional Neural Networks with Differential Privacy" (Gram matrices of patches).
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+
+from jaxdp.engine.kinds.base import (
+    Factored,
+    Site,
+    Target,
+    distinct_loops,
+    refuse_repeats,
+    split_loops,
+)
+from jaxdp.engine.kinds.dot import gram_norms
+from jaxdp.engine.numerics import scale_rows, select_rows, square_sums, widened
+from jaxdp.engine.views import Dim, Part, View
+from jaxdp.engine.walker import Equation
+
+# How many samples have their patches in memory at once. On a CPU one sample fills the cores, and
+# its patches the caches.
+_SAMPLES_AT_ONCE = {"cpu": 1}
+_SAMPLES_ELSEWHERE = 16
+
+
+class Window(NamedTuple):
+    """How a convolution reads images `[..., *spatial, channels]`."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    spread: tuple[int, ...]  # dilation of the image
+    dilation: tuple[int, ...]  # dilation of the window
+    outputs: tuple[int, ...]  # number of positions along each spatial axis
+
+    @classmethod
+    def of(cls, eqn: Equation) -> "Window":
+        _, kernel_axes, output_axes = _axes(eqn)
+        return cls(
+            sizes=tuple(eqn.operands[1].shape[axis] for axis in kernel_axes.spatial),
+            strides=tuple(eqn.params["window_strides"]),
+            padding=tuple(eqn.params["padding"]),
+            spread=tuple(eqn.params["lhs_dilation"]),
+            dilation=tuple(eqn.params["rhs_dilation"]),
+            outputs=tuple(eqn.outputs[0].shape[axis] for axis in output_axes.spatial),
+        )
+
+    def padded(self, images: jax.Array) -> jax.Array:
+        """The images as the window runs over them; negative padding cuts."""
+        edges = zip(self.padding, self.spread, strict=True)
+        config = [(low, high, step - 1) for (low, high), step in edges]
+        lead = images.ndim - len(config) - 1
+        config = [(0, 0, 0)] * lead + config + [(0, 0, 0)]
+        return jax.lax.pad(images, jnp.zeros((), images.dtype), config)
+
+    def shifts(self, images: jax.Array, *, first_axis: int) -> list[jax.Array]:
+        """For every entry of the window, what of padded images (spatial axes from `first_axis`)
+        lies under it at the output positions."""
+        rank = len(self.sizes)
+        steps = zip(self.sizes, self.dilation, strict=True)
+        offsets = product(*(range(0, size * step, step) for size, step in steps))
+        strides = [1] * images.ndim
+        strides[first_axis : first_axis + rank] = self.strides
+
+        def under(offset: tuple[int, ...]) -> jax.Array:
+            starts, limits = [0] * images.ndim, list(images.shape)
+            for k, (start, count) in enumerate(zip(offset, self.outputs, strict=True)):
+                starts[first_axis + k] = start
+                limits[first_axis + k] = start + (count - 1) * self.strides[k] + 1
+            return jax.lax.slice(images, starts, limits, strides)
+
+        return list(map(under, offsets))
+
+
+class Patches(NamedTuple):
+    """Gradients Σ_t u_t v_tᵀ of a kernel, with u the patches of images.
+
+    Attributes:
+      images: `[B, E, N, *spatial, c]`: E slices of the kernel, N images that share each.
+      cotangents: `[B, E, N, *outputs, o]`.
+      window: how the convolution reads the images.
+      eqn: the convolution itself.
+      slices: the E axes of the kernel in the leaf.
+      dims: the axes of the kernel in the leaf, in its own order.
+      target: where they belong.
+    """
+
+    images: jax.Array
+    cotangents: jax.Array
+    window: Window
+    eqn: Equation
+    slices: tuple[Dim, ...]
+    dims: tuple[Dim, ...]
+    target: Target
+
+    @property
+    def groups(self) -> int:
+        return self.eqn.params["feature_group_count"]
+
+    @property
+    def method(self) -> str:
+        images = self.images.shape[2]
+        return choose_method(
+            pixels=images * math.prod(jax.eval_shape(self.window.padded, self.images).shape[3:-1]),
+            positions=images * math.prod(self.window.outputs),
+            window=math.prod(self.window.sizes),
+            inputs=self.images.shape[-1] // self.groups,
+            outputs=self.cotangents.shape[-1] // self.groups,
+        )
+
+    def squared_norms(self) -> jax.Array:
+        if self.method == "rows":
+            kernels = self._kernels()
+            return square_sums(kernels.reshape(kernels.shape[0], -1))
+        return _map_samples(self._squared_norm, self.images, self.cotangents)
+
+    def rows(self) -> jax.Array:
+        return self._placed(self._kernels())
+
+    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
+        if self.method == "rows":
+            kernels = self._kernels()
+            kernels = select_rows(weights != 0, kernels) if guard else kernels
+            weights = weights.astype(kernels.dtype)
+            return self._placed(jnp.tensordot(weights, kernels, 1, precision=Precision.HIGHEST))
+        images, cotangents = widened(self.images), scale_rows(weights, self.cotangents)
+        if guard:
+            images, cotangents = (select_rows(weights != 0, x) for x in (images, cotangents))
+        return self._kernel_gradient(images, cotangents)
+
+    def join(self, other: Factored) -> Factored | None:
+        return None
+
+    def _kernels(self) -> jax.Array:
+        """`[B, E, g, k, c/g, o/g]`: the per-sample gradients."""
+        return _map_samples(self._kernel, self.images, self.cotangents)
+
+    def _kernel(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """Of one sample: `[E, g, k, c/g, o/g]`."""
+        shifts = self.window.shifts(self.window.padded(widened(images)), first_axis=2)
+        patches = jnp.stack(shifts, axis=-2)
+        lead, k = patches.shape[0], len(shifts)
+        u = patches.reshape(lead, -1, k, self.groups, patches.shape[-1] // self.groups)
+        v = self._grouped(cotangents)
+        return jnp.einsum("etkgc,etgo->egkco", u, v, precision=Precision.HIGHEST)
+
+    def _squared_norm(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """Of one sample, from the Gram matrices."""
+        padded = self.window.padded(widened(images))
+        pixels = self._grouped(padded)
+        gram = jnp.einsum("epgc,eqgc->egpq", pixels, pixels, precision=Precision.HIGHEST)
+        where = padded.shape[1:-1]
+        gram = gram.reshape(*gram.shape[:2], *where, *where)
+        rank = len(where)
+        # Both positions move together under the window.
+        rows = self.window.shifts(gram, first_axis=3)
+        both = [
+            self.window.shifts(row, first_axis=3 + rank)[k] for k, row in enumerate(rows)
+        ]
+        positions = math.prod(both[0].shape[2 : 2 + rank])
+        u_gram = sum(both[1:], both[0]).reshape(-1, positions, positions)
+        v = self._grouped(cotangents)
+        v_gram = jnp.einsum("etgo,esgo->egts", v, v, precision=Precision.HIGHEST)
+        return gram_norms(u_gram[None], v_gram.reshape(u_gram.shape)[None])[0]
+
+    def _grouped(self, images: jax.Array) -> jax.Array:
+        """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`."""
+        return widened(images).reshape(images.shape[0], -1, self.groups, images.shape[-1] // self.groups)
+
+    def _placed(self, kernels: jax.Array) -> jax.Array:
+        """`[*lead, E, g, k, c/g, o/g]` as the leaf."""
+        _, kernel_axes, _ = _axes(self.eqn)
+        output = self.dims[kernel_axes.batch]
+        inner = Dim(output.size // self.groups, output.stride)
+        dims = (
+            *self.slices,
+            Dim(self.groups, inner.size * inner.stride),
+            *(self.dims[axis] for axis in kernel_axes.spatial),
+            self.dims[kernel_axes.features],
+            inner,
+        )
+        lead = kernels.shape[:-5]
+        return self.target.place(kernels.reshape(*lead, *(dim.size for dim in dims)), dims)
+
+    def _kernel_gradient(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """The ordinary gradient with respect to the kernel, summed over the batch."""
+        image_axes, _, output_axes = _axes(self.eqn)
+        keep = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
+        options = {name: self.eqn.params[name] for name in keep}
+
+        def convolve(kernel: jax.Array, image: jax.Array) -> jax.Array:
+            image = jnp.transpose(image, image_axes.from_last)
+            output = jax.lax.conv_general_dilated(
+                image,
+                kernel,
+                **options,
+                feature_group_count=self.groups,
+                precision=Precision.HIGHEST,
+            )
+            return jnp.transpose(output, output_axes.to_last)
+
+        def gradient(images: jax.Array, cotangents: jax.Array) -> jax.Array:
+            kernel = jnp.zeros(self.eqn.operands[1].shape, images.dtype)
+            _, pull_back = jax.vjp(lambda kernel: convolve(kernel, images), kernel)
+            return pull_back(cotangents)[0]
+
+        # All samples are images of one large batch, once for each slice of the kernel.
+        def whole_batch(array: jax.Array) -> jax.Array:
+            array = jnp.moveaxis(array, 1, 0)
+            return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+        kernels = jax.vmap(gradient)(whole_batch(images), whole_batch(cotangents))
+        sizes = [dim.size for dim in self.slices]
+        kernels = kernels.reshape(*sizes, *kernels.shape[1:])
+        return self.target.place(kernels, (*self.slices, *self.dims))
+
+
+def choose_method(pixels: int, positions: int, window: int, inputs: int, outputs: int) -> str:
+    """How the norms of a convolution are computed, from its sizes in one group."""
+    kernel = window * inputs * outputs
+    gram = pixels**2 * inputs + positions**2 * (outputs + 2 * window)
+    # Gram matrices where they take clearly fewer operations, and no more memory.
+    if 2 * gram < positions * kernel and pixels**2 + positions**2 <= kernel:
+        return "gram"
+    return "rows"
+
+
+class Convolution:
+    """`conv_general_dilated` of an image and a kernel."""
+
+    def refuse(self, eqn: Equation, operand: int, view: View | None) -> str:
+        if operand != 1:
+            return "a parameter as the image of a convolution"
+        if eqn.params["batch_group_count"] != 1:
+            return "a convolution with batch groups"
+        if view is None:
+            return ""
+        if len(view) != 1 or view[0].shape != tuple(eqn.operands[1].shape):
+            return "a concatenated kernel"
+        return refuse_repeats(view)
+
+    def captures(self, eqn: Equation, operand: int) -> tuple[int, ...]:
+        return (0,)
+
+    def factor(self, site: Site, part: Part, target: Target) -> Patches:
+        image_axes, _, output_axes = _axes(site.eqn)
+
+        def channels_last(array: jax.Array, axes: "_Axes") -> jax.Array:
+            array = split_loops(array, part, site.lengths)
+            array = jnp.transpose(array, (0, 1, 2, *(3 + axis for axis in axes.to_last)))
+            return array.reshape(*array.shape[:2], -1, *array.shape[4:])
+
+        return Patches(
+            images=channels_last(site.captured[0], image_axes),
+            cotangents=channels_last(site.cotangent, output_axes),
+            window=Window.of(site.eqn),
+            eqn=site.eqn,
+            slices=tuple(distinct_loops(part, site.lengths)),
+            dims=part.dims,
+            target=target,
+        )
+
+
+class _Axes(NamedTuple):
+    """Where one array of a convolution has its axes; for a kernel these are outputs and inputs."""
+
+    batch: int
+    features: int
+    spatial: tuple[int, ...]
+
+    @property
+    def to_last(self) -> tuple[int, ...]:
+        """Transposes into (batch, *spatial, features)."""
+        return (self.batch, *self.spatial, self.features)
+
+    @property
+    def from_last(self) -> tuple[int, ...]:
+        """Transposes back."""
+        order = self.to_last
+        return tuple(order.index(axis) for axis in range(len(order)))
+
+
+def _axes(eqn: Equation) -> tuple[_Axes, _Axes, _Axes]:
+    """Of image, kernel and output."""
+    image, kernel, output = (
+        _Axes(spec[0], spec[1], tuple(spec[2:])) for spec in eqn.params["dimension_numbers"]
+    )
+    return image, kernel, output
+
+
+def _map_samples(fun: Any, *arrays: jax.Array) -> jax.Array:
+    """`vmap` over the samples, a few at a time."""
+    at_once = _SAMPLES_AT_ONCE.get(jax.default_backend(), _SAMPLES_ELSEWHERE)
+    return jax.lax.map(lambda sample: fun(*sample), arrays, batch_size=at_once)

@@ -1,0 +1,261 @@
+"""Matrix products: `dot_general` with any dimension numbers.
+
+With E slices of the kernel (batch dimensions, and loops that walk through the leaf), T positions
+that share each (free dimensions of the activation, and loops that share the kernel), inputs
+u[E, T, d] and output cotangents v[E, T, p], the gradient of one sample is
+
+    G[e] = Σ_t u[e, t] v[e, t]ᵀ          (E matrices, d × p)
+
+    ‖G‖² = Σ_e ‖u‖² ‖v‖²                 for T = 1                            ("outer product")
+         = Σ_e Σ_{t,s} ⟨u_t, u_s⟩⟨v_t, v_s⟩    Gram matrices, 2 T² (d + p) FLOPs    ("gram")
+         = Σ_e Σ_{ij} G_ij²              the matrices themselves, 2 T d p FLOPs  ("rows")
+
+Source: Goodfellow 2015, "Efficient Per-Example Gradient Computations" (T = 1); Li et al. 2022,
+"Large Language Models Can Be Strong Differentially Private Learners", section 4 (T > 1).
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+
+from jaxdp.engine.kinds.base import (
+    Factored,
+    Site,
+    Target,
+    distinct_loops,
+    refuse_repeats,
+    split_loops,
+)
+from jaxdp.engine.numerics import scale_rows, select_rows, square_sums, widened
+from jaxdp.engine.views import Dim, Part, View
+from jaxdp.engine.walker import Equation
+
+
+class Extent(NamedTuple):
+    """E slices, T positions, d inputs, p outputs."""
+
+    slices: int
+    positions: int
+    inputs: int
+    outputs: int
+
+
+def choose_method(extent: Extent) -> str:
+    """How the norms of products of this extent are computed."""
+    if extent.positions == 1:
+        return "outer product"
+    matrix, vectors = extent.inputs * extent.outputs, extent.inputs + extent.outputs
+    # Fewer operations than the matrices take, and no more memory.
+    if extent.positions * vectors < matrix and 2 * extent.positions**2 <= matrix:
+        return "gram"
+    return "rows"
+
+
+class Axes(NamedTuple):
+    """Where the rows `[B, E, d, p]` of a factor lie in the leaf: the axes of each side."""
+
+    slices: tuple[Dim, ...]
+    inputs: tuple[Dim, ...]
+    outputs: tuple[Dim, ...]
+
+
+class OuterProducts(NamedTuple):
+    """Gradients Σ_t u_t v_tᵀ, with u `[B, E, T, d]` and v `[B, E, T, p]`."""
+
+    inputs: jax.Array
+    cotangents: jax.Array
+    axes: Axes
+    target: Target
+
+    @property
+    def method(self) -> str:
+        _, slices, positions, inputs = self.inputs.shape
+        return choose_method(Extent(slices, positions, inputs, self.cotangents.shape[-1]))
+
+    def squared_norms(self) -> jax.Array:
+        if self.method == "rows":
+            return square_sums(_flat(self._matrices()))
+        u, v = widened(self.inputs), widened(self.cotangents)
+        if self.method == "outer product":
+            return jnp.sum(_squares(u)[..., 0] * _squares(v)[..., 0], axis=1)
+        return gram_norms(_gram(u), _gram(v))
+
+    def rows(self) -> jax.Array:
+        return self._placed(self._matrices())
+
+    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
+        if self.method == "rows":
+            matrices = self._matrices()
+            matrices = select_rows(weights != 0, matrices) if guard else matrices
+            total = jnp.tensordot(
+                weights.astype(matrices.dtype), matrices, 1, precision=Precision.HIGHEST
+            )
+            return self._placed(total)
+        u, v = self.inputs, self.cotangents
+        if guard:
+            u, v = select_rows(weights != 0, u), select_rows(weights != 0, v)
+        # The weights go to the smaller factor; the sum over samples is part of the product.
+        if u.shape[-1] < v.shape[-1]:
+            u, v = scale_rows(weights, u), widened(v)
+        else:
+            u, v = widened(u), scale_rows(weights, v)
+        return self._placed(jnp.einsum("betd,betp->edp", u, v, precision=Precision.HIGHEST))
+
+    def join(self, other: Factored) -> Factored | None:
+        if not isinstance(other, OuterProducts) or self.axes.slices != other.axes.slices:
+            return None
+        if self.axes == other.axes:
+            pairs = [(self.inputs, other.inputs), (self.cotangents, other.cotangents)]
+        elif (self.axes.inputs, self.axes.outputs) == (other.axes.outputs, other.axes.inputs):
+            # The transposed kernel: inputs and cotangents change places.
+            pairs = [(self.inputs, other.cotangents), (self.cotangents, other.inputs)]
+        else:
+            return None
+        u, v = (jnp.concatenate([widened(a), widened(b)], axis=2) for a, b in pairs)
+        return self._replace(inputs=u, cotangents=v)
+
+    def _matrices(self) -> jax.Array:
+        u, v = widened(self.inputs), widened(self.cotangents)
+        return jnp.einsum("betd,betp->bedp", u, v, precision=Precision.HIGHEST)
+
+    def _placed(self, matrices: jax.Array) -> jax.Array:
+        """`[*lead, E, d, p]` as the leaf."""
+        dims = (*self.axes.slices, *self.axes.inputs, *self.axes.outputs)
+        sizes = [dim.size for dim in dims]
+        return self.target.place(matrices.reshape(*matrices.shape[:-3], *sizes), dims)
+
+
+class DotGeneral:
+    """`dot_general` of an activation and a kernel, on either side."""
+
+    def refuse(self, eqn: Equation, operand: int, view: View | None) -> str:
+        return refuse_repeats(view)
+
+    def captures(self, eqn: Equation, operand: int) -> tuple[int, ...]:
+        return (1 - operand,)
+
+    def factor(self, site: Site, part: Part, target: Target) -> OuterProducts:
+        layout = _Layout.of(site.eqn, site.operand)
+        (activation,) = (split_loops(x, part, site.lengths) for x in site.captured)
+        cotangent = split_loops(site.cotangent, part, site.lengths)
+
+        # The axes of the kernel within the part, each side from the outermost in memory.
+        contract = sorted(layout.contract, key=lambda pair: -part.dims[pair[0]].stride)
+        free = sorted(layout.free, key=lambda pair: -part.dims[pair[0]].stride)
+        batch = [part.dims[axis] for axis, _, _ in layout.batch]
+        axes = Axes(
+            slices=(*distinct_loops(part, site.lengths), *batch),
+            inputs=tuple(part.dims[axis] for axis, _ in contract),
+            outputs=tuple(part.dims[axis] for axis, _ in free),
+        )
+
+        for axis, in_activation, in_output in layout.batch:
+            activation = _window(activation, 3 + in_activation, part, axis)
+            cotangent = _window(cotangent, 3 + in_output, part, axis)
+        for axis, in_activation in contract:
+            activation = _window(activation, 3 + in_activation, part, axis)
+        for axis, in_output in free:
+            cotangent = _window(cotangent, 3 + in_output, part, axis)
+
+        u = _arranged(
+            activation,
+            [place for _, place, _ in layout.batch],
+            [place for place, _ in layout.shared],
+            [place for _, place in contract],
+        )
+        v = _arranged(
+            cotangent,
+            [place for _, _, place in layout.batch],
+            [place for _, place in layout.shared],
+            [place for _, place in free],
+        )
+        return OuterProducts(u, v, axes, target)
+
+
+class _Layout(NamedTuple):
+    """Which axes of kernel, activation and output belong together.
+
+    batch: (kernel, activation, output); contract: (kernel, activation); shared: (activation,
+    output), the free axes of the activation; free: (kernel, output).
+    """
+
+    batch: list[tuple[int, int, int]]
+    contract: list[tuple[int, int]]
+    shared: list[tuple[int, int]]
+    free: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, eqn: Equation, kernel: int) -> "_Layout":
+        contract, batch = eqn.params["dimension_numbers"]
+        other = 1 - kernel
+        free: list[list[int]] = [
+            [
+                axis
+                for axis in range(len(eqn.operands[side].shape))
+                if axis not in contract[side] and axis not in batch[side]
+            ]
+            for side in range(2)
+        ]
+        # The output has the batch axes, then the free ones of the left, then of the right.
+        first = [len(batch[0]), len(batch[0]) + len(free[0])]
+        in_output = [[first[side] + k for k in range(len(free[side]))] for side in range(2)]
+        return cls(
+            batch=[(*pair, k) for k, pair in enumerate(zip(batch[kernel], batch[other], strict=True))],
+            contract=list(zip(contract[kernel], contract[other], strict=True)),
+            shared=list(zip(free[other], in_output[other], strict=True)),
+            free=list(zip(free[kernel], in_output[kernel], strict=True)),
+        )
+
+
+def gram_norms(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+    """Σ_{e,t,s} A_ts V_ts `[B]` from Gram matrices `[B, E, T, T]`, rounded up.
+
+    The sum can cancel down to the rounding error of its terms, below zero even. An entry of a
+    Gram matrix is off by about ε‖u_t‖‖u_s‖; what that makes of the sum is added, so that the
+    norm is never below the true one.
+    """
+    largest_inputs, largest_cotangents = _largest(inputs), _largest(cotangents)
+    slack = 2 * jnp.finfo(inputs.dtype).eps
+    terms = inputs * cotangents + slack * (
+        largest_inputs * jnp.abs(cotangents) + jnp.abs(inputs) * largest_cotangents
+    )
+    return jnp.maximum(jnp.sum(terms, axis=(1, 2, 3)), 0)
+
+
+def _largest(gram: jax.Array) -> jax.Array:
+    """‖u_t‖‖u_s‖, which bounds the entries of a Gram matrix, from its diagonal."""
+    norms = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
+    return norms[..., :, None] * norms[..., None, :]
+
+
+def _gram(vectors: jax.Array) -> jax.Array:
+    return jnp.einsum("betd,besd->bets", vectors, vectors, precision=Precision.HIGHEST)
+
+
+def _squares(vectors: jax.Array) -> jax.Array:
+    """‖u_t‖², `[B, E, T]`."""
+    flat = vectors.reshape(-1, vectors.shape[-1])
+    return square_sums(flat).reshape(vectors.shape[:-1])
+
+
+def _flat(rows: jax.Array) -> jax.Array:
+    return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
+
+
+def _window(array: jax.Array, axis: int, part: Part, kernel_axis: int) -> jax.Array:
+    """What of this axis belongs to the part of the kernel."""
+    start = part.start[kernel_axis]
+    return jax.lax.slice_in_dim(array, start, start + part.dims[kernel_axis].size, axis=axis)
+
+
+def _arranged(
+    array: jax.Array, slices: list[int], positions: list[int], vector: list[int]
+) -> jax.Array:
+    """`[B, E, S, ...] -> [B, E · slices, S · positions, vector]`."""
+    groups = ([1, *(3 + k for k in slices)], [2, *(3 + k for k in positions)], [3 + k for k in vector])
+    shape = [math.prod(array.shape[k] for k in group) for group in groups]
+    order = [0, *(axis for group in groups for axis in group)]
+    return jnp.transpose(array, order).reshape(array.shape[0], *shape)

@@ -1,0 +1,238 @@
+"""Table look-ups: `gather` along one axis (an embedding), and `dynamic_slice` of one row.
+
+With ids i_t and output cotangents v_t[p], t = 1..T, the gradient has the row Σ_{t: i_t = n} v_t
+for every looked-up n and zeros elsewhere. Equal ids add up before they are squared:
+
+    ‖G‖² = Σ_{distinct n} ‖Σ_{t: i_t = n} v_t‖²
+
+in memory of the T looked-up rows, never of the table.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import GatherScatterMode, Precision
+
+from jaxdp.engine.kinds.base import Factored, Site, Target, split_loops
+from jaxdp.engine.kinds.dot import OuterProducts
+from jaxdp.engine.numerics import scale_rows, select_rows, square_sums, widened
+from jaxdp.engine.views import Dim, Part, View
+from jaxdp.engine.walker import Equation
+
+# Up to here equal ids are found by comparing all pairs, beyond by sorting.
+_PAIRS = 128
+
+
+class LookedUp(NamedTuple):
+    """Gradients of looked-up rows: ids `[B, T]`, cotangents `[B, T, p]`.
+
+    Attributes:
+      row: the axis of the leaf that the ids count.
+      features: its other axes.
+    """
+
+    ids: jax.Array
+    cotangents: jax.Array
+    row: Dim
+    features: tuple[Dim, ...]
+    target: Target
+
+    @property
+    def method(self) -> str:
+        return "looked-up rows"
+
+    def squared_norms(self) -> jax.Array:
+        summed = jax.vmap(_distinct_rows)(self.ids, widened(self.cotangents))
+        return square_sums(summed.reshape(summed.shape[0], -1))
+
+    def rows(self) -> jax.Array:
+        return self._placed(jax.vmap(self._table)(self.ids, widened(self.cotangents)))
+
+    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
+        kept = select_rows(weights != 0, self.cotangents) if guard else self.cotangents
+        scaled = scale_rows(weights, kept)
+        return self._placed(self._table(self.ids.reshape(-1), scaled.reshape(-1, kept.shape[-1])))
+
+    def join(self, other: Factored) -> Factored | None:
+        if isinstance(other, OuterProducts):
+            return tied(self, other)
+        if not isinstance(other, LookedUp):
+            return None
+        if (self.row, self.features) != (other.row, other.features):
+            return None
+        ids = jnp.concatenate([self.ids, other.ids], axis=1)
+        cotangents = [widened(self.cotangents), widened(other.cotangents)]
+        return self._replace(ids=ids, cotangents=jnp.concatenate(cotangents, axis=1))
+
+    def _table(self, ids: jax.Array, rows: jax.Array) -> jax.Array:
+        return jnp.zeros((self.row.size, rows.shape[-1]), rows.dtype).at[ids].add(rows)
+
+    def _placed(self, table: jax.Array) -> jax.Array:
+        dims = (self.row, *self.features)
+        return self.target.place(
+            table.reshape(*table.shape[:-2], *(dim.size for dim in dims)), dims
+        )
+
+
+class Tied(NamedTuple):
+    """A table that is looked up and multiplied by: both gradients and their cross term.
+
+    ⟨G_lookup, G_product⟩ = Σ_{s,t} u[t, i_s] ⟨v_t, w_s⟩, with the vocabulary side u and the
+    feature side v of the products, and looked-up ids i and cotangents w.
+    """
+
+    looked_up: LookedUp
+    products: OuterProducts
+    target: Target
+
+    @property
+    def method(self) -> str:
+        return f"{self.looked_up.method}, {self.products.method} and their cross term"
+
+    def squared_norms(self) -> jax.Array:
+        u, v = widened(self.products.inputs)[:, 0], widened(self.products.cotangents)[:, 0]
+        w = widened(self.looked_up.cotangents)
+        # [B, T, S]: the vocabulary side of every position at every looked-up id.
+        at_ids = jax.vmap(lambda side, ids: jnp.take(side, ids, axis=1))(u, self.looked_up.ids)
+        inner = jnp.einsum("btp,bsp->bts", v, w, precision=Precision.HIGHEST)
+        sizes = jnp.sqrt(jnp.sum(v * v, axis=2))[:, :, None] * jnp.sqrt(jnp.sum(w * w, axis=2))[:, None]
+        slack = 2 * jnp.finfo(inner.dtype).eps
+        cross = jnp.sum(at_ids * inner + slack * jnp.abs(at_ids) * sizes, axis=(1, 2))
+        alone = self.looked_up.squared_norms() + self.products.squared_norms()
+        return jnp.maximum(alone + 2 * cross, 0)
+
+    def rows(self) -> jax.Array:
+        return self.looked_up.rows() + self.products.rows()
+
+    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
+        return self.looked_up.weighted_sum(weights, guard=guard) + self.products.weighted_sum(
+            weights, guard=guard
+        )
+
+    def join(self, other: Factored) -> Factored | None:
+        if isinstance(other, LookedUp):
+            joined = self.looked_up.join(other)
+            return self._replace(looked_up=joined) if isinstance(joined, LookedUp) else None
+        if isinstance(other, OuterProducts):
+            joined = self.products.join(other)
+            return self._replace(products=joined) if isinstance(joined, OuterProducts) else None
+        return None
+
+
+def tied(looked_up: LookedUp, products: OuterProducts) -> Tied | None:
+    """Both uses of one table, if the products have the looked-up axis as one of their sides."""
+    if products.axes.slices:
+        return None
+    table = ((looked_up.row,), looked_up.features)
+    if (products.axes.inputs, products.axes.outputs) == table:
+        return Tied(looked_up, products, looked_up.target)
+    if (products.axes.outputs, products.axes.inputs) == table:
+        axes = products.axes._replace(inputs=table[0], outputs=table[1])
+        turned = products._replace(
+            inputs=products.cotangents, cotangents=products.inputs, axes=axes
+        )
+        return Tied(looked_up, turned, looked_up.target)
+    return None
+
+
+class Gather:
+    """`gather` of whole slices along one axis of a table."""
+
+    def refuse(self, eqn: Equation, operand: int, view: View | None) -> str:
+        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        if operand != 0:
+            return "parameters as indices"
+        if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+            return "a gather along several axes"
+        (axis,) = numbers.start_index_map
+        if numbers.collapsed_slice_dims != (axis,):
+            return "a gather of overlapping slices"
+        rest = [size for k, size in enumerate(eqn.operands[0].shape) if k != axis]
+        if [size for k, size in enumerate(sizes) if k != axis] != rest:
+            return "a gather of partial rows"
+        return _refuse_table(eqn, view)
+
+    def captures(self, eqn: Equation, operand: int) -> tuple[int, ...]:
+        return (1,)
+
+    def factor(self, site: Site, part: Part, target: Target) -> LookedUp:
+        numbers = site.eqn.params["dimension_numbers"]
+        (axis,) = numbers.start_index_map
+        ids = split_loops(site.captured[0], part, site.lengths)[..., 0]
+        cotangent = split_loops(site.cotangent, part, site.lengths)
+        offset = numbers.offset_dims
+        batch = [k for k in range(cotangent.ndim - 3) if k not in offset]
+        cotangent = jnp.transpose(
+            cotangent, (0, 1, 2, *(3 + k for k in batch), *(3 + k for k in offset))
+        )
+        return _looked_up(ids, cotangent, site, axis, part, target)
+
+
+class DynamicSlice:
+    """`dynamic_slice` of one entry along one axis: the look-up of a single id."""
+
+    def refuse(self, eqn: Equation, operand: int, view: View | None) -> str:
+        if operand != 0:
+            return "parameters as indices"
+        if len(_cut_axes(eqn)) != 1:
+            return "a dynamic slice of more than one row"
+        return _refuse_table(eqn, view)
+
+    def captures(self, eqn: Equation, operand: int) -> tuple[int, ...]:
+        (axis,) = _cut_axes(eqn)
+        return (1 + axis,)
+
+    def factor(self, site: Site, part: Part, target: Target) -> LookedUp:
+        (axis,) = _cut_axes(site.eqn)
+        ids = split_loops(site.captured[0], part, site.lengths)
+        cotangent = jnp.squeeze(split_loops(site.cotangent, part, site.lengths), 3 + axis)
+        return _looked_up(ids, cotangent, site, axis, part, target)
+
+
+def _cut_axes(eqn: Equation) -> list[int]:
+    """The axes of which a dynamic slice takes one entry; none if it takes part of another."""
+    pairs = list(zip(eqn.params["slice_sizes"], eqn.operands[0].shape, strict=True))
+    cut = [axis for axis, (size, full) in enumerate(pairs) if size != full]
+    return cut if all(pairs[axis][0] == 1 for axis in cut) else []
+
+
+def _refuse_table(eqn: Equation, view: View | None) -> str:
+    if view is None:
+        return ""
+    if len(view) != 1 or view[0].shape != tuple(eqn.operands[0].shape):
+        return "a look-up in a concatenated table"
+    if view[0].repeats or any(view[0].loops):
+        return "a look-up in a broadcast or stacked table"
+    return ""
+
+
+def _looked_up(
+    ids: jax.Array, cotangent: jax.Array, site: Site, axis: int, part: Part, target: Target
+) -> LookedUp:
+    """From ids `[B, 1, S, *positions]` and cotangents `[B, 1, S, *positions, *features]`."""
+    row, features = part.dims[axis], part.dims[:axis] + part.dims[axis + 1 :]
+    batch, width = ids.shape[0], math.prod(dim.size for dim in features)
+    ids = ids.reshape(batch, -1)
+    ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
+    cotangent = cotangent.reshape(batch, ids.shape[1], width)
+    if site.eqn.params.get("mode") == GatherScatterMode.FILL_OR_DROP:
+        inside = (ids >= 0) & (ids < row.size)
+        cotangent = jnp.where(inside[..., None], cotangent, jnp.zeros_like(cotangent))
+    return LookedUp(jnp.clip(ids, 0, row.size - 1), cotangent, row, features, target)
+
+
+def _distinct_rows(ids: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows `[T, p]` of equal ids added up: each sum stands once, all else is zero."""
+    count = ids.shape[0]
+    if count == 1:
+        return rows
+    if count <= _PAIRS:
+        equal = ids[:, None] == ids[None, :]
+        first = jnp.argmax(equal, axis=1) == jnp.arange(count)
+        equal = (equal & first[:, None]).astype(rows.dtype)
+        return jnp.matmul(equal, rows, precision=Precision.HIGHEST)
+    order = jnp.argsort(ids)
+    starts = jnp.diff(ids[order], prepend=ids[order][:1]) != 0
+    return jnp.zeros_like(rows).at[jnp.cumsum(starts)].add(rows[order])

@@ -1,0 +1,52 @@
+"""The plan of a loss: its program, and where its parameters meet the sample."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdp.engine import walker
+from jaxdp.engine.dense import LeafLoss
+from jaxdp.engine.sites import Use, find_uses
+from jaxdp.engine.walker import Program
+
+
+class Plan(NamedTuple):
+    """What all lowerings work from.
+
+    Attributes:
+      program: of the loss of one example.
+      structure: of what it returns.
+      uses: where parameters meet the sample, by number.
+    """
+
+    program: Program
+    structure: Any
+    uses: dict[int, Use]
+
+    @classmethod
+    def of(cls, loss: LeafLoss, leaves: list[Any], example: Any) -> "Plan":
+        """Traces the loss of one example (shapes are enough) and finds the uses of the leaves."""
+
+        def anchored(leaves: list[Any], example: Any, anchor: jax.Array) -> tuple[jax.Array, Any]:
+            value, aux = loss(leaves, example)
+            # So that a loss of the parameters alone meets the sample, too: in this sum.
+            return value + anchor.astype(value.dtype), aux
+
+        anchor = jax.ShapeDtypeStruct((), jnp.float32)
+        program, structure = walker.trace(anchored, leaves, example, anchor)
+        needed = [True] + [False] * (structure.num_leaves - 1)
+        return cls(program, structure, dict(enumerate(find_uses(program, leaves, needed))))
+
+    def arguments(self, leaves: list[Any], example: Any) -> list[Any]:
+        """The inputs of the program."""
+        return [*leaves, *jax.tree.leaves(example), jnp.zeros((), jnp.float32)]
+
+    def outputs(self, outputs: list[Any]) -> tuple[jax.Array, Any]:
+        """Loss and aux from the outputs of the program."""
+        return jax.tree.unflatten(self.structure, outputs)
+
+
+def example_shapes(batch: Any) -> Any:
+    """One example of a batch, as shapes."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)

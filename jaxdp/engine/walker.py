@@ -1,0 +1,194 @@
+"""Reads and evaluates jaxprs: the only room that knows their internals (JAX 0.10 to 0.12).
+
+A `Program` is a traced function. `evaluate` walks its equations in order and asks a rule what to
+do with each; nested calls (`jit`) are entered, so that a rule never sees them. What a value is
+depends on the rule alone: arrays, or whatever an analysis knows of them.
+
+    program = walker.trace(fun, *args)
+    outputs = walker.evaluate(program, args, lambda path, eqn, values: eqn.bind(values))
+
+A `Path` names an equation: its position in the program, behind the positions of the equations
+that hold it. Loops and rematerialised blocks are equations with a `body`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core, source_info_util
+
+Path = tuple[int, ...]
+Program = Any  # core.ClosedJaxpr; from JAX 0.11 this is core.Jaxpr
+
+# Names that differ between versions, or that mean the same to us.
+_NAMES = {"pjit": "jit", "remat2": "remat", "checkpoint": "remat"}
+# Primitives that only call a function: its equations count as those of the caller.
+_CALLS = {"jit", "closed_call", "core_call"}
+
+
+class Scan(NamedTuple):
+    """What `lax.scan` was asked for; the operands are constants, carry and xs, in this order."""
+
+    body: Program
+    constants: int
+    carry: int
+    length: int
+    reverse: bool
+    unroll: int
+
+
+class Remat(NamedTuple):
+    """What `jax.checkpoint` was asked for."""
+
+    body: Program
+    policy: Callable[..., bool] | None
+    prevent_cse: Any
+
+
+class Equation:
+    """One equation: a primitive applied to operands."""
+
+    def __init__(self, eqn: Any):
+        self._eqn = eqn
+        self.name: str = _NAMES.get(eqn.primitive.name, eqn.primitive.name)
+        self.params: dict[str, Any] = eqn.params
+
+    @property
+    def operands(self) -> list[Any]:
+        """Abstract values (shape, dtype) of the operands."""
+        return [atom.aval for atom in self._eqn.invars]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """Abstract values (shape, dtype) of the outputs."""
+        return [variable.aval for variable in self._eqn.outvars]
+
+    @property
+    def source(self) -> str:
+        """Where the user wrote it: file, line and function."""
+        return source_info_util.summarize(self._eqn.source_info)
+
+    def bind(self, values: Sequence[Any]) -> list[Any]:
+        """The primitive applied to these values."""
+        params = self._eqn.primitive.get_bind_params(self.params)
+        with self._eqn.ctx.manager:
+            outputs = self._eqn.primitive.bind(*values, **params)
+        return list(outputs) if self._eqn.primitive.multiple_results else [outputs]
+
+    @property
+    def call(self) -> Program | None:
+        """The function that this equation calls and nothing else, or None."""
+        if self.name not in _CALLS:
+            return None
+        return self.params["jaxpr" if "jaxpr" in self.params else "call_jaxpr"]
+
+    @property
+    def scan(self) -> Scan | None:
+        """The loop, if this equation is one of static length."""
+        if self.name != "scan":
+            return None
+        if "num_consts" in self.params:
+            constants, carry = self.params["num_consts"], self.params["num_carry"]
+        else:  # JAX 0.11
+            constants, carry, _ = (len(part) for part in self.params["ft_in"].unpack())
+        return Scan(
+            body=self.params["jaxpr"],
+            constants=constants,
+            carry=carry,
+            length=self.params["length"],
+            reverse=self.params["reverse"],
+            unroll=self.params["unroll"],
+        )
+
+    @property
+    def remat(self) -> Remat | None:
+        """The rematerialised block, if this equation is one that is not being differentiated."""
+        if self.name != "remat" or self.params["differentiated"]:
+            return None
+        return Remat(self.params["jaxpr"], self.params["policy"], self.params["prevent_cse"])
+
+
+Rule = Callable[[Path, Equation, list[Any]], Sequence[Any]]
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+    """The program of `fun` and the structure of what it returns; args may be shapes only."""
+    program, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+    return program, jax.tree.structure(shapes)
+
+
+def evaluate(
+    program: Program,
+    args: Sequence[Any],
+    rule: Rule,
+    *,
+    lift: Callable[[Any], Any] = lambda constant: constant,
+    path: Path = (),
+) -> list[Any]:
+    """The outputs of the program under a rule.
+
+    Args:
+      program: from `trace`, or the body of a loop or block.
+      args: one value for each input.
+      rule: `(path, equation, values of the operands) -> values of the outputs`.
+      lift: turns a constant array into a value.
+      path: of the equation that holds this program.
+    """
+    jaxpr = _open(program)
+    values = dict(zip(jaxpr.constvars, map(lift, _constants(program)), strict=True))
+    values |= zip(jaxpr.invars, args, strict=True)
+
+    def read(atom: Any) -> Any:
+        return lift(atom.val) if isinstance(atom, core.Literal) else values[atom]
+
+    for index, eqn in enumerate(jaxpr.eqns):
+        equation, here = Equation(eqn), (*path, index)
+        operands = [read(atom) for atom in eqn.invars]
+        if equation.call is None:
+            outputs = rule(here, equation, operands)
+        else:
+            outputs = evaluate(equation.call, operands, rule, lift=lift, path=here)
+        values |= zip(eqn.outvars, outputs, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def live_paths(program: Program, needed: Sequence[bool], path: Path = ()) -> frozenset[Path]:
+    """The equations on which the needed outputs depend, calls entered, bodies whole."""
+    live, _ = _live(program, needed, path)
+    return frozenset(live)
+
+
+def _live(program: Program, needed: Sequence[bool], path: Path) -> tuple[set[Path], list[bool]]:
+    """Live paths, and which inputs are needed."""
+    jaxpr = _open(program)
+    wanted = {
+        atom
+        for atom, need in zip(jaxpr.outvars, needed, strict=True)
+        if need and not isinstance(atom, core.Literal)
+    }
+    live: set[Path] = set()
+    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        outputs = [variable in wanted for variable in eqn.outvars]
+        if not any(outputs):
+            continue
+        here = (*path, index)
+        live.add(here)
+        inputs = [True] * len(eqn.invars)
+        if (call := Equation(eqn).call) is not None:
+            inside, inputs = _live(call, outputs, here)
+            live |= inside
+        wanted |= {
+            atom
+            for atom, need in zip(eqn.invars, inputs, strict=True)
+            if need and not isinstance(atom, core.Literal)
+        }
+    return live, [variable in wanted for variable in jaxpr.invars]
+
+
+def _open(program: Program) -> Any:
+    """Without its constants: the body of a block is open already in JAX 0.10."""
+    return getattr(program, "jaxpr", program)
+
+
+def _constants(program: Program) -> Sequence[Any]:
+    return getattr(program, "consts", ())
