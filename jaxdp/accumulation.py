@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded
-from jaxdp.engine.dense import zero_sum
+from jaxdp.engine.reduction import zero_sum
 
 
 class AccumulateState(NamedTuple):

@@ -29,7 +29,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, Groups
-from jaxdp.engine.dense import select_rows
+from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.rule import ClipRule
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.randomness import COUNT_NOISE, step_key

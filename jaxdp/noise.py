@@ -27,7 +27,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded
-from jaxdp.engine.dense import accumulation_dtype
+from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.randomness import GRADIENT_NOISE, leaf_key, step_key
 from jaxdp.schedules import FloatOrSchedule, checked, value_at

@@ -14,24 +14,25 @@ from jax.extend.core import get_opaque_trace_state
 from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, Groups
-from jaxdp.engine import dense
+from jaxdp.engine import batches, lowerings
+from jaxdp.engine.dense import Given
 from jaxdp.engine.numerics import select_rows
-from jaxdp.engine.slots import Slots
+from jaxdp.engine.reduction import Reduction, Rows, Weigh, zero_sum
 from jaxdp.engine.rule import ClipRule, finite_rows, group_norms, sample_weights
 from jaxdp.trees import prefix_leaves
 
 LossFn = Callable[..., Any]
 
 
-class Lowering(Protocol):
-    """How a handle computes: see `jaxdp.engine`."""
+class Handle(Protocol):
+    """A lowering applied to one batch (`engine.batches`)."""
 
     @property
     def mask(self) -> jax.Array: ...
 
-    def reduce(self, weigh: dense.Weigh | None) -> dense.Reduction: ...
+    def reduce(self, weigh: Weigh | None) -> Reduction: ...
 
-    def materialize(self) -> dense.Rows: ...
+    def rows(self) -> Rows: ...
 
 
 class PerSampleGrads:
@@ -44,18 +45,18 @@ class PerSampleGrads:
     Everything it returns is computed from raw data and NOT private.
     """
 
-    def __init__(self, lowering: Lowering, params: Any, groups: Groups):
+    def __init__(self, handle: Handle, params: Any, groups: Groups):
         """For the engine; users call `jaxdp.per_sample_grads`.
 
         Args:
-          lowering: computes over the leaves that have a gradient.
+          handle: computes over the leaves that have a gradient.
           params: the parameters' structure, a pytree of `jax.ShapeDtypeStruct`.
           groups: 0 for each leaf of `params` that has a gradient, `None` for the others.
         """
-        self._lowering = lowering
+        self._handle = handle
         self._groups = groups
         self.params = params
-        self._seen: tuple[Any, dense.Reduction] | None = None
+        self._seen: tuple[Any, Reduction] | None = None
 
     @classmethod
     def from_arrays(cls, grads: Any, mask: jax.Array | None = None) -> "PerSampleGrads":
@@ -72,8 +73,9 @@ class PerSampleGrads:
         grads = jax.tree.map(jnp.asarray, grads)
         params = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
         groups = _trainable_groups(params, trainable=True)
-        rows = dense.Rows(_with_gradient(jax.tree.leaves(grads), groups), None, None)
-        return cls(dense.Given(rows, _checked_mask(mask, count)), params, groups)
+        rows = Rows(_with_gradient(jax.tree.leaves(grads), groups), None, None)
+        handle = batches.Whole(Given(rows), (), _checked_mask(mask, count))
+        return cls(handle, params, groups)
 
     @property
     def batch_size(self) -> int:
@@ -83,7 +85,7 @@ class PerSampleGrads:
     @property
     def mask(self) -> jax.Array:
         """Bool `[B]`: which rows hold a sample."""
-        return self._lowering.mask
+        return self._handle.mask
 
     @property
     def groups(self) -> Groups:
@@ -133,7 +135,7 @@ class PerSampleGrads:
         kept = rule._replace(groups=self._kept(rule.groups))
         sizes = [leaf.size for leaf in _with_gradient(jax.tree.leaves(self.params), self._groups)]
         sums = self._reduce(lambda squared, _: sample_weights(kept, squared, sizes))
-        value = self._tree(sums, dense.zero_sum)
+        value = self._tree(sums, zero_sum)
         return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups)
 
     def weighted_sum(self, weights: ArrayLike) -> Any:
@@ -148,14 +150,14 @@ class PerSampleGrads:
         def weigh(squared: jax.Array, rows: jax.Array) -> jax.Array:
             return jnp.broadcast_to(weights[rows][:, None], squared.shape)
 
-        return self._tree(self._reduce(weigh), dense.zero_sum)
+        return self._tree(self._reduce(weigh), zero_sum)
 
     def materialize(self) -> Any:
         """The per-sample gradients themselves: a pytree of `[B, *param.shape]`.
 
         Masked rows are zero; leaves without a gradient are zeros of the leaf's dtype.
         """
-        grads = self._lowering.materialize().grads
+        grads = self._handle.rows().grads
         rows = [select_rows(self.mask, grad) for grad in grads]
 
         def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -166,17 +168,17 @@ class PerSampleGrads:
     def __repr__(self) -> str:
         return f"PerSampleGrads(batch_size={self.batch_size})"
 
-    def _reduce(self, weigh: dense.Weigh) -> list[jax.Array]:
-        reduction = self._lowering.reduce(weigh)
+    def _reduce(self, weigh: Weigh) -> list[jax.Array]:
+        reduction = self._handle.reduce(weigh)
         self._seen = (get_opaque_trace_state(), reduction._replace(sums=[]))
         return reduction.sums
 
-    def _reduction(self) -> dense.Reduction:
+    def _reduction(self) -> Reduction:
         """Norms, losses and aux: of the last reduction if that ran in this very trace (a tracer
         of another one must not be used here), else computed."""
         here = get_opaque_trace_state()
         if self._seen is None or self._seen[0] != here:
-            self._seen = (here, self._lowering.reduce(None))
+            self._seen = (here, self._handle.reduce(None))
         return self._seen[1]
 
     def _kept(self, groups: Groups) -> Groups:
@@ -274,14 +276,13 @@ def per_sample_grads(
             return _checked_loss(value, has_aux)
 
         moving = _with_gradient(leaves, groups)
-        if method == "slots":
-            lowering = Slots(loss, moving, batch, mask)
-        elif microbatch_size is None:
-            lowering = dense.Dense(loss, moving, batch, mask)
+        lowering = lowerings.choose(method, loss, moving, batch)
+        if microbatch_size is None:
+            handle = batches.Whole(lowering, batch, mask)
         else:
-            lowering = dense.Microbatched(loss, moving, batch, mask, microbatch_size)
+            handle = batches.Microbatched(lowering, batch, mask, moving, microbatch_size)
         struct = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-        return PerSampleGrads(lowering, struct, groups)
+        return PerSampleGrads(handle, struct, groups)
 
     return grads_fn
 

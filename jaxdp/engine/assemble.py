@@ -6,69 +6,39 @@ Where neither holds the leaf is materialised: squared norms of overlapping uses 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 
 from jaxdp.engine import views, walker
 from jaxdp.engine.instrument import Captures, Slots
-from jaxdp.engine.kinds.base import Factored, Site, Target
-from jaxdp.engine.numerics import accumulation_dtype, select_rows, square_sums, widened
+from jaxdp.engine.kinds.base import Factored, Materialized, Site, Target, factored, static
+from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.engine.sites import Use
-from jaxdp.engine.views import Dim, Part, View
+from jaxdp.engine.views import Part, View
 from jaxdp.engine.walker import Equation, Path, Program
 
 
-class Materialized(NamedTuple):
-    """Per-sample gradients themselves, `[B, *dims]`."""
-
-    values: jax.Array
-    dims: tuple[Dim, ...]
-    target: Target
-
-    @property
-    def method(self) -> str:
-        return "materialized"
-
-    def squared_norms(self) -> jax.Array:
-        rows = widened(self.rows())
-        return square_sums(rows.reshape(rows.shape[0], -1))
-
-    def rows(self) -> jax.Array:
-        return self.target.place(self.values, self.dims)
-
-    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
-        values = widened(select_rows(weights != 0, self.values) if guard else self.values)
-        # A contraction, not a product and a sum: that form is ten times slower on CPU.
-        weights = weights.astype(values.dtype)
-        total = jnp.tensordot(weights, values, 1, precision=Precision.HIGHEST)
-        return self.target.place(total, self.dims)
-
-    def join(self, other: Factored) -> Factored | None:
-        if isinstance(other, Materialized) and self.dims == other.dims:
-            return self._replace(values=self.values + other.values)
-        return None
-
-
-class LeafGradients(NamedTuple):
+@factored
+class LeafGradients:
     """The gradients of one leaf, in pieces that have no entry in common."""
 
     pieces: tuple[Factored, ...]
-    leaf: Any  # shape and dtype
+    leaf: jax.ShapeDtypeStruct = static()
 
     def squared_norms(self, batch_size: int) -> jax.Array:
         """`[B]`."""
         zero = jnp.zeros(batch_size, accumulation_dtype(self.leaf.dtype))
         return sum((piece.squared_norms() for piece in self.pieces), zero)
 
-    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
+    def weighted_sum(self, weights: jax.Array) -> jax.Array:
         """Σ_i w_i g_i, of the leaf's shape."""
         zero = jnp.zeros(self.leaf.shape, accumulation_dtype(self.leaf.dtype))
-        sums = [piece.weighted_sum(weights, guard=guard).astype(zero.dtype) for piece in self.pieces]
+        sums = [piece.weighted_sum(weights).astype(zero.dtype) for piece in self.pieces]
         return reduce(jnp.add, sums) if sums else zero
 
     def rows(self, batch_size: int) -> jax.Array:
@@ -86,12 +56,12 @@ def assemble(
     cotangents: Slots,
 ) -> list[LeafGradients]:
     """The gradients of every leaf, from what a batch left at the uses."""
-    sources: list[Any] = list(leaves)
+    sources = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     owner: dict[int, int] = {}  # of uses that are no views: the source that stands for the operand
     for number, use in uses.items():
         if use.view is None:
             owner[number] = len(sources)
-            sources.append(use.aval)
+            sources.append(jax.ShapeDtypeStruct(use.aval.shape, use.aval.dtype))
 
     found: dict[int, list[Factored]] = {source: [] for source in range(len(sources))}
     for number, use in uses.items():
@@ -137,7 +107,7 @@ def _pieces(factors: list[Factored]) -> tuple[Factored, ...]:
         elif (first := by_box[at]) is not None:
             by_box[at] = first.join(factor) or factor.join(first)
     overlap = any(not views.disjoint(a, b) for a, b in combinations(by_box, 2))
-    joined = tuple(factor for factor in by_box.values() if factor is not None)
+    joined = tuple(factor.prepared() for factor in by_box.values() if factor is not None)
     if overlap or len(joined) < len(by_box):
         return (_materialized([factor.rows() for factor in factors]),)
     return joined
@@ -179,7 +149,7 @@ def _with_derived(
     total = list(direct)
     for root, rows in zip(roots, pulled, strict=True):
         own = [piece.rows().astype(rows.dtype) for piece in direct[root].pieces]
-        total[root] = direct[root]._replace(pieces=(_materialized([rows, *own]),))
+        total[root] = replace(direct[root], pieces=(_materialized([rows, *own]),))
     return total
 
 

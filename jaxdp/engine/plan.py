@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine import walker
-from jaxdp.engine.dense import LeafLoss
+from jaxdp.engine.reduction import LeafLoss
 from jaxdp.engine.sites import Use, find_uses
 from jaxdp.engine.walker import Program
 

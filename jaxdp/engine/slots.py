@@ -16,41 +16,37 @@ import jax.numpy as jnp
 
 from jaxdp.engine import instrument
 from jaxdp.engine.assemble import LeafGradients, assemble
-from jaxdp.engine.dense import LeafLoss, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.numerics import select_rows
-from jaxdp.engine.plan import Plan, example_shapes
+from jaxdp.engine.plan import Plan
+from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
 
 
 class Slots(NamedTuple):
     """One batched forward and backward pass."""
 
-    loss: LeafLoss
+    plan: Plan
     leaves: list[jax.Array]
-    batch: Any
-    mask: jax.Array
 
-    def reduce(self, weigh: Weigh | None) -> Reduction:
+    def reduce(self, part: Batch, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given."""
-        gradients, losses, aux = self._pass()
-        count = self.mask.shape[0]
-        squared = stacked([leaf.squared_norms(count) for leaf in gradients])
+        gradients, losses, aux = self._pass(part)
+        squared = stacked([leaf.squared_norms(losses.shape[0]) for leaf in gradients])
+        counted = select_rows(part.mask, squared)
         sums = []
         if weigh is not None:
-            kept = select_rows(self.mask, squared)
-            weights = select_rows(self.mask, weigh(kept, jnp.arange(count)))
-            sums = weighted_sums(gradients, weights, jnp.all(jnp.isfinite(squared)))
-        return Reduction(
-            sums, select_rows(self.mask, squared), select_rows(self.mask, losses), aux
-        )
+            weights = select_rows(part.mask, weigh(counted, part.index))
+            gradients = _without(jnp.all(weights == 0, axis=1), squared, gradients)
+            sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
+        return Reduction(sums, counted, select_rows(part.mask, losses), aux)
 
-    def materialize(self) -> Rows:
-        """The gradients of the whole batch."""
-        gradients, losses, aux = self._pass()
-        return Rows([leaf.rows(self.mask.shape[0]) for leaf in gradients], losses, aux)
+    def rows(self, part: Batch) -> Rows:
+        """The gradients of every sample."""
+        gradients, losses, aux = self._pass(part)
+        return Rows([leaf.rows(losses.shape[0]) for leaf in gradients], losses, aux)
 
-    def _pass(self) -> tuple[list[LeafGradients], jax.Array, Any]:
-        plan = Plan.of(self.loss, self.leaves, example_shapes(self.batch))
-        count = self.mask.shape[0]
+    def _pass(self, part: Batch) -> tuple[list[LeafGradients], jax.Array, Any]:
+        """Gradients, losses and aux of every sample."""
+        plan = self.plan
 
         def one(slots: instrument.Slots, example: Any) -> tuple[jax.Array, Any]:
             args = plan.arguments(self.leaves, example)
@@ -59,8 +55,9 @@ class Slots(NamedTuple):
             return loss, (captures, aux)
 
         def batched(slots: instrument.Slots) -> tuple[jax.Array, Any]:
-            return jax.vmap(one)(slots, self.batch)
+            return jax.vmap(one)(slots, part.examples)
 
+        count = part.mask.shape[0]
         shapes = {number: instrument.slot_shape(use) for number, use in plan.uses.items()}
         zeros = {n: jnp.zeros((count, *shape.shape), shape.dtype) for n, shape in shapes.items()}
         losses, pull_back, (captures, aux) = jax.vjp(batched, zeros, has_aux=True)
@@ -69,19 +66,17 @@ class Slots(NamedTuple):
         return gradients, losses, aux
 
 
-def weighted_sums(
-    gradients: list[LeafGradients], weights: jax.Array, finite: jax.Array
-) -> list[jax.Array]:
-    """Σ_i w_i g_i for every leaf, weights `[B, L]`.
+def _without(dropped: jax.Array, squared: jax.Array, gradients: Any) -> Any:
+    """The factors with zeros for the dropped samples, if there is anything to select away.
 
-    A sample that is not finite would poison the product that sums over samples, whatever its
-    weight. To select it away costs a copy of every factor, and is done only where needed.
+    A sample that is not finite would poison the products that sum over samples, whatever its
+    weight. The loop runs once at most, and not at all where everything is finite: then no factor
+    is copied, as an unconditional selection or the branches of a conditional would.
     """
+    poisoned = ~jnp.all(jnp.isfinite(squared))
 
-    def sums(guard: bool) -> list[jax.Array]:
-        return [
-            leaf.weighted_sum(weights[:, index], guard=guard)
-            for index, leaf in enumerate(gradients)
-        ]
+    def clean(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        kept = jax.tree.map(lambda array: select_rows(~dropped, array), state[1])
+        return jnp.zeros_like(poisoned), kept
 
-    return jax.lax.cond(finite, lambda: sums(guard=False), lambda: sums(guard=True))
+    return jax.lax.while_loop(lambda state: state[0], clean, (poisoned, gradients))[1]

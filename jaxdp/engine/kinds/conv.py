@@ -24,14 +24,17 @@ from jax.lax import Precision
 
 from jaxdp.engine.kinds.base import (
     Factored,
+    Materialized,
     Site,
     Target,
     distinct_loops,
+    factored,
     refuse_repeats,
     split_loops,
+    static,
 )
 from jaxdp.engine.kinds.dot import gram_norms
-from jaxdp.engine.numerics import scale_rows, select_rows, square_sums, widened
+from jaxdp.engine.numerics import scale_rows, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
@@ -90,7 +93,8 @@ class Window(NamedTuple):
         return list(map(under, offsets))
 
 
-class Patches(NamedTuple):
+@factored
+class Patches:
     """Gradients Σ_t u_t v_tᵀ of a kernel, with u the patches of images.
 
     Attributes:
@@ -105,11 +109,11 @@ class Patches(NamedTuple):
 
     images: jax.Array
     cotangents: jax.Array
-    window: Window
-    eqn: Equation
-    slices: tuple[Dim, ...]
-    dims: tuple[Dim, ...]
-    target: Target
+    window: Window = static()
+    eqn: Equation = static()
+    slices: tuple[Dim, ...] = static()
+    dims: tuple[Dim, ...] = static()
+    target: Target = static()
 
     @property
     def groups(self) -> int:
@@ -126,32 +130,27 @@ class Patches(NamedTuple):
             outputs=self.cotangents.shape[-1] // self.groups,
         )
 
+    def prepared(self) -> Factored:
+        return self._materialized() if self.method == "rows" else self
+
     def squared_norms(self) -> jax.Array:
-        if self.method == "rows":
-            kernels = self._kernels()
-            return square_sums(kernels.reshape(kernels.shape[0], -1))
         return _map_samples(self._squared_norm, self.images, self.cotangents)
 
     def rows(self) -> jax.Array:
-        return self._placed(self._kernels())
+        return self._materialized().rows()
 
-    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
-        if self.method == "rows":
-            kernels = self._kernels()
-            kernels = select_rows(weights != 0, kernels) if guard else kernels
-            weights = weights.astype(kernels.dtype)
-            return self._placed(jnp.tensordot(weights, kernels, 1, precision=Precision.HIGHEST))
+    def weighted_sum(self, weights: jax.Array) -> jax.Array:
         images, cotangents = widened(self.images), scale_rows(weights, self.cotangents)
-        if guard:
-            images, cotangents = (select_rows(weights != 0, x) for x in (images, cotangents))
         return self._kernel_gradient(images, cotangents)
 
     def join(self, other: Factored) -> Factored | None:
         return None
 
-    def _kernels(self) -> jax.Array:
-        """`[B, E, g, k, c/g, o/g]`: the per-sample gradients."""
-        return _map_samples(self._kernel, self.images, self.cotangents)
+    def _materialized(self) -> Materialized:
+        kernels = _map_samples(self._kernel, self.images, self.cotangents)
+        dims = self._kernel_dims()
+        values = kernels.reshape(kernels.shape[0], *(dim.size for dim in dims))
+        return Materialized(values, dims, self.target)
 
     def _kernel(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
         """Of one sample: `[E, g, k, c/g, o/g]`."""
@@ -185,20 +184,18 @@ class Patches(NamedTuple):
         """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`."""
         return widened(images).reshape(images.shape[0], -1, self.groups, images.shape[-1] // self.groups)
 
-    def _placed(self, kernels: jax.Array) -> jax.Array:
-        """`[*lead, E, g, k, c/g, o/g]` as the leaf."""
+    def _kernel_dims(self) -> tuple[Dim, ...]:
+        """The axes of `[E, g, k, c/g, o/g]` in the leaf."""
         _, kernel_axes, _ = _axes(self.eqn)
         output = self.dims[kernel_axes.batch]
         inner = Dim(output.size // self.groups, output.stride)
-        dims = (
+        return (
             *self.slices,
             Dim(self.groups, inner.size * inner.stride),
             *(self.dims[axis] for axis in kernel_axes.spatial),
             self.dims[kernel_axes.features],
             inner,
         )
-        lead = kernels.shape[:-5]
-        return self.target.place(kernels.reshape(*lead, *(dim.size for dim in dims)), dims)
 
     def _kernel_gradient(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
         """The ordinary gradient with respect to the kernel, summed over the batch."""

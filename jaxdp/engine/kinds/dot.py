@@ -15,6 +15,7 @@ Source: Goodfellow 2015, "Efficient Per-Example Gradient Computations" (T = 1); 
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -23,13 +24,16 @@ from jax.lax import Precision
 
 from jaxdp.engine.kinds.base import (
     Factored,
+    Materialized,
     Site,
     Target,
     distinct_loops,
+    factored,
     refuse_repeats,
     split_loops,
+    static,
 )
-from jaxdp.engine.numerics import scale_rows, select_rows, square_sums, widened
+from jaxdp.engine.numerics import scale_rows, square_sums, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
@@ -62,47 +66,42 @@ class Axes(NamedTuple):
     outputs: tuple[Dim, ...]
 
 
-class OuterProducts(NamedTuple):
+@factored
+class OuterProducts:
     """Gradients Σ_t u_t v_tᵀ, with u `[B, E, T, d]` and v `[B, E, T, p]`."""
 
     inputs: jax.Array
     cotangents: jax.Array
-    axes: Axes
-    target: Target
+    axes: Axes = static()
+    target: Target = static()
 
     @property
     def method(self) -> str:
         _, slices, positions, inputs = self.inputs.shape
         return choose_method(Extent(slices, positions, inputs, self.cotangents.shape[-1]))
 
+    def prepared(self) -> Factored:
+        return self._materialized() if self.method == "rows" else self
+
     def squared_norms(self) -> jax.Array:
-        if self.method == "rows":
-            return square_sums(_flat(self._matrices()))
         u, v = widened(self.inputs), widened(self.cotangents)
         if self.method == "outer product":
             return jnp.sum(_squares(u)[..., 0] * _squares(v)[..., 0], axis=1)
         return gram_norms(_gram(u), _gram(v))
 
     def rows(self) -> jax.Array:
-        return self._placed(self._matrices())
+        return self._materialized().rows()
 
-    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
-        if self.method == "rows":
-            matrices = self._matrices()
-            matrices = select_rows(weights != 0, matrices) if guard else matrices
-            total = jnp.tensordot(
-                weights.astype(matrices.dtype), matrices, 1, precision=Precision.HIGHEST
-            )
-            return self._placed(total)
+    def weighted_sum(self, weights: jax.Array) -> jax.Array:
         u, v = self.inputs, self.cotangents
-        if guard:
-            u, v = select_rows(weights != 0, u), select_rows(weights != 0, v)
         # The weights go to the smaller factor; the sum over samples is part of the product.
         if u.shape[-1] < v.shape[-1]:
             u, v = scale_rows(weights, u), widened(v)
         else:
             u, v = widened(u), scale_rows(weights, v)
-        return self._placed(jnp.einsum("betd,betp->edp", u, v, precision=Precision.HIGHEST))
+        total = jnp.einsum("betd,betp->edp", u, v, precision=Precision.HIGHEST)
+        dims = self._dims()
+        return self.target.place(total.reshape([dim.size for dim in dims]), dims)
 
     def join(self, other: Factored) -> Factored | None:
         if not isinstance(other, OuterProducts) or self.axes.slices != other.axes.slices:
@@ -115,17 +114,17 @@ class OuterProducts(NamedTuple):
         else:
             return None
         u, v = (jnp.concatenate([widened(a), widened(b)], axis=2) for a, b in pairs)
-        return self._replace(inputs=u, cotangents=v)
+        return replace(self, inputs=u, cotangents=v)
 
-    def _matrices(self) -> jax.Array:
+    def _materialized(self) -> Materialized:
         u, v = widened(self.inputs), widened(self.cotangents)
-        return jnp.einsum("betd,betp->bedp", u, v, precision=Precision.HIGHEST)
+        matrices = jnp.einsum("betd,betp->bedp", u, v, precision=Precision.HIGHEST)
+        dims = self._dims()
+        values = matrices.reshape(matrices.shape[0], *(dim.size for dim in dims))
+        return Materialized(values, dims, self.target)
 
-    def _placed(self, matrices: jax.Array) -> jax.Array:
-        """`[*lead, E, d, p]` as the leaf."""
-        dims = (*self.axes.slices, *self.axes.inputs, *self.axes.outputs)
-        sizes = [dim.size for dim in dims]
-        return self.target.place(matrices.reshape(*matrices.shape[:-3], *sizes), dims)
+    def _dims(self) -> tuple[Dim, ...]:
+        return (*self.axes.slices, *self.axes.inputs, *self.axes.outputs)
 
 
 class DotGeneral:
@@ -239,10 +238,6 @@ def _squares(vectors: jax.Array) -> jax.Array:
     """‖u_t‖², `[B, E, T]`."""
     flat = vectors.reshape(-1, vectors.shape[-1])
     return square_sums(flat).reshape(vectors.shape[:-1])
-
-
-def _flat(rows: jax.Array) -> jax.Array:
-    return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
 
 
 def _window(array: jax.Array, axis: int, part: Part, kernel_axis: int) -> jax.Array:

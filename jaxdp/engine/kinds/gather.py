@@ -9,15 +9,15 @@ in memory of the T looked-up rows, never of the table.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jax.lax import GatherScatterMode, Precision
 
-from jaxdp.engine.kinds.base import Factored, Site, Target, split_loops
+from jaxdp.engine.kinds.base import Factored, Site, Target, factored, split_loops, static
 from jaxdp.engine.kinds.dot import OuterProducts
-from jaxdp.engine.numerics import scale_rows, select_rows, square_sums, widened
+from jaxdp.engine.numerics import scale_rows, square_sums, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
@@ -25,7 +25,8 @@ from jaxdp.engine.walker import Equation
 _PAIRS = 128
 
 
-class LookedUp(NamedTuple):
+@factored
+class LookedUp:
     """Gradients of looked-up rows: ids `[B, T]`, cotangents `[B, T, p]`.
 
     Attributes:
@@ -35,13 +36,16 @@ class LookedUp(NamedTuple):
 
     ids: jax.Array
     cotangents: jax.Array
-    row: Dim
-    features: tuple[Dim, ...]
-    target: Target
+    row: Dim = static()
+    features: tuple[Dim, ...] = static()
+    target: Target = static()
 
     @property
     def method(self) -> str:
         return "looked-up rows"
+
+    def prepared(self) -> Factored:
+        return self
 
     def squared_norms(self) -> jax.Array:
         summed = jax.vmap(_distinct_rows)(self.ids, widened(self.cotangents))
@@ -50,10 +54,10 @@ class LookedUp(NamedTuple):
     def rows(self) -> jax.Array:
         return self._placed(jax.vmap(self._table)(self.ids, widened(self.cotangents)))
 
-    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
-        kept = select_rows(weights != 0, self.cotangents) if guard else self.cotangents
-        scaled = scale_rows(weights, kept)
-        return self._placed(self._table(self.ids.reshape(-1), scaled.reshape(-1, kept.shape[-1])))
+    def weighted_sum(self, weights: jax.Array) -> jax.Array:
+        scaled = scale_rows(weights, self.cotangents)
+        flat = scaled.reshape(-1, scaled.shape[-1])
+        return self._placed(self._table(self.ids.reshape(-1), flat))
 
     def join(self, other: Factored) -> Factored | None:
         if isinstance(other, OuterProducts):
@@ -64,7 +68,7 @@ class LookedUp(NamedTuple):
             return None
         ids = jnp.concatenate([self.ids, other.ids], axis=1)
         cotangents = [widened(self.cotangents), widened(other.cotangents)]
-        return self._replace(ids=ids, cotangents=jnp.concatenate(cotangents, axis=1))
+        return replace(self, ids=ids, cotangents=jnp.concatenate(cotangents, axis=1))
 
     def _table(self, ids: jax.Array, rows: jax.Array) -> jax.Array:
         return jnp.zeros((self.row.size, rows.shape[-1]), rows.dtype).at[ids].add(rows)
@@ -76,7 +80,8 @@ class LookedUp(NamedTuple):
         )
 
 
-class Tied(NamedTuple):
+@factored
+class Tied:
     """A table that is looked up and multiplied by: both gradients and their cross term.
 
     ⟨G_lookup, G_product⟩ = Σ_{s,t} u[t, i_s] ⟨v_t, w_s⟩, with the vocabulary side u and the
@@ -85,11 +90,14 @@ class Tied(NamedTuple):
 
     looked_up: LookedUp
     products: OuterProducts
-    target: Target
+    target: Target = static()
 
     @property
     def method(self) -> str:
         return f"{self.looked_up.method}, {self.products.method} and their cross term"
+
+    def prepared(self) -> Factored:
+        return self
 
     def squared_norms(self) -> jax.Array:
         u, v = widened(self.products.inputs)[:, 0], widened(self.products.cotangents)[:, 0]
@@ -106,18 +114,16 @@ class Tied(NamedTuple):
     def rows(self) -> jax.Array:
         return self.looked_up.rows() + self.products.rows()
 
-    def weighted_sum(self, weights: jax.Array, *, guard: bool) -> jax.Array:
-        return self.looked_up.weighted_sum(weights, guard=guard) + self.products.weighted_sum(
-            weights, guard=guard
-        )
+    def weighted_sum(self, weights: jax.Array) -> jax.Array:
+        return self.looked_up.weighted_sum(weights) + self.products.weighted_sum(weights)
 
     def join(self, other: Factored) -> Factored | None:
         if isinstance(other, LookedUp):
             joined = self.looked_up.join(other)
-            return self._replace(looked_up=joined) if isinstance(joined, LookedUp) else None
+            return replace(self, looked_up=joined) if isinstance(joined, LookedUp) else None
         if isinstance(other, OuterProducts):
             joined = self.products.join(other)
-            return self._replace(products=joined) if isinstance(joined, OuterProducts) else None
+            return replace(self, products=joined) if isinstance(joined, OuterProducts) else None
         return None
 
 
@@ -130,8 +136,8 @@ def tied(looked_up: LookedUp, products: OuterProducts) -> Tied | None:
         return Tied(looked_up, products, looked_up.target)
     if (products.axes.outputs, products.axes.inputs) == table:
         axes = products.axes._replace(inputs=table[0], outputs=table[1])
-        turned = products._replace(
-            inputs=products.cotangents, cotangents=products.inputs, axes=axes
+        turned = replace(
+            products, inputs=products.cotangents, cotangents=products.inputs, axes=axes
         )
         return Tied(looked_up, turned, looked_up.target)
     return None

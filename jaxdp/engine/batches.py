@@ -1,0 +1,71 @@
+"""A lowering applied to a batch, whole or in microbatches."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdp.engine.reduction import Batch, Lowering, Reduction, Rows, Weigh, zero_sum
+
+
+class Whole(NamedTuple):
+    """The whole batch at once."""
+
+    lowering: Lowering
+    examples: Any
+    mask: jax.Array
+
+    def reduce(self, weigh: Weigh | None) -> Reduction:
+        """Norms, and weighted sums if `weigh` is given."""
+        return self.lowering.reduce(self._batch(), weigh)
+
+    def rows(self) -> Rows:
+        """The gradients of the whole batch."""
+        return self.lowering.rows(self._batch())
+
+    def _batch(self) -> Batch:
+        return Batch(self.examples, self.mask, jnp.arange(self.mask.shape[0]))
+
+
+class Microbatched(NamedTuple):
+    """`size` samples at a time: what they need of memory, not what the batch would."""
+
+    lowering: Lowering
+    examples: Any
+    mask: jax.Array
+    leaves: list[Any]
+    size: int
+
+    def reduce(self, weigh: Weigh | None) -> Reduction:
+        """Norms, and weighted sums if `weigh` is given, added up over microbatches."""
+
+        def add(sums: list[jax.Array], part: Batch) -> tuple[list[jax.Array], Reduction]:
+            reduction = self.lowering.reduce(part, weigh)
+            total = [a + b for a, b in zip(sums, reduction.sums, strict=True)]
+            return total, reduction._replace(sums=[])
+
+        zeros = [] if weigh is None else [zero_sum(leaf) for leaf in self.leaves]
+        sums, parts = jax.lax.scan(add, zeros, self._parts())
+        return self._joined(parts)._replace(sums=sums)
+
+    def rows(self) -> Rows:
+        """The gradients of the whole batch, computed one microbatch after the other."""
+        return self._joined(jax.lax.map(self.lowering.rows, self._parts()))
+
+    def _parts(self) -> Batch:
+        """Everything as `[parts, size, ...]`; masked copies of the last row fill up the end."""
+        count = self.mask.shape[0]
+        parts = -(-count // self.size)
+        index = jnp.minimum(jnp.arange(parts * self.size), count - 1)
+
+        def split(leaf: jax.Array) -> jax.Array:
+            filled = leaf if len(index) == count else leaf[index]
+            return filled.reshape(parts, self.size, *leaf.shape[1:])
+
+        real = (jnp.arange(parts * self.size) < count).reshape(parts, self.size)
+        examples = jax.tree.map(split, self.examples)
+        return Batch(examples, split(self.mask) & real, index.reshape(parts, self.size))
+
+    def _joined(self, tree: Any) -> Any:
+        count = self.mask.shape[0]
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], tree)
