@@ -221,10 +221,13 @@ def _enter(eqn: Equation, values: list[_Value], block: _Block, path: Path) -> _F
             for index in carried
             if inputs[index] == _CONSTANT and found.outputs[index - first_carry] != _CONSTANT
         ]
-        if not found.promoted and not became:
+        # Carries first: while one is taken for a constant, products with it look like parameters.
+        again = became or found.promoted
+        if not again:
             break
-        promoted |= found.promoted
-        for index in (*found.promoted, *became):
+        if not became:
+            promoted |= found.promoted
+        for index in again:
             inputs[index] = _SAMPLE
     return _Found(found.uses, [_outside(value) for value in found.outputs], promoted)
 

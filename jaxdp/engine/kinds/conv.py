@@ -224,7 +224,11 @@ class Patches:
             array = jnp.moveaxis(array, 1, 0)
             return array.reshape(array.shape[0], -1, *array.shape[3:])
 
-        kernels = jax.vmap(gradient)(whole_batch(images), whole_batch(cotangents))
+        images, cotangents = whole_batch(images), whole_batch(cotangents)
+        if images.shape[0] == 1:
+            kernels = gradient(images[0], cotangents[0])[None]
+        else:  # in turns: their batched form is a grouped convolution, an order slower
+            kernels = jax.lax.map(lambda slice: gradient(*slice), (images, cotangents))
         sizes = [dim.size for dim in self.slices]
         kernels = kernels.reshape(*sizes, *kernels.shape[1:])
         return self.target.place(kernels, (*self.slices, *self.dims))

@@ -52,8 +52,9 @@ def choose_method(extent: Extent) -> str:
     if extent.positions == 1:
         return "outer product"
     matrix, vectors = extent.inputs * extent.outputs, extent.inputs + extent.outputs
-    # Fewer operations than the matrices take, and no more memory.
-    if extent.positions * vectors < matrix and 2 * extent.positions**2 <= matrix:
+    # No more memory than the matrices take. A Gram matrix counts for two thirds of its operations:
+    # matrices are written and read once more.
+    if 2 * extent.positions * vectors <= 3 * matrix and 2 * extent.positions**2 <= matrix:
         return "gram"
     return "rows"
 
