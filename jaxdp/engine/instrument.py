@@ -49,7 +49,7 @@ def run(
       program: as `sites.find_uses` saw it.
       uses: by number; those that have a slot.
       args: parameter leaves and the leaves of the example.
-      slots: for every use within this program.
+      slots: for the uses within this program; none for a use that has a twin.
       path: of the equation that holds this program.
     """
     at: dict[Path, list[int]] = {}
@@ -69,7 +69,8 @@ def run(
             use = uses[number]
             if use.kind is not None:
                 captures[number] = [values[k] for k in use.kind.captures(eqn, use.operand)]
-                outputs[0] = attach(outputs[0], slots[number])
+                if number in slots:
+                    outputs[0] = attach(outputs[0], slots[number])
         return outputs
 
     def promote(path: Path, values: list[Any]) -> list[Any]:
@@ -87,7 +88,7 @@ def _run_inside(
     eqn: Equation, uses: Mapping[int, Use], values: list[Any], slots: Slots, path: Path
 ) -> tuple[Sequence[Any], Captures]:
     """The same for the body of a scan or of a rematerialised block."""
-    slots = {number: slots[number] for number in uses}
+    slots = {number: slot for number, slot in slots.items() if number in uses}
     if (remat := eqn.remat) is not None:
 
         def block(values: list[Any], slots: Slots) -> tuple[list[Any], Captures]:

@@ -39,6 +39,7 @@ class Use(NamedTuple):
       lengths: of the enclosing scans, the outermost first.
       in_remat: whether a rematerialised block encloses it.
       reason: why it is promoted, for `explain`.
+      twin: the path of an earlier factored use whose output has the same cotangent, if any.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Use(NamedTuple):
     lengths: tuple[int, ...]
     in_remat: bool
     reason: str
+    twin: Path | None = None
 
     @property
     def aval(self) -> Any:
@@ -138,10 +140,24 @@ def _walk(
 
     outputs = walker.evaluate(program, inputs, rule, lift=lambda _: _CONSTANT, path=block.path)
     found.outputs.extend(outputs)
+    found.uses[:] = _with_twins(found.uses, program, block.path)
     if block.path:
         for root in frozenset().union(*(value.roots for value in outputs)):
             found.promoted[root] = "leaves a loop or block unchanged"
     return found
+
+
+def _with_twins(uses: list[Use], program: Program, path: Path) -> list[Use]:
+    """Marks factored uses at this level whose cotangent an earlier one has, too."""
+    classes = walker.cotangent_classes(program)
+    first: dict[Any, Path] = {}
+    marked = []
+    for use in uses:
+        if use.kind is not None and use.path[:-1] == path:
+            earlier = first.setdefault(classes[use.path[-1]], use.path)
+            use = use._replace(twin=earlier if earlier != use.path else None)
+        marked.append(use)
+    return marked
 
 
 def _derived(eqn: Equation, values: list[_Value]) -> list[_Value]:

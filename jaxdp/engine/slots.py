@@ -58,10 +58,15 @@ class Slots(NamedTuple):
             return jax.vmap(one)(slots, part.examples)
 
         count = part.mask.shape[0]
-        shapes = {number: instrument.slot_shape(use) for number, use in plan.uses.items()}
+        owners = {number: use for number, use in plan.uses.items() if use.twin is None}
+        shapes = {number: instrument.slot_shape(use) for number, use in owners.items()}
         zeros = {n: jnp.zeros((count, *shape.shape), shape.dtype) for n, shape in shapes.items()}
         losses, pull_back, (captures, aux) = jax.vjp(batched, zeros, has_aux=True)
         (cotangents,) = pull_back(jnp.ones_like(losses))
+        at = {use.path: number for number, use in owners.items() if use.kind is not None}
+        for number, use in plan.uses.items():
+            if use.twin is not None:
+                cotangents[number] = cotangents[at[use.twin]]
         gradients = assemble(plan.program, plan.uses, self.leaves, captures, cotangents)
         return gradients, losses, aux
 
@@ -74,9 +79,12 @@ def _without(dropped: jax.Array, squared: jax.Array, gradients: Any) -> Any:
     is copied, as an unconditional selection or the branches of a conditional would.
     """
     poisoned = ~jnp.all(jnp.isfinite(squared))
+    arrays, structure = jax.tree.flatten(gradients)
+    each_once = {id(array): array for array in arrays}
 
     def clean(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         kept = jax.tree.map(lambda array: select_rows(~dropped, array), state[1])
         return jnp.zeros_like(poisoned), kept
 
-    return jax.lax.while_loop(lambda state: state[0], clean, (poisoned, gradients))[1]
+    _, kept = jax.lax.while_loop(lambda state: state[0], clean, (poisoned, each_once))
+    return jax.tree.unflatten(structure, [kept[id(array)] for array in arrays])

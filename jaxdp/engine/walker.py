@@ -192,3 +192,37 @@ def _open(program: Program) -> Any:
 
 def _constants(program: Program) -> Sequence[Any]:
     return getattr(program, "consts", ())
+
+
+def cotangent_classes(program: Program) -> list[Any]:
+    """For every equation of the program, at its own level, a key: where two keys are equal, so
+    are the cotangents of the first outputs.
+
+    A value that is used once, in a sum, has the cotangent of the sum; one that is only split or
+    reshaped has the cotangents of what becomes of it. A recurrent cell adds the products of its
+    input and of its state, so that both need one array of cotangents, not two.
+    """
+    jaxpr = _open(program)
+    consumers: dict[Any, list[Any]] = {}
+    for eqn in [*jaxpr.eqns, jaxpr]:
+        atoms = jaxpr.outvars if eqn is jaxpr else eqn.invars
+        for atom in atoms:
+            if not isinstance(atom, core.Literal):
+                consumers.setdefault(atom, []).append(eqn)
+
+    def key(variable: Any) -> Any:
+        used_by = consumers.get(variable, [])
+        own = (variable.aval.shape, variable.aval.dtype, id(variable))
+        if len(used_by) != 1 or used_by[0] is jaxpr:
+            return own
+        (eqn,) = used_by
+        name = eqn.primitive.name
+        outputs = tuple(map(key, eqn.outvars))
+        if name in ("add", "add_any"):
+            same = eqn.outvars[0].aval.shape == variable.aval.shape
+            return outputs[0] if same else own
+        if name in ("split", "reshape", "squeeze"):
+            return (name, str(eqn.params), variable.aval.shape, outputs)
+        return own
+
+    return [key(eqn.outvars[0]) if eqn.outvars else None for eqn in jaxpr.eqns]

@@ -15,8 +15,9 @@ Source: Goodfellow 2015, "Efficient Per-Example Gradient Computations" (T = 1); 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,32 +61,90 @@ def choose_method(extent: Extent) -> str:
 
 
 class Axes(NamedTuple):
-    """Where the rows `[B, E, d, p]` of a factor lie in the leaf: the axes of each side."""
+    """Where the matrices `[E, d, p]` lie in the leaf: the axes of each side."""
 
     slices: tuple[Dim, ...]
     inputs: tuple[Dim, ...]
     outputs: tuple[Dim, ...]
 
+    @property
+    def dims(self) -> tuple[Dim, ...]:
+        return (*self.slices, *self.inputs, *self.outputs)
+
+
+@factored
+class Product:
+    """What one matrix product left.
+
+    Attributes:
+      activation: the operand that is no parameter, `[B, *lengths, ...]`.
+      cotangent: of the output, `[B, *lengths, ...]`.
+      layout: which of their axes belong together.
+      part: what of the kernel the gradients are with respect to.
+      lengths: of the enclosing scans.
+      turned: whether inputs and outputs of the kernel have changed places.
+    """
+
+    activation: jax.Array
+    cotangent: jax.Array
+    layout: "Layout" = static()
+    part: Part = static()
+    lengths: tuple[int, ...] = static()
+    turned: bool = static()
+
+    def vectors(self) -> tuple[jax.Array, jax.Array]:
+        """u `[B, E, T, d]` and v `[B, E, T, p]`."""
+        layout, part = self.layout, self.part
+        activation = split_loops(self.activation, part, self.lengths)
+        cotangent = split_loops(self.cotangent, part, self.lengths)
+        for axis, in_activation, in_output in layout.batch:
+            activation = _window(activation, 3 + in_activation, part, axis)
+            cotangent = _window(cotangent, 3 + in_output, part, axis)
+        for axis, in_activation in layout.contract:
+            activation = _window(activation, 3 + in_activation, part, axis)
+        for axis, in_output in layout.free:
+            cotangent = _window(cotangent, 3 + in_output, part, axis)
+        u = _arranged(
+            activation,
+            [place for _, place, _ in layout.batch],
+            [place for place, _ in layout.shared],
+            [place for _, place in layout.contract],
+        )
+        v = _arranged(
+            cotangent,
+            [place for _, _, place in layout.batch],
+            [place for _, place in layout.shared],
+            [place for _, place in layout.free],
+        )
+        u, v = widened(u), widened(v)
+        return (v, u) if self.turned else (u, v)
+
 
 @factored
 class OuterProducts:
-    """Gradients Σ_t u_t v_tᵀ, with u `[B, E, T, d]` and v `[B, E, T, p]`."""
+    """Gradients Σ_t u_t v_tᵀ, the positions t from one or more products with the same kernel."""
 
-    inputs: jax.Array
-    cotangents: jax.Array
+    products: tuple[Product, ...]
     axes: Axes = static()
     target: Target = static()
 
     @property
     def method(self) -> str:
-        _, slices, positions, inputs = self.inputs.shape
-        return choose_method(Extent(slices, positions, inputs, self.cotangents.shape[-1]))
+        u, v = jax.eval_shape(self.vectors)
+        return choose_method(Extent(*u.shape[1:], v.shape[-1]))
+
+    def vectors(self) -> tuple[jax.Array, jax.Array]:
+        """u `[B, E, T, d]` and v `[B, E, T, p]` of all products."""
+        inputs, outputs = zip(*(product.vectors() for product in self.products), strict=True)
+        if len(self.products) == 1:
+            return inputs[0], outputs[0]
+        return jnp.concatenate(inputs, axis=2), jnp.concatenate(outputs, axis=2)
 
     def prepared(self) -> Factored:
         return self._materialized() if self.method == "rows" else self
 
     def squared_norms(self) -> jax.Array:
-        u, v = widened(self.inputs), widened(self.cotangents)
+        u, v = self.vectors()
         if self.method == "outer product":
             return jnp.sum(_squares(u)[..., 0] * _squares(v)[..., 0], axis=1)
         return gram_norms(_gram(u), _gram(v))
@@ -94,38 +153,35 @@ class OuterProducts:
         return self._materialized().rows()
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
-        u, v = self.inputs, self.cotangents
+        u, v = self.vectors()
         # The weights go to the smaller factor; the sum over samples is part of the product.
         if u.shape[-1] < v.shape[-1]:
-            u, v = scale_rows(weights, u), widened(v)
+            u = scale_rows(weights, u)
         else:
-            u, v = widened(u), scale_rows(weights, v)
+            v = scale_rows(weights, v)
         total = jnp.einsum("betd,betp->edp", u, v, precision=Precision.HIGHEST)
-        dims = self._dims()
-        return self.target.place(total.reshape([dim.size for dim in dims]), dims)
+        return self.target.place(total.reshape([dim.size for dim in self.axes.dims]), self.axes.dims)
 
     def join(self, other: Factored) -> Factored | None:
         if not isinstance(other, OuterProducts) or self.axes.slices != other.axes.slices:
             return None
-        if self.axes == other.axes:
-            pairs = [(self.inputs, other.inputs), (self.cotangents, other.cotangents)]
-        elif (self.axes.inputs, self.axes.outputs) == (other.axes.outputs, other.axes.inputs):
-            # The transposed kernel: inputs and cotangents change places.
-            pairs = [(self.inputs, other.cotangents), (self.cotangents, other.inputs)]
-        else:
+        if self.axes != other.axes:
+            other = other.turned()
+        if self.axes != other.axes:
             return None
-        u, v = (jnp.concatenate([widened(a), widened(b)], axis=2) for a, b in pairs)
-        return replace(self, inputs=u, cotangents=v)
+        return replace(self, products=self.products + other.products)
+
+    def turned(self) -> "OuterProducts":
+        """The same gradients as those of the transposed kernel."""
+        products = tuple(replace(each, turned=not each.turned) for each in self.products)
+        axes = self.axes._replace(inputs=self.axes.outputs, outputs=self.axes.inputs)
+        return replace(self, products=products, axes=axes)
 
     def _materialized(self) -> Materialized:
-        u, v = widened(self.inputs), widened(self.cotangents)
+        u, v = self.vectors()
         matrices = jnp.einsum("betd,betp->bedp", u, v, precision=Precision.HIGHEST)
-        dims = self._dims()
-        values = matrices.reshape(matrices.shape[0], *(dim.size for dim in dims))
-        return Materialized(values, dims, self.target)
-
-    def _dims(self) -> tuple[Dim, ...]:
-        return (*self.axes.slices, *self.axes.inputs, *self.axes.outputs)
+        values = matrices.reshape(matrices.shape[0], *(dim.size for dim in self.axes.dims))
+        return Materialized(values, self.axes.dims, self.target)
 
 
 class DotGeneral:
@@ -138,60 +194,38 @@ class DotGeneral:
         return (1 - operand,)
 
     def factor(self, site: Site, part: Part, target: Target) -> OuterProducts:
-        layout = _Layout.of(site.eqn, site.operand)
-        (activation,) = (split_loops(x, part, site.lengths) for x in site.captured)
-        cotangent = split_loops(site.cotangent, part, site.lengths)
-
-        # The axes of the kernel within the part, each side from the outermost in memory.
-        contract = sorted(layout.contract, key=lambda pair: -part.dims[pair[0]].stride)
-        free = sorted(layout.free, key=lambda pair: -part.dims[pair[0]].stride)
-        batch = [part.dims[axis] for axis, _, _ in layout.batch]
+        layout = Layout.of(site.eqn, site.operand, part)
         axes = Axes(
-            slices=(*distinct_loops(part, site.lengths), *batch),
-            inputs=tuple(part.dims[axis] for axis, _ in contract),
-            outputs=tuple(part.dims[axis] for axis, _ in free),
+            slices=(
+                *distinct_loops(part, site.lengths),
+                *(part.dims[axis] for axis, _, _ in layout.batch),
+            ),
+            inputs=tuple(part.dims[axis] for axis, _ in layout.contract),
+            outputs=tuple(part.dims[axis] for axis, _ in layout.free),
         )
-
-        for axis, in_activation, in_output in layout.batch:
-            activation = _window(activation, 3 + in_activation, part, axis)
-            cotangent = _window(cotangent, 3 + in_output, part, axis)
-        for axis, in_activation in contract:
-            activation = _window(activation, 3 + in_activation, part, axis)
-        for axis, in_output in free:
-            cotangent = _window(cotangent, 3 + in_output, part, axis)
-
-        u = _arranged(
-            activation,
-            [place for _, place, _ in layout.batch],
-            [place for place, _ in layout.shared],
-            [place for _, place in contract],
-        )
-        v = _arranged(
-            cotangent,
-            [place for _, _, place in layout.batch],
-            [place for _, place in layout.shared],
-            [place for _, place in free],
-        )
-        return OuterProducts(u, v, axes, target)
+        (activation,) = site.captured
+        product = Product(activation, site.cotangent, layout, part, site.lengths, turned=False)
+        return OuterProducts((product,), axes, target)
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Which axes of kernel, activation and output belong together.
 
     batch: (kernel, activation, output); contract: (kernel, activation); shared: (activation,
-    output), the free axes of the activation; free: (kernel, output).
+    output), the free axes of the activation; free: (kernel, output). Each side of the kernel from
+    its outermost axis in memory, so that different products with one kernel agree.
     """
 
-    batch: list[tuple[int, int, int]]
-    contract: list[tuple[int, int]]
-    shared: list[tuple[int, int]]
-    free: list[tuple[int, int]]
+    batch: tuple[tuple[int, int, int], ...]
+    contract: tuple[tuple[int, int], ...]
+    shared: tuple[tuple[int, int], ...]
+    free: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, eqn: Equation, kernel: int) -> "_Layout":
+    def of(cls, eqn: Equation, kernel: int, part: Part) -> "Layout":
         contract, batch = eqn.params["dimension_numbers"]
         other = 1 - kernel
-        free: list[list[int]] = [
+        free = [
             [
                 axis
                 for axis in range(len(eqn.operands[side].shape))
@@ -202,11 +236,15 @@ class _Layout(NamedTuple):
         # The output has the batch axes, then the free ones of the left, then of the right.
         first = [len(batch[0]), len(batch[0]) + len(free[0])]
         in_output = [[first[side] + k for k in range(len(free[side]))] for side in range(2)]
+
+        def outermost_first(pairs: Iterable[Any]) -> tuple[Any, ...]:
+            return tuple(sorted(pairs, key=lambda pair: -part.dims[pair[0]].stride))
+
         return cls(
-            batch=[(*pair, k) for k, pair in enumerate(zip(batch[kernel], batch[other], strict=True))],
-            contract=list(zip(contract[kernel], contract[other], strict=True)),
-            shared=list(zip(free[other], in_output[other], strict=True)),
-            free=list(zip(free[kernel], in_output[kernel], strict=True)),
+            batch=outermost_first(zip(batch[kernel], batch[other], range(len(batch[0])))),
+            contract=outermost_first(zip(contract[kernel], contract[other])),
+            shared=tuple(zip(free[other], in_output[other], strict=True)),
+            free=outermost_first(zip(free[kernel], in_output[kernel])),
         )
 
 

@@ -100,12 +100,13 @@ class Tied:
         return self
 
     def squared_norms(self) -> jax.Array:
-        u, v = widened(self.products.inputs)[:, 0], widened(self.products.cotangents)[:, 0]
+        u, v = (side[:, 0] for side in self.products.vectors())
         w = widened(self.looked_up.cotangents)
         # [B, T, S]: the vocabulary side of every position at every looked-up id.
         at_ids = jax.vmap(lambda side, ids: jnp.take(side, ids, axis=1))(u, self.looked_up.ids)
         inner = jnp.einsum("btp,bsp->bts", v, w, precision=Precision.HIGHEST)
-        sizes = jnp.sqrt(jnp.sum(v * v, axis=2))[:, :, None] * jnp.sqrt(jnp.sum(w * w, axis=2))[:, None]
+        v_norms, w_norms = jnp.linalg.norm(v, axis=2), jnp.linalg.norm(w, axis=2)
+        sizes = v_norms[:, :, None] * w_norms[:, None, :]
         slack = 2 * jnp.finfo(inner.dtype).eps
         cross = jnp.sum(at_ids * inner + slack * jnp.abs(at_ids) * sizes, axis=(1, 2))
         alone = self.looked_up.squared_norms() + self.products.squared_norms()
@@ -132,14 +133,9 @@ def tied(looked_up: LookedUp, products: OuterProducts) -> Tied | None:
     if products.axes.slices:
         return None
     table = ((looked_up.row,), looked_up.features)
-    if (products.axes.inputs, products.axes.outputs) == table:
-        return Tied(looked_up, products, looked_up.target)
-    if (products.axes.outputs, products.axes.inputs) == table:
-        axes = products.axes._replace(inputs=table[0], outputs=table[1])
-        turned = replace(
-            products, inputs=products.cotangents, cotangents=products.inputs, axes=axes
-        )
-        return Tied(looked_up, turned, looked_up.target)
+    for each in (products, products.turned()):
+        if (each.axes.inputs, each.axes.outputs) == table:
+            return Tied(looked_up, each, looked_up.target)
     return None
 
 
