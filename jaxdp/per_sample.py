@@ -134,7 +134,10 @@ class PerSampleGrads:
         """Σ_i w_i g_i with the weights of the rule, as a `Bounded` of sensitivity C."""
         kept = rule._replace(groups=self._kept(rule.groups))
         sizes = [leaf.size for leaf in _with_gradient(jax.tree.leaves(self.params), self._groups)]
-        sums = self._reduce(lambda squared, _: sample_weights(kept, squared, sizes))
+        groups = tuple(group for group in kept.groups if group is not None)
+        sums = self._reduce(
+            Weigh(lambda squared, _: sample_weights(kept, squared, sizes), groups)
+        )
         value = self._tree(sums, zero_sum)
         return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups)
 
@@ -150,7 +153,8 @@ class PerSampleGrads:
         def weigh(squared: jax.Array, rows: jax.Array) -> jax.Array:
             return jnp.broadcast_to(weights[rows][:, None], squared.shape)
 
-        return self._tree(self._reduce(weigh), zero_sum)
+        groups = (0,) * sum(group is not None for group in self._groups)
+        return self._tree(self._reduce(Weigh(weigh, groups)), zero_sum)
 
     def materialize(self) -> Any:
         """The per-sample gradients themselves: a pytree of `[B, *param.shape]`.

@@ -40,7 +40,7 @@ def reduce_rows(rows: Rows, part: Batch, weigh: Weigh | None) -> Reduction:
     squared = select_rows(part.mask, squared_norms(rows.grads))
     sums = []
     if weigh is not None:
-        sums = weighted_sums(rows.grads, select_rows(part.mask, weigh(squared, part.index)))
+        sums = weighted_sums(rows.grads, select_rows(part.mask, weigh.weights(squared, part.index)))
     losses = None if rows.losses is None else select_rows(part.mask, rows.losses)
     return Reduction(sums, squared, losses, rows.aux)
 

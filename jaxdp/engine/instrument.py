@@ -1,12 +1,15 @@
-"""Runs the per-example loss with a slot at every use, so that one backward gives all factors.
+"""Runs the per-example loss with a slot or a tap at every use.
 
 A slot is a second input of a value that adds nothing to it but receives its cotangent. For a
 factored use it sits on the output of the equation, for a promoted one on the operand. Slots of
 uses inside a scan are stacked over its steps, and so are the operands captured there.
+
+A tap replaces the equation of a factored use by one with another backward pass. Nothing is
+stacked or captured.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -40,16 +43,37 @@ def slot_shape(use: Use) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*use.lengths, *aval.shape), aval.dtype)
 
 
+class Taps(NamedTuple):
+    """What replaces an equation at tapped uses.
+
+    Attributes:
+      apply: `(use, values of the operands, array) -> outputs` of the equation.
+      arrays: by use; what `apply` gets, the same at every step of a scan.
+    """
+
+    apply: Callable[[Use, list[Any], jax.Array], list[Any]]
+    arrays: dict[int, jax.Array]
+
+
+NO_TAPS = Taps(lambda use, values, array: use.eqn.bind(values), {})
+
+
 def run(
-    program: Program, uses: Mapping[int, Use], args: Sequence[Any], slots: Slots, path: Path = ()
+    program: Program,
+    uses: Mapping[int, Use],
+    args: Sequence[Any],
+    slots: Slots,
+    taps: Taps = NO_TAPS,
+    path: Path = (),
 ) -> tuple[list[Any], Captures]:
-    """Outputs of the program for one example, and the operands that the uses asked for.
+    """Outputs of the program for one example, and the operands that slotted uses asked for.
 
     Args:
       program: as `sites.find_uses` saw it.
-      uses: by number; those that have a slot.
+      uses: by number; those that are slotted or tapped.
       args: parameter leaves and the leaves of the example.
-      slots: for the uses within this program; none for a use that has a twin.
+      slots: for the uses within this program; none for a tapped use or one that has a twin.
+      taps: for the tapped ones.
       path: of the equation that holds this program.
     """
     at: dict[Path, list[int]] = {}
@@ -58,44 +82,58 @@ def run(
     captures: Captures = {}
 
     def rule(path: Path, eqn: Equation, values: list[Any]) -> Sequence[Any]:
-        values = promote(path, values)
-        inner = {n: use for n, use in uses.items() if use.path[: len(path)] == path != use.path}
-        if inner:
-            outputs, inside = _run_inside(eqn, inner, values, slots, path)
-            captures.update(inside)
-            return outputs
-        outputs = eqn.bind(values)
-        for number in at.get(path, []):
-            use = uses[number]
-            if use.kind is not None:
-                captures[number] = [values[k] for k in use.kind.captures(eqn, use.operand)]
-                if number in slots:
-                    outputs[0] = attach(outputs[0], slots[number])
-        return outputs
-
-    def promote(path: Path, values: list[Any]) -> list[Any]:
+        here = {number: uses[number] for number in at.get(path, [])}
         values = list(values)
-        for number in at.get(path, []):
-            use = uses[number]
+        for number, use in here.items():
             if use.kind is None:
                 values[use.operand] = attach(values[use.operand], slots[number])
-        return values
+        inner = {n: use for n, use in uses.items() if use.path[: len(path)] == path != use.path}
+        if inner:
+            outputs, inside = _run_inside(eqn, inner, values, slots, taps, path)
+            captures.update(inside)
+            return outputs
+        factored = [number for number, use in here.items() if use.kind is not None]
+        if not factored:
+            return eqn.bind(values)
+        (number,) = factored  # a second parameter would leave no operand to the sample
+        use = here[number]
+        if number in taps.arrays:
+            return taps.apply(use, values, taps.arrays[number])
+        captures[number] = captured(use, values)
+        outputs = eqn.bind(values)
+        if number in slots:
+            outputs[0] = attach(outputs[0], slots[number])
+        return outputs
 
     return walker.evaluate(program, args, rule, path=path), captures
 
 
+def captured(use: Use, values: Sequence[Any]) -> list[Any]:
+    """The operands that a factored use asks for."""
+    assert use.kind is not None
+    return [values[operand] for operand in use.kind.captures(use.eqn, use.operand)]
+
+
 def _run_inside(
-    eqn: Equation, uses: Mapping[int, Use], values: list[Any], slots: Slots, path: Path
+    eqn: Equation,
+    uses: Mapping[int, Use],
+    values: list[Any],
+    slots: Slots,
+    taps: Taps,
+    path: Path,
 ) -> tuple[Sequence[Any], Captures]:
     """The same for the body of a scan or of a rematerialised block."""
     slots = {number: slot for number, slot in slots.items() if number in uses}
+    arrays = {number: array for number, array in taps.arrays.items() if number in uses}
     if (remat := eqn.remat) is not None:
 
-        def block(values: list[Any], slots: Slots) -> tuple[list[Any], Captures]:
-            return run(remat.body, uses, values, slots, path)
+        def block(
+            values: list[Any], slots: Slots, arrays: dict[int, jax.Array]
+        ) -> tuple[list[Any], Captures]:
+            return run(remat.body, uses, values, slots, Taps(taps.apply, arrays), path)
 
         wrapped = jax.checkpoint(block, policy=remat.policy, prevent_cse=remat.prevent_cse)
-        return wrapped(values, slots)
+        return wrapped(values, slots, arrays)
 
     scan = eqn.scan
     assert scan is not None, eqn.name
@@ -104,7 +142,8 @@ def _run_inside(
 
     def body(carry: list[Any], step: tuple[list[Any], Slots]) -> tuple[list[Any], Any]:
         xs, slots = step
-        outputs, captures = run(scan.body, uses, [*constants, *carry, *xs], slots, path)
+        args = [*constants, *carry, *xs]
+        outputs, captures = run(scan.body, uses, args, slots, Taps(taps.apply, arrays), path)
         return outputs[: scan.carry], (outputs[scan.carry :], captures)
 
     carry, (ys, captures) = jax.lax.scan(

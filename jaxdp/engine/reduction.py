@@ -8,11 +8,21 @@ import jax.numpy as jnp
 
 from jaxdp.engine.numerics import accumulation_dtype
 
-# (squared norms [b, L] of some rows, which rows of the batch these are [b]) -> weights [b, L]
-Weigh = Callable[[jax.Array, jax.Array], jax.Array]
-
 # (params leaves with a gradient, one example) -> (loss, aux)
 LeafLoss = Callable[[list[jax.Array], Any], tuple[jax.Array, Any]]
+
+
+class Weigh(NamedTuple):
+    """How squared norms become weights.
+
+    Attributes:
+      weights: `(squared norms [b, L] of some rows, which rows of the batch these are [b]) ->
+        weights [b, L]`.
+      groups: for each leaf its group; leaves of one group have equal weights.
+    """
+
+    weights: Callable[[jax.Array, jax.Array], jax.Array]
+    groups: tuple[int, ...]
 
 
 class Rows(NamedTuple):

@@ -9,6 +9,7 @@ Source: Bu et al. 2023, "Differentially Private Optimization on Large Model at S
 (book-keeping).
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jaxdp.engine.assemble import LeafGradients, assemble
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
+from jaxdp.engine.sites import Use
 
 
 class Slots(NamedTuple):
@@ -34,8 +36,8 @@ class Slots(NamedTuple):
         counted = select_rows(part.mask, squared)
         sums = []
         if weigh is not None:
-            weights = select_rows(part.mask, weigh(counted, part.index))
-            gradients = _without(jnp.all(weights == 0, axis=1), squared, gradients)
+            weights = select_rows(part.mask, weigh.weights(counted, part.index))
+            gradients = without(jnp.all(weights == 0, axis=1), squared, gradients)
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
         return Reduction(sums, counted, select_rows(part.mask, losses), aux)
 
@@ -57,21 +59,31 @@ class Slots(NamedTuple):
         def batched(slots: instrument.Slots) -> tuple[jax.Array, Any]:
             return jax.vmap(one)(slots, part.examples)
 
-        count = part.mask.shape[0]
-        owners = {number: use for number, use in plan.uses.items() if use.twin is None}
-        shapes = {number: instrument.slot_shape(use) for number, use in owners.items()}
-        zeros = {n: jnp.zeros((count, *shape.shape), shape.dtype) for n, shape in shapes.items()}
+        zeros = zero_slots(plan.uses, part.mask.shape[0])
         losses, pull_back, (captures, aux) = jax.vjp(batched, zeros, has_aux=True)
         (cotangents,) = pull_back(jnp.ones_like(losses))
-        at = {use.path: number for number, use in owners.items() if use.kind is not None}
-        for number, use in plan.uses.items():
-            if use.twin is not None:
-                cotangents[number] = cotangents[at[use.twin]]
+        cotangents = with_twins(plan.uses, cotangents)
         gradients = assemble(plan.program, plan.uses, self.leaves, captures, cotangents)
         return gradients, losses, aux
 
 
-def _without(dropped: jax.Array, squared: jax.Array, gradients: Any) -> Any:
+def zero_slots(uses: Mapping[int, Use], count: int) -> instrument.Slots:
+    """Slots `[B, ...]` for the uses; none for one whose twin has one."""
+    at = {use.path for use in uses.values() if use.kind is not None}
+    shapes = {n: instrument.slot_shape(use) for n, use in uses.items() if use.twin not in at}
+    return {n: jnp.zeros((count, *shape.shape), shape.dtype) for n, shape in shapes.items()}
+
+
+def with_twins(uses: Mapping[int, Use], cotangents: instrument.Slots) -> instrument.Slots:
+    """The cotangents of all uses: those of a twin for a use without a slot of its own."""
+    at = {use.path: number for number, use in uses.items() if use.kind is not None}
+    return {
+        number: cotangents[number] if number in cotangents else cotangents[at[use.twin]]
+        for number, use in uses.items()
+    }
+
+
+def without(dropped: jax.Array, squared: jax.Array, gradients: Any) -> Any:
     """The factors with zeros for the dropped samples, if there is anything to select away.
 
     A sample that is not finite would poison the products that sum over samples, whatever its
