@@ -131,7 +131,7 @@ def _with_derived(
 ) -> list[LeafGradients]:
     """Adds the gradients with respect to values computed from parameters, pulled back to these
     sample by sample."""
-    roots = sorted(frozenset().union(*(uses[number].roots for number in derived)))
+    roots = sorted(frozenset().union(*(uses[number].sources for number in derived)))
     batch_size = next(
         piece.rows().shape[0] for gradients in derived.values() for piece in gradients.pieces
     )

@@ -35,7 +35,7 @@ class Use(NamedTuple):
       view: of which parameters the operand is a view. None if it is computed from them in
         another way: then the operand counts as a parameter of its own, and its gradient is
         pulled back through that computation.
-      roots: the parameters that the operand depends on.
+      sources: the parameters that the operand depends on.
       lengths: of the enclosing scans, the outermost first.
       in_remat: whether a rematerialised block encloses it.
       reason: why it is promoted, for `explain`.
@@ -47,7 +47,7 @@ class Use(NamedTuple):
     eqn: Equation
     kind: Kind | None
     view: View | None
-    roots: frozenset[int]
+    sources: frozenset[int]
     lengths: tuple[int, ...]
     in_remat: bool
     reason: str
@@ -122,7 +122,9 @@ def _walk(
         kind, refusal = _kind(eqn, operand, view, block)
         if kind is not None or not block.path:
             reason = "" if kind is not None else reason or refusal
-            where = (value.roots, block.lengths, block.in_remat)
+            # Without a view it is at the top, where the roots are the parameters themselves.
+            sources = value.roots if view is None else frozenset(part.source for part in view)
+            where = (sources, block.lengths, block.in_remat)
             found.uses.append(Use(path, operand, eqn, kind, view, *where, reason))
         else:
             found.promoted.update({root: reason or refusal for root in value.roots})

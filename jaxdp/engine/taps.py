@@ -152,8 +152,8 @@ def tapped_uses(
     }
     # A leaf with one use that is not tapped takes its other uses, and their leaves, with it.
     while True:
-        spoiled |= {root for n, use in uses.items() if n not in alone for root in use.roots}
-        kept = {n: use for n, use in alone.items() if not use.roots & spoiled}
+        spoiled |= {leaf for n, use in uses.items() if n not in alone for leaf in use.sources}
+        kept = {n: use for n, use in alone.items() if not use.sources & spoiled}
         if len(kept) == len(alone):
             return kept
         alone = kept
