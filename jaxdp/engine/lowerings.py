@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from jaxdp.engine.dense import Dense
+from jaxdp.engine.fused import Fused
 from jaxdp.engine.plan import Plan, example_shapes
 from jaxdp.engine.reduction import LeafLoss, Lowering
 from jaxdp.engine.slots import Slots
@@ -16,4 +17,4 @@ def choose(method: str, loss: LeafLoss, leaves: list[jax.Array], examples: Any) 
     if method == "dense":
         return Dense(loss, leaves)
     plan = Plan.of(loss, leaves, example_shapes(examples))
-    return {"slots": Slots, "taps": Taps, "auto": Slots}[method](plan, leaves)
+    return {"slots": Slots, "taps": Taps, "fused": Fused, "auto": Slots}[method](plan, leaves)

@@ -19,7 +19,7 @@ class ClipRule(NamedTuple):
     Attributes:
       groups: for each leaf its group; here every leaf has one.
       thresholds: C, a scalar for one group or `[K]`; equals the L2 sensitivity of the sum.
-      weight: `(norms [K], thresholds [K]) -> weights [K]` of ONE sample: it cannot look at
+      weight: `(norm, threshold) -> weight` of ONE sample in ONE group: it cannot look at
         another. What it returns is only a wish: `sample_weights` never lets a sample contribute
         more than its threshold.
     """
@@ -44,6 +44,11 @@ def finite_rows(squared_norms: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(squared_norms), axis=1)
 
 
+def _wish(rule: ClipRule, norms: jax.Array, thresholds: jax.Array) -> jax.Array:
+    """`[B, K]`, from norms `[B, K]` and thresholds `[K]`."""
+    return jax.vmap(jax.vmap(rule.weight), (0, None))(norms, thresholds)
+
+
 def sample_weights(
     rule: ClipRule, squared_norms: jax.Array, sizes: Sequence[int]
 ) -> jax.Array:
@@ -56,7 +61,7 @@ def sample_weights(
     """
     norms = group_norms(squared_norms, rule.groups)
     thresholds = jnp.maximum(rule.thresholds, 0).astype(norms.dtype).reshape(-1)
-    wish = jax.vmap(rule.weight, (0, None))(norms, thresholds)
+    wish = _wish(rule, norms, jnp.broadcast_to(thresholds, norms.shape[1:]))
     # A square below `tiny` may have been flushed to zero: the cap counts every entry as that much.
     lost = jnp.asarray(sizes, norms.dtype) * jnp.finfo(norms.dtype).tiny
     largest_norms = group_norms(squared_norms + lost.reshape(1, -1), rule.groups)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.numerics import select_rows
-from jaxdp.engine.reduction import Batch, Reduction
+from jaxdp.engine.numerics import accumulation_dtype
+from jaxdp.engine.plan import Plan
+from jaxdp.engine.reduction import Batch, Reduction, stacked, zero_sum
 from jaxdp.engine.rule import finite_rows
 
 
@@ -22,9 +23,7 @@ class _State(NamedTuple):
     found: Reduction
 
 
-def settle(
-    run: Callable[[Batch], Reduction], part: Batch, start: Reduction
-) -> Reduction:
+def settle(run: Callable[[Batch], Reduction], part: Batch, start: Reduction) -> Reduction:
     """The reduction over the rows that hold a sample and have finite gradients.
 
     Args:
@@ -46,23 +45,27 @@ def settle(
         # A row that drops out keeps what the first pass saw of it.
         by_row = jax.tree.map(seen, found._replace(sums=[]), state.found._replace(sums=[]))
         left = counted & finite_rows(found.squared_norms)
-        return _State(left, jnp.all(left == counted), by_row._replace(sums=found.sums))
+        settled = jnp.all(left == counted) & jnp.any(counted)
+        return _State(left, settled, by_row._replace(sums=found.sums))
 
     def step(state: _State) -> _State:
-        nothing = _State(state.counted, jnp.ones_like(state.settled), state.found._replace(sums=start.sums))
-        return jax.lax.cond(jnp.any(state.counted), again, lambda _: nothing, state)
+        nothing = state.found._replace(sums=start.sums)
+        done = _State(state.counted, jnp.ones_like(state.settled), nothing)
+        return jax.lax.cond(jnp.any(state.counted), again, lambda _: done, state)
 
-    state = _State(part.mask, jnp.zeros((), bool), start)
-    return jax.lax.while_loop(lambda state: ~state.settled, step, state).found
+    # The first pass stands outside of the loop, in which XLA runs convolutions thirty times
+    # slower on a CPU. The loop runs where a sample is not finite, or where there is none.
+    first = again(_State(part.mask, jnp.zeros((), bool), start))
+    return jax.lax.while_loop(lambda state: ~state.settled, step, first).found
 
 
-def nothing_seen(
-    sums: Sequence[jax.Array], count: int, leaves: int, dtype: Any, loss: Any, aux: Any
-) -> Reduction:
-    """The reduction over no rows: of losses and aux with these shapes of one example."""
+def nothing_seen(plan: Plan, leaves: Sequence[Any], count: int, *, sums: bool) -> Reduction:
+    """The reduction over none of `count` rows."""
+    loss, aux = plan.outputs(list(plan.program.out_avals))
 
     def zeros(shape: Any) -> jax.Array:
         return jnp.zeros((count, *shape.shape), shape.dtype)
 
-    squared = jnp.zeros((count, leaves), dtype)
-    return Reduction(list(sums), squared, zeros(loss), jax.tree.map(zeros, aux))
+    squared = [jnp.zeros(count, accumulation_dtype(leaf.dtype)) for leaf in leaves]
+    totals = [zero_sum(leaf) for leaf in leaves] if sums else []
+    return Reduction(totals, stacked(squared), zeros(loss), jax.tree.map(zeros, aux))

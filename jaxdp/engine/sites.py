@@ -170,8 +170,8 @@ def _derived(eqn: Equation, values: list[_Value]) -> list[_Value]:
     shown = views.apply(eqn, [value.view for value in values])
     return [
         _Value(roots=roots, view=view)
-        if view != () and jnp.issubdtype(output.dtype, jnp.floating)
-        else _CONSTANT  # nothing that is differentiable
+        if view != () and jnp.issubdtype(output.dtype, jnp.inexact)
+        else _CONSTANT  # integers and booleans have no gradient
         for view, output in zip(shown, eqn.outputs, strict=True)
     ]
 
@@ -191,6 +191,8 @@ def _kind(
     kind = KINDS.get(eqn.name)
     if kind is None:
         return None, eqn.name
+    if not jnp.issubdtype(eqn.outputs[0].dtype, jnp.floating):
+        return None, f"{eqn.name} of {eqn.outputs[0].dtype}"
     if view is None and block.path:
         return None, f"{eqn.name} of a value computed from parameters inside a loop or block"
     refusal = kind.refuse(eqn, operand, view)

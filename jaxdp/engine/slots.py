@@ -31,7 +31,7 @@ class Slots(NamedTuple):
 
     def reduce(self, part: Batch, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given."""
-        gradients, losses, aux = self._pass(part)
+        gradients, losses, aux = self.factors(part)
         squared = stacked([leaf.squared_norms(losses.shape[0]) for leaf in gradients])
         counted = select_rows(part.mask, squared)
         sums = []
@@ -43,10 +43,10 @@ class Slots(NamedTuple):
 
     def rows(self, part: Batch) -> Rows:
         """The gradients of every sample."""
-        gradients, losses, aux = self._pass(part)
+        gradients, losses, aux = self.factors(part)
         return Rows([leaf.rows(losses.shape[0]) for leaf in gradients], losses, aux)
 
-    def _pass(self, part: Batch) -> tuple[list[LeafGradients], jax.Array, Any]:
+    def factors(self, part: Batch) -> tuple[list[LeafGradients], jax.Array, Any]:
         """Gradients, losses and aux of every sample."""
         plan = self.plan
 

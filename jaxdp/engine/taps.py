@@ -24,9 +24,9 @@ from jaxdp.engine import instrument, views
 from jaxdp.engine.assemble import LeafGradients, assemble
 from jaxdp.engine.instrument import Taps as TapsAt
 from jaxdp.engine.kinds.base import Site, Target
-from jaxdp.engine.numerics import accumulation_dtype, select_rows
+from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.plan import Plan
-from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked, zero_sum
+from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.settle import nothing_seen, settle
 from jaxdp.engine.sites import Use
 from jaxdp.engine.slots import Slots, with_twins, zero_slots
@@ -40,10 +40,8 @@ class Taps(NamedTuple):
 
     def reduce(self, part: Batch, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given."""
-        sums = [] if weigh is None else [zero_sum(leaf) for leaf in self.leaves]
-        loss, aux = self.plan.outputs(list(self.plan.program.out_avals))
-        dtype = jnp.result_type(*(accumulation_dtype(leaf.dtype) for leaf in self.leaves))
-        start = nothing_seen(sums, part.mask.shape[0], len(self.leaves), dtype, loss, aux)
+        count = part.mask.shape[0]
+        start = nothing_seen(self.plan, self.leaves, count, sums=weigh is not None)
         return settle(lambda part: self._reduce(part, weigh), part, start)
 
     def rows(self, part: Batch) -> Rows:

@@ -99,6 +99,11 @@ def _same(_: Equation, views: list[View]) -> list[View | None]:
     return [views[0]]
 
 
+def _cast(eqn: Equation, views: list[View]) -> list[View | None]:
+    real = jnp.issubdtype(eqn.outputs[0].dtype, jnp.floating)
+    return [views[0] if real else None]
+
+
 def _transpose(eqn: Equation, views: list[View]) -> list[View | None]:
     order = eqn.params["permutation"]
 
@@ -205,7 +210,7 @@ _RULES = {
     "slice": _slice,
     "split": _split,
     "concatenate": _concatenate,
-    "convert_element_type": _same,
+    "convert_element_type": _cast,
     "copy": _same,
     "copy_p": _same,
     "optimization_barrier": lambda eqn, views: list(views),
