@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxdp.bounded import Bounded, Groups
 from jaxdp.engine import batches, lowerings
 from jaxdp.engine.dense import Given
+from jaxdp.engine.manual import vary, varying_axes
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.reduction import Reduction, Rows, Weigh, zero_sum
 from jaxdp.engine.rule import ClipRule, finite_rows, group_norms, sample_weights
@@ -271,6 +272,9 @@ def per_sample_grads(
         mask = _checked_mask(mask, _batch_size(batch, "batch"))
         batch = jax.tree.map(jnp.asarray, batch)
         params = jax.tree.map(jnp.asarray, params)
+        params, batch, mask = vary(
+            (params, batch, mask), varying_axes((params, batch, mask))
+        )
         groups = _trainable_groups(params, trainable)
         leaves, treedef = jax.tree.flatten(params)
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdp.engine.manual import vary, varying_axes
 from jaxdp.engine.reduction import Batch, Lowering, Reduction, Rows, Weigh, zero_sum
 
 
@@ -45,6 +46,7 @@ class Microbatched(NamedTuple):
             return total, reduction._replace(sums=[])
 
         zeros = [] if weigh is None else [zero_sum(leaf) for leaf in self.leaves]
+        zeros = vary(zeros, varying_axes(self.mask))
         sums, parts = jax.lax.scan(add, zeros, self._parts())
         return self._joined(parts)._replace(sums=sums)
 

@@ -30,7 +30,7 @@ class Fused(NamedTuple):
         """Norms, and weighted sums if `weigh` is given."""
         if weigh is None:
             return Slots(self.plan, self.leaves).reduce(part, weigh)
-        start = nothing_seen(self.plan, self.leaves, part.mask.shape[0], sums=True)
+        start = nothing_seen(self.plan, self.leaves, part.mask, sums=True)
         return settle(lambda part: self._reduce(part, weigh), part, start)
 
     def rows(self, part: Batch) -> Rows:

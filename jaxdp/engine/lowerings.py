@@ -6,7 +6,7 @@ import jax
 
 from jaxdp.engine.dense import Dense
 from jaxdp.engine.fused import Fused
-from jaxdp.engine.plan import Plan, example_shapes
+from jaxdp.engine.plan import Plan, one_example
 from jaxdp.engine.reduction import LeafLoss, Lowering
 from jaxdp.engine.slots import Slots
 from jaxdp.engine.taps import Taps
@@ -16,5 +16,5 @@ def choose(method: str, loss: LeafLoss, leaves: list[jax.Array], examples: Any) 
     """The lowering of that name."""
     if method == "dense":
         return Dense(loss, leaves)
-    plan = Plan.of(loss, leaves, example_shapes(examples))
+    plan = Plan.of(loss, leaves, one_example(examples))
     return {"slots": Slots, "taps": Taps, "fused": Fused, "auto": Slots}[method](plan, leaves)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine import walker
+from jaxdp.engine.manual import zeros
 from jaxdp.engine.reduction import LeafLoss
 from jaxdp.engine.sites import Use, find_uses
 from jaxdp.engine.walker import Program
@@ -26,27 +27,33 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, loss: LeafLoss, leaves: list[Any], example: Any) -> "Plan":
-        """Traces the loss of one example (shapes are enough) and finds the uses of the leaves."""
+        """Traces the loss of one example and finds the uses of the leaves."""
 
         def anchored(leaves: list[Any], example: Any, anchor: jax.Array) -> tuple[jax.Array, Any]:
             value, aux = loss(leaves, example)
             # So that a loss of the parameters alone meets the sample, too: in this sum.
             return value + anchor.astype(value.dtype), aux
 
-        anchor = jax.ShapeDtypeStruct((), jnp.float32)
+        anchor = zeros((), jnp.float32, leaves)
         program, structure = walker.trace(anchored, leaves, example, anchor)
         needed = [True] + [False] * (structure.num_leaves - 1)
         return cls(program, structure, dict(enumerate(find_uses(program, leaves, needed))))
 
     def arguments(self, leaves: list[Any], example: Any) -> list[Any]:
         """The inputs of the program."""
-        return [*leaves, *jax.tree.leaves(example), jnp.zeros((), jnp.float32)]
+        return [*leaves, *jax.tree.leaves(example), zeros((), jnp.float32, leaves)]
 
     def outputs(self, outputs: list[Any]) -> tuple[jax.Array, Any]:
         """Loss and aux from the outputs of the program."""
         return jax.tree.unflatten(self.structure, outputs)
 
 
-def example_shapes(batch: Any) -> Any:
-    """One example of a batch, as shapes."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
+def one_example(batch: Any) -> Any:
+    """The first example of a batch; of an empty one its shapes."""
+
+    def first(leaf: jax.Array) -> Any:
+        if leaf.shape[0] == 0:
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        return leaf[0]
+
+    return jax.tree.map(first, batch)

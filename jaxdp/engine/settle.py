@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdp.engine.manual import vary, varying_axes, zeros
 from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, stacked, zero_sum
@@ -50,22 +51,24 @@ def settle(run: Callable[[Batch], Reduction], part: Batch, start: Reduction) -> 
 
     def step(state: _State) -> _State:
         nothing = state.found._replace(sums=start.sums)
-        done = _State(state.counted, jnp.ones_like(state.settled), nothing)
+        done = _State(state.counted, jnp.logical_or(state.settled, True), nothing)
         return jax.lax.cond(jnp.any(state.counted), again, lambda _: done, state)
 
     # The first pass stands outside of the loop, in which XLA runs convolutions thirty times
     # slower on a CPU. The loop runs where a sample is not finite, or where there is none.
-    first = again(_State(part.mask, jnp.zeros((), bool), start))
+    first = again(_State(part.mask, zeros((), bool, part.mask), start))
     return jax.lax.while_loop(lambda state: ~state.settled, step, first).found
 
 
-def nothing_seen(plan: Plan, leaves: Sequence[Any], count: int, *, sums: bool) -> Reduction:
-    """The reduction over none of `count` rows."""
+def nothing_seen(
+    plan: Plan, leaves: Sequence[Any], mask: jax.Array, *, sums: bool
+) -> Reduction:
+    """The reduction over none of the rows."""
     loss, aux = plan.outputs(list(plan.program.out_avals))
 
-    def zeros(shape: Any) -> jax.Array:
-        return jnp.zeros((count, *shape.shape), shape.dtype)
+    def by_row(shape: Any) -> jax.Array:
+        return zeros((*mask.shape, *shape.shape), shape.dtype, mask)
 
-    squared = [jnp.zeros(count, accumulation_dtype(leaf.dtype)) for leaf in leaves]
-    totals = [zero_sum(leaf) for leaf in leaves] if sums else []
-    return Reduction(totals, stacked(squared), zeros(loss), jax.tree.map(zeros, aux))
+    squared = [zeros(mask.shape, accumulation_dtype(leaf.dtype), mask) for leaf in leaves]
+    totals = [vary(zero_sum(leaf), varying_axes(mask)) for leaf in leaves] if sums else []
+    return Reduction(totals, stacked(squared), by_row(loss), jax.tree.map(by_row, aux))

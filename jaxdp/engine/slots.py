@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxdp.engine import instrument
 from jaxdp.engine.assemble import LeafGradients, assemble
+from jaxdp.engine.manual import zeros
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
@@ -59,19 +60,22 @@ class Slots(NamedTuple):
         def batched(slots: instrument.Slots) -> tuple[jax.Array, Any]:
             return jax.vmap(one)(slots, part.examples)
 
-        zeros = zero_slots(plan.uses, part.mask.shape[0])
-        losses, pull_back, (captures, aux) = jax.vjp(batched, zeros, has_aux=True)
+        slots = zero_slots(plan.uses, part.mask)
+        losses, pull_back, (captures, aux) = jax.vjp(batched, slots, has_aux=True)
         (cotangents,) = pull_back(jnp.ones_like(losses))
         cotangents = with_twins(plan.uses, cotangents)
         gradients = assemble(plan.program, plan.uses, self.leaves, captures, cotangents)
         return gradients, losses, aux
 
 
-def zero_slots(uses: Mapping[int, Use], count: int) -> instrument.Slots:
+def zero_slots(uses: Mapping[int, Use], mask: jax.Array) -> instrument.Slots:
     """Slots `[B, ...]` for the uses; none for one whose twin has one."""
     at = {use.path for use in uses.values() if use.kind is not None}
     shapes = {n: instrument.slot_shape(use) for n, use in uses.items() if use.twin not in at}
-    return {n: jnp.zeros((count, *shape.shape), shape.dtype) for n, shape in shapes.items()}
+    return {
+        number: zeros((*mask.shape, *shape.shape), shape.dtype, mask)
+        for number, shape in shapes.items()
+    }
 
 
 def with_twins(uses: Mapping[int, Use], cotangents: instrument.Slots) -> instrument.Slots:
@@ -96,7 +100,7 @@ def without(dropped: jax.Array, squared: jax.Array, gradients: Any) -> Any:
 
     def clean(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         kept = jax.tree.map(lambda array: select_rows(~dropped, array), state[1])
-        return jnp.zeros_like(poisoned), kept
+        return jnp.logical_and(state[0], False), kept
 
     _, kept = jax.lax.while_loop(lambda state: state[0], clean, (poisoned, each_once))
     return jax.tree.unflatten(structure, [kept[id(array)] for array in arrays])

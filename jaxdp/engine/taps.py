@@ -24,6 +24,7 @@ from jaxdp.engine import instrument, views
 from jaxdp.engine.assemble import LeafGradients, assemble
 from jaxdp.engine.instrument import Taps as TapsAt
 from jaxdp.engine.kinds.base import Site, Target
+from jaxdp.engine.manual import zeros
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
@@ -40,8 +41,7 @@ class Taps(NamedTuple):
 
     def reduce(self, part: Batch, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given."""
-        count = part.mask.shape[0]
-        start = nothing_seen(self.plan, self.leaves, count, sums=weigh is not None)
+        start = nothing_seen(self.plan, self.leaves, part.mask, sums=weigh is not None)
         return settle(lambda part: self._reduce(part, weigh), part, start)
 
     def rows(self, part: Batch) -> Rows:
@@ -69,12 +69,12 @@ class Taps(NamedTuple):
             return jax.vmap(one, in_axes)(chosen, slots, sums, part.examples)
 
         chosen = [self.leaves[index] for index in second]
-        zeros = {
-            number: jnp.zeros((count, len(use.view or ())), jnp.float32)
+        start = {
+            number: zeros((count, len(use.view or ())), jnp.float32, part.mask)
             for number, use in tapped.items()
         }
         losses, pull_back, (captures, aux) = jax.vjp(
-            batched, chosen, zero_slots(slotted, count), zeros, has_aux=True
+            batched, chosen, zero_slots(slotted, part.mask), start, has_aux=True
         )
         _, cotangents, seen = pull_back(jnp.ones_like(losses))
         cotangents = with_twins(slotted, cotangents)
