@@ -13,6 +13,8 @@ from jaxdp.clipping import clip_automatic as clip_automatic
 from jaxdp.clipping import clip_by_group as clip_by_group
 from jaxdp.clipping import clip_flat as clip_flat
 from jaxdp.clipping import clip_per_layer as clip_per_layer
+from jaxdp.explanation import Explanation as Explanation
+from jaxdp.explanation import explain as explain
 from jaxdp.noise import add_noise as add_noise
 from jaxdp.noise import executed_noise_multipliers as executed_noise_multipliers
 from jaxdp.per_sample import PerSampleGrads as PerSampleGrads

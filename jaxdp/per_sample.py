@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,13 @@ from jax.extend.core import get_opaque_trace_state
 from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, Groups
+from jaxdp.coupling import refuse_batch_statistics
 from jaxdp.engine import batches, lowerings
 from jaxdp.engine.dense import Given
+from jaxdp.engine.lowerings import METHODS, Choice
 from jaxdp.engine.manual import vary, varying_axes
 from jaxdp.engine.numerics import select_rows
-from jaxdp.engine.reduction import Reduction, Rows, Weigh, zero_sum
+from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, zero_sum
 from jaxdp.engine.rule import ClipRule, finite_rows, group_norms, sample_weights
 from jaxdp.trees import prefix_leaves
 
@@ -75,7 +77,8 @@ class PerSampleGrads:
         params = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
         groups = _trainable_groups(params, trainable=True)
         rows = Rows(_with_gradient(jax.tree.leaves(grads), groups), None, None)
-        handle = batches.Whole(Given(rows), (), _checked_mask(mask, count))
+        checked = _checked_mask(mask, count)
+        handle = batches.Whole(Given(rows), Batch((), checked, jnp.arange(count)))
         return cls(handle, params, groups)
 
     @property
@@ -220,6 +223,7 @@ def per_sample_grads(
     *,
     has_aux: bool = False,
     method: str = "auto",
+    memory_budget: int | None = None,
     microbatch_size: int | None = None,
     trainable: Any = True,
 ) -> Callable[..., PerSampleGrads]:
@@ -227,13 +231,24 @@ def per_sample_grads(
 
     $$ g_i = \nabla_\theta\, \ell(\theta, x_i), \qquad i = 1, \dots, B $$
 
+    Norms and clipped sums are computed from operands and output cotangents of the layers, without
+    the gradients themselves wherever that is possible; `jaxdp.explain` tells where it is not.
+
     Args:
       loss_fn: `(params, example, **kwargs) -> scalar`, pure, without a batch axis anywhere. With
         `has_aux`, `-> (scalar, aux)`. Randomness (dropout) enters as one key per sample in the
         batch: `example = (x, y, key)`.
       has_aux: whether the loss returns a pair; the pairs' second parts are `.aux`.
-      microbatch_size: materialise at most this many per-sample gradients at a time. Needs their
-        memory only; the numbers are the same up to the order of summation.
+      method: "auto" chooses: "taps" for a loss that uses `jax.checkpoint`, "slots" otherwise.
+        All methods give the same numbers up to rounding. "slots": one backward pass, whose
+        operands and cotangents are kept until the norms are known. "taps": norms in one backward
+        pass, sums in a second; keeps next to nothing. "fused": as slots, but every group of
+        leaves is clipped as soon as its own norms are known; saves memory for per-layer rules.
+        "dense": `vmap(grad)`, every per-sample gradient is materialised.
+      memory_budget: bytes that may be kept beside what the ordinary gradient needs. "auto"
+        chooses a method that fits; where none does, microbatches that fit.
+      microbatch_size: at most this many samples at a time. Needs their memory only; the numbers
+        are the same up to the order of summation.
       trainable: bool, or a pytree prefix of the parameters of bools: leaves under False are
         frozen. They are not differentiated, get no noise, and their updates are zero. Integer
         leaves are always frozen.
@@ -245,7 +260,8 @@ def per_sample_grads(
 
     Raises:
       TypeError: `loss_fn` does not return a real scalar; the mask is not bool.
-      ValueError: batch leaves disagree on B; mask of another shape; nothing to differentiate.
+      ValueError: batch leaves disagree on B; mask of another shape; nothing to differentiate;
+        a budget that one sample exceeds; a flax module that computes batch statistics.
 
     Example:
       >>> import jax.numpy as jnp
@@ -259,40 +275,99 @@ def per_sample_grads(
       [[-3.0, -4.0], [8.0, 6.0]]
 
     Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1, line
-    "compute gradient".
+    "compute gradient". The methods: see `jaxdp.engine`.
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of (params, example), got {loss_fn!r}")
-    if microbatch_size is not None and microbatch_size < 1:
-        raise ValueError(f"microbatch_size must be at least 1, got {microbatch_size}")
+    options = Options(loss_fn, has_aux, method, memory_budget, microbatch_size, trainable)
+    options.check()
 
     def grads_fn(
         params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any
     ) -> PerSampleGrads:
-        mask = _checked_mask(mask, _batch_size(batch, "batch"))
-        batch = jax.tree.map(jnp.asarray, batch)
-        params = jax.tree.map(jnp.asarray, params)
-        params, batch, mask = vary(
-            (params, batch, mask), varying_axes((params, batch, mask))
+        problem = options.problem(params, batch, mask, kwargs)
+        choice = problem.choice
+        if choice.microbatch_size is None:
+            handle = batches.Whole(choice.lowering, problem.batch)
+        else:
+            size = choice.microbatch_size
+            handle = batches.Microbatched(choice.lowering, problem.batch, problem.leaves, size)
+        struct = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), problem.params
         )
-        groups = _trainable_groups(params, trainable)
+        return PerSampleGrads(handle, struct, problem.groups)
+
+    return grads_fn
+
+
+class Problem(NamedTuple):
+    """What there is to differentiate, and how.
+
+    Attributes:
+      params: all parameters.
+      groups: 0 for each leaf that has a gradient, `None` for the others.
+      leaves: those that have a gradient.
+      batch: the samples.
+      choice: of the lowering.
+    """
+
+    params: Any
+    groups: Groups
+    leaves: list[jax.Array]
+    batch: Batch
+    choice: Choice
+
+
+class Options(NamedTuple):
+    """The arguments of `per_sample_grads`."""
+
+    loss_fn: LossFn
+    has_aux: bool
+    method: str
+    memory_budget: int | None
+    microbatch_size: int | None
+    trainable: Any
+
+    def check(self) -> None:
+        """Raises on an argument that no batch could make sense of."""
+        if not callable(self.loss_fn):
+            raise TypeError(
+                f"loss_fn must be a function of (params, example), got {self.loss_fn!r}"
+            )
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for name in ("microbatch_size", "memory_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def problem(
+        self, params: Any, batch: Any, mask: jax.Array | None, kwargs: dict[str, Any]
+    ) -> Problem:
+        """The arguments of `grads_fn`, checked, and the lowering chosen for them."""
+        mask = _checked_mask(mask, _batch_size(batch, "batch"))
+        examples = jax.tree.map(jnp.asarray, batch)
+        params = jax.tree.map(jnp.asarray, params)
+        together = (params, examples, mask)
+        params, examples, mask = vary(together, varying_axes(together))
+        groups = _trainable_groups(params, self.trainable)
         leaves, treedef = jax.tree.flatten(params)
 
         def loss(moving: list[jax.Array], example: Any) -> tuple[jax.Array, Any]:
             merged = _merged(leaves, groups, moving, lambda leaf: leaf)
-            value = loss_fn(jax.tree.unflatten(treedef, merged), example, **kwargs)
-            return _checked_loss(value, has_aux)
+            with refuse_batch_statistics():
+                value = self.loss_fn(jax.tree.unflatten(treedef, merged), example, **kwargs)
+            return _checked_loss(value, self.has_aux)
 
         moving = _with_gradient(leaves, groups)
-        lowering = lowerings.choose(method, loss, moving, batch)
-        if microbatch_size is None:
-            handle = batches.Whole(lowering, batch, mask)
-        else:
-            handle = batches.Microbatched(lowering, batch, mask, moving, microbatch_size)
-        struct = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-        return PerSampleGrads(handle, struct, groups)
-
-    return grads_fn
+        rows = Batch(examples, mask, jnp.arange(mask.shape[0]))
+        choice = lowerings.choose(
+            self.method,
+            loss,
+            moving,
+            rows,
+            microbatch_size=self.microbatch_size,
+            memory_budget=self.memory_budget,
+        )
+        return Problem(params, groups, moving, rows, choice)
 
 
 def _with_gradient(leaves: list[Any], groups: Groups) -> list[Any]:

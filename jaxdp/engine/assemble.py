@@ -92,7 +92,7 @@ def _factor(
         window = tuple(
             slice(start, start + dim.size) for start, dim in zip(part.start, part.dims, strict=True)
         )
-        return Materialized(cotangent[(slice(None), *window)], part.dims, target)
+        return Materialized(cotangent[(slice(None), *window)], part.dims, target, "materialized")
     site = Site(use.eqn, use.operand, use.lengths, captured, cotangent)
     return use.kind.factor(site, part, target)
 
@@ -119,7 +119,7 @@ def _materialized(rows: Sequence[jax.Array]) -> Materialized:
     whole: View | None = views.whole(0, shape)
     assert whole is not None, "a leaf without entries has no uses"
     target = Target(tuple((0, size) for size in shape), shape)
-    return Materialized(reduce(jnp.add, rows), whole[0].dims, target)
+    return Materialized(reduce(jnp.add, rows), whole[0].dims, target, "materialized")
 
 
 def _with_derived(

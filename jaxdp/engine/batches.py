@@ -13,29 +13,34 @@ class Whole(NamedTuple):
     """The whole batch at once."""
 
     lowering: Lowering
-    examples: Any
-    mask: jax.Array
+    batch: Batch
+
+    @property
+    def mask(self) -> jax.Array:
+        """Which rows hold a sample."""
+        return self.batch.mask
 
     def reduce(self, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given."""
-        return self.lowering.reduce(self._batch(), weigh)
+        return self.lowering.reduce(self.batch, weigh)
 
     def rows(self) -> Rows:
         """The gradients of the whole batch."""
-        return self.lowering.rows(self._batch())
-
-    def _batch(self) -> Batch:
-        return Batch(self.examples, self.mask, jnp.arange(self.mask.shape[0]))
+        return self.lowering.rows(self.batch)
 
 
 class Microbatched(NamedTuple):
     """`size` samples at a time: what they need of memory, not what the batch would."""
 
     lowering: Lowering
-    examples: Any
-    mask: jax.Array
+    batch: Batch
     leaves: list[Any]
     size: int
+
+    @property
+    def mask(self) -> jax.Array:
+        """Which rows hold a sample."""
+        return self.batch.mask
 
     def reduce(self, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given, added up over microbatches."""
@@ -65,7 +70,7 @@ class Microbatched(NamedTuple):
             return filled.reshape(parts, self.size, *leaf.shape[1:])
 
         real = (jnp.arange(parts * self.size) < count).reshape(parts, self.size)
-        examples = jax.tree.map(split, self.examples)
+        examples = jax.tree.map(split, self.batch.examples)
         return Batch(examples, split(self.mask) & real, index.reshape(parts, self.size))
 
     def _joined(self, tree: Any) -> Any:

@@ -49,6 +49,11 @@ class Factored(Protocol):
         """How the norms are computed, for `explain`."""
         ...
 
+    @property
+    def flops(self) -> int:
+        """Operations that the norms of the batch take, beyond the ordinary gradient."""
+        ...
+
     def prepared(self) -> "Factored":
         """The same gradients, in the form that both the norms and the sum start from."""
         ...
@@ -130,10 +135,12 @@ class Materialized:
     values: jax.Array
     dims: tuple[Dim, ...] = static()
     target: Target = static()
+    method: str = static()
 
     @property
-    def method(self) -> str:
-        return "rows"
+    def flops(self) -> int:
+        # Their sum over samples replaces the ordinary gradient, so that only the squares are new.
+        return 2 * self.values.size
 
     def prepared(self) -> Factored:
         return self

@@ -121,9 +121,18 @@ class Patches:
 
     @property
     def method(self) -> str:
+        return choose_method(self._extent())
+
+    @property
+    def flops(self) -> int:
+        batch, slices = self.images.shape[:2]
+        return 2 * batch * slices * self.groups * gram_operations(self._extent())
+
+    def _extent(self) -> "Extent":
         images = self.images.shape[2]
-        return choose_method(
-            pixels=images * math.prod(jax.eval_shape(self.window.padded, self.images).shape[3:-1]),
+        padded = jax.eval_shape(self.window.padded, self.images)
+        return Extent(
+            pixels=images * math.prod(padded.shape[3:-1]),
             positions=images * math.prod(self.window.outputs),
             window=math.prod(self.window.sizes),
             inputs=self.images.shape[-1] // self.groups,
@@ -150,7 +159,7 @@ class Patches:
         kernels = _map_samples(self._kernel, self.images, self.cotangents)
         dims = self._kernel_dims()
         values = kernels.reshape(kernels.shape[0], *(dim.size for dim in dims))
-        return Materialized(values, dims, self.target)
+        return Materialized(values, dims, self.target, "per-sample kernels")
 
     def _kernel(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
         """Of one sample: `[E, g, k, c/g, o/g]`."""
@@ -234,12 +243,28 @@ class Patches:
         return self.target.place(kernels, (*self.slices, *self.dims))
 
 
-def choose_method(pixels: int, positions: int, window: int, inputs: int, outputs: int) -> str:
-    """How the norms of a convolution are computed, from its sizes in one group."""
-    kernel = window * inputs * outputs
-    gram = pixels**2 * inputs + positions**2 * (outputs + 2 * window)
+class Extent(NamedTuple):
+    """Sizes of a convolution within one group."""
+
+    pixels: int
+    positions: int
+    window: int
+    inputs: int
+    outputs: int
+
+
+def gram_operations(extent: Extent) -> int:
+    """Products that the Gram matrices of pixels, patches and cotangents take."""
+    by_position = extent.outputs + 2 * extent.window
+    return extent.pixels**2 * extent.inputs + extent.positions**2 * by_position
+
+
+def choose_method(extent: Extent) -> str:
+    """How the norms of a convolution are computed."""
+    kernel = extent.window * extent.inputs * extent.outputs
     # Gram matrices where they take clearly fewer operations, and no more memory.
-    if 2 * gram < positions * kernel and pixels**2 + positions**2 <= kernel:
+    fewer = 2 * gram_operations(extent) < extent.positions * kernel
+    if fewer and extent.pixels**2 + extent.positions**2 <= kernel:
         return "gram"
     return "rows"
 

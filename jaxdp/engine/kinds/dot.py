@@ -130,8 +130,17 @@ class OuterProducts:
 
     @property
     def method(self) -> str:
-        u, v = jax.eval_shape(self.vectors)
-        return choose_method(Extent(*u.shape[1:], v.shape[-1]))
+        return choose_method(self._extent())
+
+    @property
+    def flops(self) -> int:
+        slices, positions, inputs, outputs = self._extent()
+        pairs = positions**2 if self.method == "gram" else positions
+        return 2 * self.products[0].cotangent.shape[0] * slices * pairs * (inputs + outputs)
+
+    def _extent(self) -> Extent:
+        u, v = jax.eval_shape(OuterProducts.vectors, self)
+        return Extent(*u.shape[1:], v.shape[-1])
 
     def vectors(self) -> tuple[jax.Array, jax.Array]:
         """u `[B, E, T, d]` and v `[B, E, T, p]` of all products."""
@@ -181,7 +190,7 @@ class OuterProducts:
         u, v = self.vectors()
         matrices = jnp.einsum("betd,betp->bedp", u, v, precision=Precision.HIGHEST)
         values = matrices.reshape(matrices.shape[0], *(dim.size for dim in self.axes.dims))
-        return Materialized(values, self.axes.dims, self.target)
+        return Materialized(values, self.axes.dims, self.target, "per-sample matrices")
 
 
 class DotGeneral:

@@ -44,6 +44,12 @@ class LookedUp:
     def method(self) -> str:
         return "looked-up rows"
 
+    @property
+    def flops(self) -> int:
+        count = self.ids.shape[1]
+        pairs = count if 1 < count <= _PAIRS else 1
+        return 2 * self.cotangents.size * pairs
+
     def prepared(self) -> Factored:
         return self
 
@@ -95,6 +101,12 @@ class Tied:
     @property
     def method(self) -> str:
         return f"{self.looked_up.method}, {self.products.method} and their cross term"
+
+    @property
+    def flops(self) -> int:
+        u, v = jax.eval_shape(OuterProducts.vectors, self.products)
+        cross = 2 * u.shape[0] * u.shape[2] * self.looked_up.ids.shape[1] * v.shape[-1]
+        return self.looked_up.flops + self.products.flops + cross
 
     def prepared(self) -> Factored:
         return self

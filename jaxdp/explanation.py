@@ -1,0 +1,102 @@
+"""Tells how the per-sample gradients of a loss are computed, leaf by leaf.
+
+    print(jaxdp.explain(loss_fn, params, batch))
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxdp.engine.explanation import LeafExplanation, explain_leaves
+from jaxdp.per_sample import LossFn, Options
+
+_HEADER = ("leaf", "shape", "sites", "method", "MFLOP", "KiB", "reason")
+
+
+class Explanation(NamedTuple):
+    """What `jaxdp.explain` found; printing it gives a table.
+
+    Attributes:
+      method: the lowering: "slots", "taps", "fused" or "dense".
+      microbatch_size: how many samples at a time; None for all.
+      reason: why this lowering.
+      leaves: one row for each leaf that has a gradient.
+    """
+
+    method: str
+    microbatch_size: int | None
+    reason: str
+    leaves: tuple[LeafExplanation, ...]
+
+    def __str__(self) -> str:
+        rows = [_HEADER, *map(_cells, self.leaves)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        at_once = f", {self.microbatch_size} samples at a time" if self.microbatch_size else ""
+        return "\n".join([f"method {self.method} ({self.reason}){at_once}", *lines])
+
+
+def explain(
+    loss_fn: LossFn,
+    params: Any,
+    batch: Any,
+    mask: jax.Array | None = None,
+    *,
+    has_aux: bool = False,
+    method: str = "auto",
+    memory_budget: int | None = None,
+    microbatch_size: int | None = None,
+    trainable: Any = True,
+    **kwargs: Any,
+) -> Explanation:
+    """How `jaxdp.per_sample_grads` computes with these arguments; nothing is computed.
+
+    Every leaf that is materialised is named with the reason. A bias or a scale is promoted as a
+    rule: its gradient is no larger than the activation that it meets.
+
+    Args:
+      loss_fn: the loss of one example, as for `per_sample_grads`.
+      params: its parameters.
+      batch: pytree of `[B, ...]`.
+      mask: bool `[B]`.
+      has_aux, method, memory_budget, microbatch_size, trainable: as for `per_sample_grads`.
+      **kwargs: for the loss.
+
+    Returns:
+      The lowering, and for each leaf its sites, the method for its norms, floating-point
+      operations and bytes beyond the ordinary gradient of the whole batch, and the reason if it
+      is materialised.
+
+    Raises:
+      TypeError, ValueError: as `per_sample_grads`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss_fn = lambda params, x: jnp.sum(jnp.tanh(x @ params["w"] + params["b"]))
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+      >>> print(explain(loss_fn, params, jnp.ones((4, 3))))
+      method slots (the fastest)
+      leaf  shape  sites        method         MFLOP   KiB   reason
+      b     2      add          materialized   0.0000  0.03  promoted: add
+      w     3×2    dot_general  outer product  0.0000  0.08
+      >>> explain(loss_fn, params, jnp.ones((4, 3))).leaves[1].method
+      'outer product'
+    """
+    options = Options(loss_fn, has_aux, method, memory_budget, microbatch_size, trainable)
+    options.check()
+    problem = options.problem(params, batch, mask, kwargs)
+    paths, _ = jax.tree.flatten_with_path(problem.params)
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, _), group in zip(paths, problem.groups, strict=True)
+        if group is not None
+    ]
+    choice = problem.choice
+    leaves = explain_leaves(choice, names, problem.leaves, problem.batch)
+    return Explanation(choice.name, choice.microbatch_size, choice.reason, tuple(leaves))
+
+
+def _cells(leaf: LeafExplanation) -> tuple[str, ...]:
+    shape = "×".join(map(str, leaf.shape)) or "scalar"
+    numbers = (f"{leaf.flops / 1e6:.4f}", f"{leaf.bytes / 1024:.2f}")
+    return (leaf.leaf, shape, leaf.sites, leaf.method, *numbers, leaf.reason)
