@@ -46,16 +46,18 @@ def _is_shape(node: Any) -> bool:
 def program(
     params: Any,
     example: Any,
+    suffix: str = "",
     tolerance: float = 1e-5,
     double: bool = True,
     fixed: Any = None,
     **options: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enters a loss into `PROGRAMS` under the function's name.
+    """Enters a loss into `PROGRAMS` under the function's name and the suffix.
 
     Args:
       params: pytree of shapes, of one leaf or a dict of them.
       example: pytree of shapes, without the batch axis.
+      suffix: of the name.
       tolerance, double: see `Case`.
       fixed: further parameters as they are.
       **options: for `per_sample_grads`.
@@ -66,7 +68,7 @@ def program(
         values = arrays(params, rng)
         values = values if fixed is None else values | fixed
         batch = arrays(example, rng, (ROWS,))
-        name = loss_fn.__name__
+        name = loss_fn.__name__ + suffix
         assert name not in PROGRAMS, name
         PROGRAMS[name] = Case(loss_fn, values, batch, options, tolerance, double)
         return loss_fn
@@ -568,7 +570,7 @@ CELL = {"b": (3,), "u": (3, 3), "w": (2, 3)}
 
 @program(CELL, (5, 2))
 def scan_of_a_cell(p: Any, x: Any) -> Any:
-    state, states = lax.scan(lambda h, t: 2 * (cell(p, h, t),), jnp.zeros(3, x.dtype), x)
+    state, states = lax.scan(lambda h, t: 2 * (cell(p, h, t),), jnp.zeros_like(p["b"]), x)
     return total(state) + total(states * jnp.cos(states))
 
 
@@ -576,14 +578,14 @@ def scan_of_a_cell(p: Any, x: Any) -> Any:
 def scan_in_reverse_and_unrolled_by_two(p: Any, x: Any) -> Any:
     return total(
         lax.scan(
-            lambda h, t: 2 * (cell(p, h, t),), jnp.zeros(3, x.dtype), x, reverse=True, unroll=2
+            lambda h, t: 2 * (cell(p, h, t),), jnp.zeros_like(p["b"]), x, reverse=True, unroll=2
         )[1]
     )
 
 
 @program(CELL, (4, 2))
 def cell_unrolled_by_hand(p: Any, x: Any) -> Any:
-    state = jnp.zeros(3, x.dtype)
+    state = jnp.zeros_like(p["b"])
     for t in range(4):
         state = cell(p, state, x[t])
     return total(state)
@@ -596,7 +598,7 @@ def scan_from_a_state_that_is_learned(p: Any, x: Any) -> Any:
 
 @program(CELL, (4, 2))
 def scan_within_which_and_after_which_a_weight_is_used(p: Any, x: Any) -> Any:
-    state = lax.scan(lambda h, t: (cell(p, h, t), None), jnp.zeros(3, x.dtype), x)[0]
+    state = lax.scan(lambda h, t: (cell(p, h, t), None), jnp.zeros_like(p["b"]), x)[0]
     return total(state @ p["u"])
 
 
@@ -623,7 +625,7 @@ def scan_over_time_in_a_scan_over_layers(p: Any, x: Any) -> Any:
         def step(h: Any, t: Any) -> Any:
             return 2 * (jnp.tanh(h @ own["u"] + t @ own["w"]),)
 
-        return lax.scan(step, jnp.zeros(3, x.dtype), x)[1], None
+        return lax.scan(step, jnp.zeros_like(x[0]), x)[1], None
 
     return total(lax.scan(layer, x, p)[0])
 
@@ -636,7 +638,7 @@ def scan_over_layers_in_a_scan_over_time(p: Any, x: Any) -> Any:
 
         return lax.scan(layer, h, p["u"])[0], None
 
-    return total(lax.scan(step, jnp.zeros(3, x.dtype), x)[0])
+    return total(lax.scan(step, jnp.zeros_like(x[0]), x)[0])
 
 
 @program({"w": (3, 3)}, (4, 3))
@@ -645,7 +647,7 @@ def weight_carried_unchanged(p: Any, x: Any) -> Any:
         h, w = carry
         return (jnp.tanh(h @ w + t), w), None
 
-    h, w = lax.scan(step, (jnp.zeros(3, x.dtype), p["w"]), x)[0]
+    h, w = lax.scan(step, (jnp.zeros_like(x[0]), p["w"]), x)[0]
     return total(h @ w)
 
 
@@ -655,7 +657,7 @@ def weight_carried_and_changed(p: Any, x: Any) -> Any:
         h, w = carry
         return (jnp.tanh(h @ w + t), 0.9 * w), None
 
-    return total(lax.scan(step, (jnp.zeros(3, x.dtype), p["w"]), x)[0][0])
+    return total(lax.scan(step, (jnp.zeros_like(x[0]), p["w"]), x)[0][0])
 
 
 @program({"w": (3, 3)}, (4, 3))
@@ -773,7 +775,7 @@ def checkpoint_in_a_scan(p: Any, x: Any) -> Any:
 @program(CELL, (4, 2))
 def checkpoint_of_a_scan(p: Any, x: Any) -> Any:
     run = jax.checkpoint(
-        lambda p, x: lax.scan(lambda h, t: (cell(p, h, t), None), jnp.zeros(3, x.dtype), x)[0]
+        lambda p, x: lax.scan(lambda h, t: (cell(p, h, t), None), jnp.zeros_like(p["b"]), x)[0]
     )
     return total(run(p, x))
 
@@ -982,7 +984,7 @@ def long_short_term_memory(p: Any, x: Any) -> Any:
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         return (jax.nn.sigmoid(o) * jnp.tanh(c), c), None
 
-    zero = jnp.zeros(2, x.dtype)
+    zero = jnp.zeros_like(p["u"][:, 0])
     return total(lax.scan(step, (zero, zero), x)[0][0])
 
 
@@ -1104,3 +1106,41 @@ def float16_in_the_middle(p: Any, x: Any) -> Any:
 )
 def bfloat16_leaf_beside_a_float32_one(p: Any, x: Any) -> Any:
     return total(x @ p["w"] + row(p["b"].astype(x.dtype)))
+
+
+# ---- wide and short -----------------------------------------------------------------------------
+
+# Above, most sums over positions are cheaper as matrices. Here products have few positions between
+# wide vectors, so that norms come cheaper from their Gram matrices.
+WIDE: list[tuple[Callable[..., Any], Any, Any]] = [
+    (same_weight_twice, {"w": (11, 11)}, (2, 11)),
+    (weight_and_its_transpose, {"w": (11, 12)}, (2, 11)),
+    (same_weight_in_parallel, {"w": (11, 12)}, (2, 11)),
+    (einsum_with_a_batch_axis, {"w": (2, 9, 8)}, (2, 9)),
+    (einsum_of_experts, {"down": (2, 8, 9), "up": (2, 9, 8)}, (2, 3, 9)),
+    (embedding_tied, {"table": (9, 16)}, Integers(9, (3,))),
+    (slices_apart, {"w": (9, 24)}, (2, 9)),
+    (leaves_joined, {"b": (9,), "u": (4, 9), "w": (7, 9)}, (11,)),
+    (leaves_stacked, {"u": (9, 8), "w": (9, 8)}, (2, 9)),
+    (sum_of_leaves, {"u": (9, 9), "w": (9, 9)}, (2, 9)),
+    (symmetrised, {"w": (9, 9)}, (2, 9)),
+    (conv_1d, {"b": (8,), "k": (3, 4, 8)}, (5, 4)),
+    (conv_kernel_shared, {"k": (3, 3, 4, 4)}, (2, 2, 4)),
+    (conv_in_a_scan, {"k": (2, 2, 4, 4)}, (2, 1, 2, 4)),
+    (scan_of_a_cell, {"b": (9,), "u": (9, 9), "w": (8, 9)}, (3, 8)),
+    (cell_unrolled_by_hand, {"b": (12,), "u": (12, 12), "w": (8, 12)}, (4, 8)),
+    (
+        scan_within_which_and_after_which_a_weight_is_used,
+        {"b": (12,), "u": (12, 12), "w": (8, 12)},
+        (3, 8),
+    ),
+    (scan_over_time_in_a_scan_over_layers, {"u": (2, 9, 9), "w": (2, 9, 9)}, (3, 9)),
+    (scan_over_layers_in_a_scan_over_time, {"u": (2, 12, 12), "w": (12, 12)}, (2, 12)),
+    (weight_carried_unchanged, {"w": (12, 12)}, (3, 12)),
+    (checkpoint_in_a_scan, {"shared": (12, 12), "w": (2, 12, 12)}, (2, 12)),
+    (jit_called_with_two_weights_and_twice_with_one, {"u": (12, 12), "w": (12, 12)}, (2, 12)),
+    (cond_in_a_scan, {"u": (9, 9), "w": (9, 9)}, {"flags": Integers(2, (3,)), "x": (3, 9)}),
+    (long_short_term_memory, {"b": (16,), "u": (4, 16), "w": (5, 16)}, (3, 5)),
+]
+for _loss_fn, _params, _example in WIDE:
+    program(_params, _example, suffix="_wide")(_loss_fn)

@@ -101,7 +101,7 @@ class Draft:
 
     def size(self, largest: int) -> int:
         """Of an axis. Two is the simplest: at one, many a mistake cannot be seen."""
-        return self.pick(*(size for size in (2, 3, 1, 4, 5, 6, 7) if size <= largest))
+        return self.pick(*(size for size in (2, 3, 1, 4, 5, 6, 7, 8) if size <= largest))
 
     def leaf(self, shape: Shape) -> Weight:
         """A leaf of its own."""
@@ -419,13 +419,13 @@ def _at_each_time(draft: Draft, shape: Shape) -> Block:
 
 
 def _dense(draft: Draft, shape: Shape) -> Block:
-    width = draft.size(6)
+    width = draft.size(8)
     weight = draft.weight((shape[-1], width))
     return Block(f"x = x @ {weight.text}", lambda p, e, x: x @ weight.of(p), (*shape[:-1], width))
 
 
 def _dense_from_the_left(draft: Draft, shape: Shape) -> Block:
-    width = draft.size(6)
+    width = draft.size(8)
     weight = draft.weight((width, shape[-1]))
     return Block(
         f"x = einsum('ji,...i->...j', {weight.text}, x)",
@@ -492,7 +492,7 @@ def _straight_through(draft: Draft, shape: Shape) -> Block:
 
 
 def _recurrent(draft: Draft, shape: Shape) -> Block:
-    width = draft.size(3)
+    width = draft.size(8)
     into, across = draft.weight((shape[1], width)), draft.weight((width, width))
     bias = draft.weight((width,))
     start = draft.weight((width,)) if draft.flip() else None
@@ -685,7 +685,7 @@ EXTRAS = (_decay, _alone, _unused, _aux, _frozen)
 def programs(draw: Draw) -> Program:
     """Losses of one example with parameters, a batch, and a mask."""
     draft = Draft(draw)
-    start = tuple(draft.size(largest) for largest in draft.pick((6,), (7, 6), (4, 4, 3)))
+    start = tuple(draft.size(largest) for largest in draft.pick((8,), (7, 8), (4, 4, 4)))
     shape, blocks = start, []
     for _ in range(draft.count(3)):
         blocks.append(_outermost(draft, shape))

@@ -138,15 +138,34 @@ def public_objects() -> Iterator[tuple[str, Any]]:
                 yield from public_members(f"{module_name}.{name}", value)
 
 
+def is_protocol(cls: type) -> bool:
+    return getattr(cls, "_is_protocol", False)
+
+
+def described_by_protocols(cls: type) -> set[str]:
+    """Methods whose contract stands in a protocol of the package that the class fulfils: what the
+    protocol describes there once need not be repeated; what it leaves bare must be."""
+    described = set()
+    for module_name in modules():
+        for protocol in vars(importlib.import_module(module_name)).values():
+            if not (inspect.isclass(protocol) and is_protocol(protocol)):
+                continue
+            members = {name for name in vars(protocol) if not name.startswith("_")}
+            if members and members <= set(vars(cls)) | set(cls.__annotations__):
+                described |= {name for name in members if vars(protocol)[name].__doc__}
+    return described
+
+
 def public_members(prefix: str, cls: type) -> Iterator[tuple[str, Any]]:
     fields = set()
     if dataclasses.is_dataclass(cls):
         fields = {field.name for field in dataclasses.fields(cls)}
-    # A protocol's methods are documented where they are fulfilled; fields, in the class itself.
-    if getattr(cls, "_is_protocol", False):
+    # Fields are documented in the class itself.
+    if is_protocol(cls):
         return
+    skipped = fields | set(getattr(cls, "_fields", ())) | described_by_protocols(cls)
     for name, value in vars(cls).items():
-        if name.startswith("_") or name in fields | set(getattr(cls, "_fields", ())):
+        if name.startswith("_") or name in skipped:
             continue
         if isinstance(value, classmethod | staticmethod):
             value = value.__func__

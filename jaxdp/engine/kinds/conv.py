@@ -38,10 +38,10 @@ from jaxdp.engine.numerics import scale_rows, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
-# How many samples have their patches in memory at once. On a CPU one sample fills the cores, and
-# its patches the caches.
-_SAMPLES_AT_ONCE = {"cpu": 1}
-_SAMPLES_ELSEWHERE = 16
+# How many entries of patches are in memory at once, if that is more than those of one sample: on
+# a CPU what fits the caches.
+_PATCHES_AT_ONCE = {"cpu": 2**16}
+_PATCHES_ELSEWHERE = 2**24
 
 
 class Window(NamedTuple):
@@ -143,7 +143,7 @@ class Patches:
         return self._materialized() if self.method == "rows" else self
 
     def squared_norms(self) -> jax.Array:
-        return _map_samples(self._squared_norm, self.images, self.cotangents)
+        return self._map(self._squared_norm)
 
     def rows(self) -> jax.Array:
         return self._materialized().rows()
@@ -156,10 +156,15 @@ class Patches:
         return None
 
     def _materialized(self) -> Materialized:
-        kernels = _map_samples(self._kernel, self.images, self.cotangents)
+        kernels = self._map(self._kernel)
         dims = self._kernel_dims()
         values = kernels.reshape(kernels.shape[0], *(dim.size for dim in dims))
         return Materialized(values, dims, self.target, "per-sample kernels")
+
+    def _map(self, fun: Any) -> jax.Array:
+        extent = self._extent()
+        entries = extent.positions * extent.window * self.images.shape[1] * self.images.shape[-1]
+        return _map_samples(fun, entries, self.images, self.cotangents)
 
     def _kernel(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
         """Of one sample: `[E, g, k, c/g, o/g]`."""
@@ -332,7 +337,11 @@ def _axes(eqn: Equation) -> tuple[_Axes, _Axes, _Axes]:
     return image, kernel, output
 
 
-def _map_samples(fun: Any, *arrays: jax.Array) -> jax.Array:
+def _map_samples(fun: Any, patch_entries: int, *arrays: jax.Array) -> jax.Array:
     """`vmap` over the samples, a few at a time."""
-    at_once = _SAMPLES_AT_ONCE.get(jax.default_backend(), _SAMPLES_ELSEWHERE)
+    limit = _PATCHES_AT_ONCE.get(jax.default_backend(), _PATCHES_ELSEWHERE) // patch_entries
+    # A power of two divides most batches; for a rest XLA compiles everything twice.
+    at_once = 2 ** max(0, limit.bit_length() - 1)
+    while at_once > 1 and arrays[0].shape[0] % at_once:
+        at_once //= 2
     return jax.lax.map(lambda sample: fun(*sample), arrays, batch_size=at_once)
