@@ -1,1 +1,17 @@
-"""How `jaxdp.PerSampleGrads` answers: one file per lowering, one rule type for all of them."""
+"""How `jaxdp.PerSampleGrads` answers.
+
+The loss of ONE example is traced once, and vmapped only afterwards: no batch axis has to be
+inferred, and samples cannot mix. From the program of the loss:
+
+1. `walker` reads programs; the only module that knows JAX's internals.
+2. `sites` finds where each parameter meets the sample, `views` which parameter that is; `plan`
+   holds both.
+3. `kinds/` has one file per kind of site: how norms, sums and rows come from its factors.
+4. `instrument` runs the program with a slot or a tap at every use, and `assemble` makes the
+   gradients of each leaf from what was found there.
+5. The lowerings: `slots` (one pass), `taps` (two passes), `fused` (per-layer rules), `dense`
+   (`vmap(grad)`, which knows nothing of the above). `batches` applies one to a batch,
+   `lowerings` chooses one, `explanation` tells what it does.
+6. `rule` turns norms into weights for all of them. `settle`, `numerics` and `manual` keep samples
+   that are not finite, rounding, and devices out of the sums.
+"""

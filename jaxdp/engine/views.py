@@ -53,6 +53,7 @@ class Part(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the box."""
         return tuple(dim.size for dim in self.dims)
 
 

@@ -56,6 +56,7 @@ class Window(NamedTuple):
 
     @classmethod
     def of(cls, eqn: Equation) -> "Window":
+        """The window of a convolution."""
         _, kernel_axes, output_axes = _axes(eqn)
         return cls(
             sizes=tuple(eqn.operands[1].shape[axis] for axis in kernel_axes.spatial),
@@ -117,6 +118,7 @@ class Patches:
 
     @property
     def groups(self) -> int:
+        """Number of groups of features that do not mix."""
         return self.eqn.params["feature_group_count"]
 
     @property

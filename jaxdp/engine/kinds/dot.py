@@ -69,6 +69,7 @@ class Axes(NamedTuple):
 
     @property
     def dims(self) -> tuple[Dim, ...]:
+        """All of them, in the order of `[E, d, p]`."""
         return (*self.slices, *self.inputs, *self.outputs)
 
 
@@ -232,6 +233,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, eqn: Equation, kernel: int, part: Part) -> "Layout":
+        """The layout of a product whose operand number `kernel` is the parameter."""
         contract, batch = eqn.params["dimension_numbers"]
         other = 1 - kernel
         free = [

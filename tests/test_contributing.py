@@ -1,0 +1,43 @@
+"""The worked example of CONTRIBUTING.md does what its text says."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxdp
+from jaxdp.engine.kinds import KINDS
+from tests.helpers import KEY
+from tests.oracle import check_against_oracle
+
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+
+
+def loss(params: Any, x: jax.Array) -> jax.Array:
+    def layer(h: jax.Array, scale: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(h * scale[None]), None
+
+    h, _ = jax.lax.scan(layer, x * params["first"][None], params["scales"])
+    return jnp.sum(h**2)
+
+
+def test_the_example_of_a_new_kind_of_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    monkeypatch.setitem(KINDS, "mul", names["Scale"]())
+
+    keys = jax.random.split(KEY, 3)
+    params = {
+        "first": jax.random.normal(keys[0], (4,)),
+        "scales": jax.random.normal(keys[1], (3, 4)),
+    }
+    batch = jax.random.normal(keys[2], (5, 2, 4))
+    explanation = jaxdp.explain(loss, params, batch)
+    assert [leaf.method for leaf in explanation.leaves] == ["summed products"] * 2
+    assert explanation.leaves[1].sites == "mul in scan of 3"
+    for method in ("slots", "taps", "fused"):
+        check_against_oracle(loss, params, batch, method=method)

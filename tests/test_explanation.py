@@ -1,0 +1,125 @@
+"""`jaxdp.explain` names what is materialised and why, and the budget decides what is chosen."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxdp
+from tests.helpers import KEY
+
+B, T, D = 8, 6, 16
+
+
+def loss(params: Any, x: jax.Array) -> jax.Array:
+    h = jnp.tanh(x @ params["dense"] + params["bias"][None])
+    h = h @ jnp.exp(params["derived"])
+    return jnp.sum(jnp.sort(h * params["scale"][None], axis=0)[0])
+
+
+def rematerialised(params: Any, x: jax.Array) -> jax.Array:
+    def layer(h: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(h @ w), None
+
+    h, _ = jax.lax.scan(jax.checkpoint(layer), x, params)
+    return jnp.sum(h**2)
+
+
+PARAMS = {
+    "bias": jnp.zeros(D),
+    "dense": jnp.ones((D, D)),
+    "derived": jnp.zeros((D, D)),
+    "integers": jnp.arange(3),
+    "scale": jnp.ones(D),
+    "unused": jnp.ones(2),
+}
+X = jax.random.normal(KEY, (B, T, D))
+STACK = jax.random.normal(KEY, (3, D, D))
+
+
+def test_every_leaf_with_its_sites_method_and_reason() -> None:
+    explanation = jaxdp.explain(loss, PARAMS, X)
+    found = {leaf.leaf: (leaf.sites, leaf.method, leaf.reason) for leaf in explanation.leaves}
+    assert found == {
+        "bias": ("add", "materialized", "promoted: add"),
+        "dense": ("dot_general", "gram", ""),
+        "derived": (
+            "dot_general",
+            "materialized",
+            "computed from parameters before its use",
+        ),
+        "scale": ("mul", "materialized", "promoted: mul"),
+        "unused": ("", "unused", ""),
+    }
+    assert explanation.method == "slots"
+
+
+def test_flops_and_bytes_of_a_product_over_time() -> None:
+    (leaf,) = jaxdp.explain(lambda w, x: jnp.sum((x @ w) ** 2), jnp.ones((D, D)), X).leaves
+    # Two Gram matrices of T vectors of D entries; the operands and the cotangents are kept.
+    assert leaf.flops == B * 2 * T * T * (D + D)
+    assert leaf.bytes == 4 * B * T * (D + D)
+
+
+def test_the_table_has_one_line_for_each_leaf() -> None:
+    first, header, *rows = str(jaxdp.explain(loss, PARAMS, X)).splitlines()
+    assert first == "method slots (the fastest)"
+    assert header.split() == ["leaf", "shape", "sites", "method", "MFLOP", "KiB", "reason"]
+    assert [row.split()[0] for row in rows] == ["bias", "dense", "derived", "scale", "unused"]
+    assert "16×16" in rows[1]
+
+
+def test_a_loss_that_rematerialises_is_tapped() -> None:
+    explanation = jaxdp.explain(rematerialised, STACK, X)
+    (leaf,) = explanation.leaves
+    assert explanation.method == "taps"
+    assert (leaf.sites, leaf.method) == ("dot_general in scan of 3 in remat", "tap: gram")
+    assert leaf.bytes == 0
+
+
+@pytest.mark.parametrize("method", ["dense", "slots", "taps", "fused"])
+def test_an_explicit_method_is_taken(method: str) -> None:
+    assert jaxdp.explain(rematerialised, STACK, X, method=method).method == method
+
+
+def test_dense_materialises_every_leaf() -> None:
+    explanation = jaxdp.explain(loss, PARAMS, X, method="dense")
+    assert {leaf.method for leaf in explanation.leaves} == {"materialized"}
+    assert explanation.leaves[1].bytes == 4 * B * D * D
+
+
+def test_slots_if_the_budget_holds_what_they_keep() -> None:
+    kept = 3 * 2 * 4 * B * T * D  # operands and cotangents of three layers
+    assert jaxdp.explain(rematerialised, STACK, X, memory_budget=kept).method == "slots"
+    assert jaxdp.explain(rematerialised, STACK, X, memory_budget=kept - 1).method == "taps"
+
+
+def test_microbatches_that_fit_the_budget() -> None:
+    def product(w: jax.Array, x: jax.Array) -> jax.Array:
+        h, _ = jax.lax.scan(lambda h, x: (jnp.tanh(h @ w + x), None), jnp.zeros(D), x)
+        return jnp.sum(h**2)
+
+    each = 2 * 4 * T * D  # a shared kernel is never tapped
+    explanation = jaxdp.explain(product, STACK[0], X, memory_budget=3 * each)
+    assert explanation.microbatch_size == 3
+    grads = jaxdp.per_sample_grads(product, memory_budget=3 * each)(STACK[0], X)
+    expected = jaxdp.per_sample_grads(product, method="dense")(STACK[0], X)
+    assert jnp.allclose(grads.norms(), expected.norms(), rtol=1e-5)
+    with pytest.raises(ValueError, match=f"at least {each} bytes .* got {each - 1}"):
+        jaxdp.explain(product, STACK[0], X, memory_budget=each - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "ghost"}, "method must be one of auto, dense, .* got 'ghost'"),
+        ({"memory_budget": 0}, "memory_budget must be at least 1, got 0"),
+        ({"microbatch_size": 0}, "microbatch_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_raise_before_there_is_a_batch(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        jaxdp.per_sample_grads(loss, **options)
+    with pytest.raises(ValueError, match=message):
+        jaxdp.explain(loss, PARAMS, X, **options)
