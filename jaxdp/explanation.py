@@ -1,6 +1,6 @@
 """Tells how the per-sample gradients of a loss are computed, leaf by leaf.
 
-    print(jaxdp.explain(loss_fn, params, batch))
+print(jaxdp.explain(loss_fn, params, batch))
 """
 
 from typing import Any, NamedTuple

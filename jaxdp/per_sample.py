@@ -1,8 +1,8 @@
 """Per-sample gradients of the loss of one example, as a lazy handle.
 
-    grads_fn = jaxdp.per_sample_grads(loss_fn)
-    grads = grads_fn(params, batch, mask)      # nothing is computed yet
-    updates, state = tx.update(grads, state)   # tx begins with one of jaxdp's clips
+grads_fn = jaxdp.per_sample_grads(loss_fn)
+grads = grads_fn(params, batch, mask)      # nothing is computed yet
+updates, state = tx.update(grads, state)   # tx begins with one of jaxdp's clips
 """
 
 from collections.abc import Callable
@@ -139,9 +139,7 @@ class PerSampleGrads:
         kept = rule._replace(groups=self._kept(rule.groups))
         sizes = [leaf.size for leaf in _with_gradient(jax.tree.leaves(self.params), self._groups)]
         groups = tuple(group for group in kept.groups if group is not None)
-        sums = self._reduce(
-            Weigh(lambda squared, _: sample_weights(kept, squared, sizes), groups)
-        )
+        sums = self._reduce(Weigh(lambda squared, _: sample_weights(kept, squared, sizes), groups))
         value = self._tree(sums, zero_sum)
         return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups)
 
@@ -343,11 +341,10 @@ class Options(NamedTuple):
         self, params: Any, batch: Any, mask: jax.Array | None, kwargs: dict[str, Any]
     ) -> Problem:
         """The arguments of `grads_fn`, checked, and the lowering chosen for them."""
-        mask = _checked_mask(mask, _batch_size(batch, "batch"))
-        examples = jax.tree.map(jnp.asarray, batch)
+        checked = _checked_mask(mask, _batch_size(batch, "batch"))
+        rows = Batch(jax.tree.map(jnp.asarray, batch), checked, jnp.arange(checked.shape[0]))
         params = jax.tree.map(jnp.asarray, params)
-        together = (params, examples, mask)
-        params, examples, mask = vary(together, varying_axes(together))
+        params, rows = vary((params, rows), varying_axes((params, rows)))
         groups = _trainable_groups(params, self.trainable)
         leaves, treedef = jax.tree.flatten(params)
 
@@ -358,7 +355,6 @@ class Options(NamedTuple):
             return _checked_loss(value, self.has_aux)
 
         moving = _with_gradient(leaves, groups)
-        rows = Batch(examples, mask, jnp.arange(mask.shape[0]))
         choice = lowerings.choose(
             self.method,
             loss,

@@ -62,14 +62,19 @@ class Reference(NamedTuple):
     aux: Any
 
 
-def every_method(names: Iterable[str]) -> list[Any]:
+def every_method(names: Iterable[str], slow: Iterable[str] = ()) -> list[Any]:
     """Names with methods. The default run takes one method of each in turn, the rest is slow.
 
     A mistake in what the methods share shows with any of them; one in a method shows in many rows.
+
+    Args:
+      names: of the cases.
+      slow: names that are slow with every method.
     """
 
     def pair(index: int, name: str, method: str) -> Any:
-        marks = () if method == METHODS[index % len(METHODS)] else pytest.mark.slow
+        default = method == METHODS[index % len(METHODS)] and name not in slow
+        marks = () if default else pytest.mark.slow
         return pytest.param(name, method, marks=marks, id=f"{name}-{method}")
 
     return [pair(index, name, method) for index, name in enumerate(names) for method in METHODS]
@@ -195,6 +200,10 @@ def check_spoiled_sample(case: Case, method: str, reference: Reference) -> None:
 # The sample whose weight is zero in the weighted sum.
 _SILENT = 1
 
+# Where a norm is the square root of a sum that cancels, its rounding error may be added to it, so
+# that it is never too small. By this factor it may be too large, and clip weights too small.
+_ROUNDED_UP = 10
+
 
 class _Truth:
     """What a handle must answer, from the reference of a batch and the mask."""
@@ -268,19 +277,23 @@ def _clipped(clip: Any, grads: jaxdp.PerSampleGrads, params: Any) -> Any:
 def _check_norms(
     name: str, got: np.ndarray, expected: np.ndarray, scale: np.ndarray, tolerance: float
 ) -> None:
-    """A norm that is too small is a leak, one that is too large costs utility."""
+    """A norm that is too small is a leak. One that is too large by a little more costs nothing."""
     error = (got - expected) / np.where(scale > 0, scale, 1)
     worst = int(np.argmax(np.abs(error)))
-    assert np.all(np.abs(error) <= tolerance), (
+    assert np.all((-tolerance <= error) & (error <= _ROUNDED_UP * tolerance)), (
         f"{name} too {'small' if error[worst] < 0 else 'large'}: sample {worst} has "
         f"{got[worst]:.7g}, not {expected[worst]:.7g} (error {error[worst]:.2g} of its gradient)"
     )
 
 
 def _check_sums(answers: _Answers, truth: _Truth, tolerance: float) -> None:
-    sums = {"flat clip": truth.flat, "per-layer clip": truth.per_layer, "weighted sum": truth.given}
-    for name, weights in sums.items():
-        _check_sum(name, answers.sums[name], truth, weights, tolerance)
+    sums = {
+        "flat clip": (truth.flat, _ROUNDED_UP * tolerance),
+        "per-layer clip": (truth.per_layer, _ROUNDED_UP * tolerance),
+        "weighted sum": (truth.given, tolerance),
+    }
+    for name, (weights, allowed) in sums.items():
+        _check_sum(name, answers.sums[name], truth, weights, allowed)
 
 
 def _check_sum(name: str, got: Any, truth: _Truth, weights: np.ndarray, tolerance: float) -> None:

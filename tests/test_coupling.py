@@ -28,7 +28,7 @@ class Normalised(nn.Module):
 def loss_of(model: Normalised, train: bool) -> Any:
     def loss(variables: Any, x: jax.Array) -> jax.Array:
         if not train:
-            return jnp.sum(model.apply(variables, x[None], train) ** 2)
+            return jnp.sum(jnp.square(jnp.asarray(model.apply(variables, x[None], train))))
         out, _ = model.apply(variables, x[None], train, mutable=["batch_stats"])
         return jnp.sum(out**2)
 

@@ -19,7 +19,7 @@ from jaxdp.engine.instrument import Captures, Slots
 from jaxdp.engine.kinds.base import Factored, Materialized, Site, Target, factored, static
 from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.engine.sites import Use
-from jaxdp.engine.views import Part, View
+from jaxdp.engine.views import Part
 from jaxdp.engine.walker import Equation, Path, Program
 
 
@@ -67,7 +67,7 @@ def assemble(
     for number, use in uses.items():
         view = use.view
         if view is None:
-            view = views.whole(owner[number], use.aval.shape) or ()
+            view = views.whole(owner[number], use.aval.shape)
         for part in view:
             leaf = sources[part.source]
             at = views.box(part, use.lengths, leaf.shape)
@@ -77,9 +77,7 @@ def assemble(
                 _factor(use, part, target, captures.get(number, []), cotangents[number])
             )
 
-    gradients = [
-        LeafGradients(_pieces(found[source]), leaf) for source, leaf in enumerate(sources)
-    ]
+    gradients = [LeafGradients(_pieces(found[source]), leaf) for source, leaf in enumerate(sources)]
     derived = {number: gradients[source] for number, source in owner.items()}
     direct = gradients[: len(leaves)]
     return _with_derived(program, uses, leaves, direct, derived) if derived else direct
@@ -116,10 +114,9 @@ def _pieces(factors: list[Factored]) -> tuple[Factored, ...]:
 def _materialized(rows: Sequence[jax.Array]) -> Materialized:
     """The sum of materialised gradients `[B, *leaf.shape]` of a whole leaf."""
     shape = rows[0].shape[1:]
-    whole: View | None = views.whole(0, shape)
-    assert whole is not None, "a leaf without entries has no uses"
+    (part,) = views.whole(0, shape)
     target = Target(tuple((0, size) for size in shape), shape)
-    return Materialized(reduce(jnp.add, rows), whole[0].dims, target, "materialized")
+    return Materialized(reduce(jnp.add, rows), part.dims, target, "materialized")
 
 
 def _with_derived(

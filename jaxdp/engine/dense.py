@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxdp.engine.numerics import accumulation_dtype, select_rows, square_sums
 from jaxdp.engine.reduction import Batch, LeafLoss, Reduction, Rows, Weigh, stacked
 
+
 def squared_norms(grads: list[jax.Array]) -> jax.Array:
     """Squared L2 norms `[b, L]` of per-sample gradients."""
 
@@ -40,7 +41,9 @@ def reduce_rows(rows: Rows, part: Batch, weigh: Weigh | None) -> Reduction:
     squared = select_rows(part.mask, squared_norms(rows.grads))
     sums = []
     if weigh is not None:
-        sums = weighted_sums(rows.grads, select_rows(part.mask, weigh.weights(squared, part.index)))
+        sums = weighted_sums(
+            rows.grads, select_rows(part.mask, weigh.weights(squared, part.positions))
+        )
     losses = None if rows.losses is None else select_rows(part.mask, rows.losses)
     return Reduction(sums, squared, losses, rows.aux)
 

@@ -51,9 +51,12 @@ def explain_leaves(
     if isinstance(lowering, Taps):
         tapped = tapped_uses(uses, leaves, one_weight=True)
     return [
-        _leaf(names[k], gradients, [use for use in uses.values() if k in use.sources], [
-            use for use in tapped.values() if k in use.sources
-        ])
+        _leaf(
+            names[k],
+            gradients,
+            [use for use in uses.values() if k in use.sources],
+            [use for use in tapped.values() if k in use.sources],
+        )
         for k, gradients in enumerate(factors)
     ]
 
@@ -96,6 +99,11 @@ def _reason(uses: list[Use]) -> str:
 def _dense(name: str, leaf: Any, batch: Batch) -> LeafExplanation:
     size = batch.mask.shape[0] * leaf.size
     return LeafExplanation(
-        name, tuple(leaf.shape), "", "materialized", 2 * size, size * leaf.dtype.itemsize,
+        name,
+        tuple(leaf.shape),
+        "",
+        "materialized",
+        2 * size,
+        size * leaf.dtype.itemsize,
         "method is dense",
     )

@@ -8,7 +8,7 @@ Source: He et al. 2023, "Exploring the Limits of Differentially Private Deep Lea
 Group-wise Clipping".
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,6 @@ class Fused(NamedTuple):
                 column if group == own else jnp.zeros_like(column)
                 for column, group in zip(columns, weigh.groups, strict=True)
             ]
-            weights = weigh.weights(stacked(known), part.index)[:, index]
+            weights = weigh.weights(stacked(known), part.positions)[:, index]
             sums.append(leaf.weighted_sum(select_rows(part.mask, weights)))
         return Reduction(sums, stacked(columns), losses, aux)

@@ -37,9 +37,9 @@ def choose(
 
     Without a budget: taps for a loss that rematerialises, since it asks for memory; slots for any
     other. With one: slots if what they keep fits, else taps, else the one that keeps less in
-    microbatches that fit.
+    microbatches that fit. An empty batch has nothing to factor, and is left to dense.
     """
-    if method == "dense":
+    if method == "dense" or batch.mask.shape[0] == 0:
         names = {"dense": Dense(loss, leaves)}
     else:
         plan = Plan.of(loss, leaves, one_example(batch.examples))

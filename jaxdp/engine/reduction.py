@@ -61,12 +61,12 @@ class Batch(NamedTuple):
     Attributes:
       examples: pytree of `[b, ...]`.
       mask: bool `[b]`, which rows hold a sample; the others count for nothing.
-      index: int `[b]`, which rows of the whole batch these are.
+      positions: int `[b]`, which rows of the whole batch these are.
     """
 
     examples: Any
     mask: jax.Array
-    index: jax.Array
+    positions: jax.Array
 
 
 class Lowering(Protocol):

@@ -49,9 +49,7 @@ def _wish(rule: ClipRule, norms: jax.Array, thresholds: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(rule.weight), (0, None))(norms, thresholds)
 
 
-def sample_weights(
-    rule: ClipRule, squared_norms: jax.Array, sizes: Sequence[int]
-) -> jax.Array:
+def sample_weights(rule: ClipRule, squared_norms: jax.Array, sizes: Sequence[int]) -> jax.Array:
     r"""Weights `[B, L]` of every sample in every leaf, from squared norms `[B, L]` and leaf sizes.
 
     $$ w_{ik} = \min(\max(\mathrm{wish}_{ik}, 0),\; C_k / \lVert g_{ik} \rVert_2) $$

@@ -37,7 +37,7 @@ def settle(run: Callable[[Batch], Reduction], part: Batch, start: Reduction) -> 
         counted = state.counted
         index = jnp.where(counted, jnp.arange(counted.shape[0]), jnp.argmax(counted))
         examples = jax.tree.map(lambda leaf: leaf[index], part.examples)
-        found = run(Batch(examples, counted, part.index))
+        found = run(Batch(examples, counted, part.positions))
 
         def seen(new: jax.Array, old: jax.Array) -> jax.Array:
             shape = counted.shape + (1,) * (new.ndim - 1)
@@ -60,9 +60,7 @@ def settle(run: Callable[[Batch], Reduction], part: Batch, start: Reduction) -> 
     return jax.lax.while_loop(lambda state: ~state.settled, step, first).found
 
 
-def nothing_seen(
-    plan: Plan, leaves: Sequence[Any], mask: jax.Array, *, sums: bool
-) -> Reduction:
+def nothing_seen(plan: Plan, leaves: Sequence[Any], mask: jax.Array, *, sums: bool) -> Reduction:
     """The reduction over none of the rows."""
     loss, aux = plan.outputs(list(plan.program.out_avals))
 

@@ -104,6 +104,8 @@ def find_uses(program: Program, leaves: Sequence[Any], needed: Sequence[bool]) -
     """
     parameters = [
         _Value(roots=frozenset({index}), view=views.whole(index, leaf.shape))
+        if leaf.size
+        else _CONSTANT  # without entries
         for index, leaf in enumerate(leaves)
     ]
     sample = [_SAMPLE] * (len(program.in_avals) - len(leaves))
@@ -184,9 +186,7 @@ def _boxed(view: View | None, block: _Block) -> View | None:
     return None if None in boxes else view
 
 
-def _kind(
-    eqn: Equation, operand: int, view: View | None, block: _Block
-) -> tuple[Kind | None, str]:
+def _kind(eqn: Equation, operand: int, view: View | None, block: _Block) -> tuple[Kind | None, str]:
     """How a use is factored, or None and why it is not."""
     kind = KINDS.get(eqn.name)
     if kind is None:
@@ -224,16 +224,12 @@ def _enter(eqn: Equation, values: list[_Value], block: _Block, path: Path) -> _F
         if scan is None:
             return value._replace(roots=frozenset({index}))
         stacked = index >= first_xs
-        view = (
-            views.step_through(value.view, scan.length) if stacked else views.share(value.view)
-        )
+        view = views.step_through(value.view, scan.length) if stacked else views.share(value.view)
         return value._replace(roots=frozenset({index}), view=view)
 
     inputs = [seen_inside(index, value) for index, value in enumerate(values)]
     carried = range(first_carry, first_xs)
-    promoted = {
-        index: "initial carry of a scan" for index in carried if values[index].parameter
-    }
+    promoted = {index: "initial carry of a scan" for index in carried if values[index].parameter}
     while True:
         found = _walk(body, inputs, [True] * len(eqn.outputs), inner)
         became = [

@@ -22,6 +22,7 @@ from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.sites import Use
+from jaxdp.engine.walker import Path
 
 
 class Slots(NamedTuple):
@@ -37,7 +38,7 @@ class Slots(NamedTuple):
         counted = select_rows(part.mask, squared)
         sums = []
         if weigh is not None:
-            weights = select_rows(part.mask, weigh.weights(counted, part.index))
+            weights = select_rows(part.mask, weigh.weights(counted, part.positions))
             gradients = without(jnp.all(weights == 0, axis=1), squared, gradients)
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
         return Reduction(sums, counted, select_rows(part.mask, losses), aux)
@@ -80,7 +81,9 @@ def zero_slots(uses: Mapping[int, Use], mask: jax.Array) -> instrument.Slots:
 
 def with_twins(uses: Mapping[int, Use], cotangents: instrument.Slots) -> instrument.Slots:
     """The cotangents of all uses: those of a twin for a use without a slot of its own."""
-    at = {use.path: number for number, use in uses.items() if use.kind is not None}
+    at: dict[Path | None, int] = {
+        use.path: number for number, use in uses.items() if use.kind is not None
+    }
     return {
         number: cotangents[number] if number in cotangents else cotangents[at[use.twin]]
         for number, use in uses.items()

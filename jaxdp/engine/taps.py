@@ -82,7 +82,7 @@ class Taps(NamedTuple):
         squared = stacked(_squared_norms(gradients, tapped, seen, count))
         sums = []
         if weigh is not None:
-            weights = select_rows(part.mask, weigh.weights(squared, part.index))
+            weights = select_rows(part.mask, weigh.weights(squared, part.positions))
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
             if one_weight:
                 totals, _, _ = pull_back(weights[:, 0].astype(losses.dtype))
@@ -105,7 +105,8 @@ class Taps(NamedTuple):
 
         def one(chosen: list[jax.Array], weights: jax.Array, example: Any) -> jax.Array:
             args = plan.arguments(self._with(second, chosen), example)
-            at = {n: weights[(use.view or ())[0].source] for n, use in tapped.items()}
+            # Here every tapped use is of one leaf.
+            at = {n: weights[leaf] for n, use in tapped.items() for leaf in use.sources}
             taps = TapsAt(_weighted, at)
             outputs, _ = instrument.run(plan.program, tapped, args, {}, taps)
             return plan.outputs(outputs)[0]
@@ -123,9 +124,7 @@ class Taps(NamedTuple):
         return leaves
 
 
-def tapped_uses(
-    uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool
-) -> dict[int, Use]:
+def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool) -> dict[int, Use]:
     """The uses whose norms add up: every leaf in them is tapped at all of its uses, none of these
     overlap, and no loop shares them. Leaves with weights of their own need uses of their own."""
     boxes: dict[int, list[views.Box]] = {}

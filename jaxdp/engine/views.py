@@ -64,10 +64,8 @@ View = tuple[Part, ...]
 Box = tuple[tuple[int, int], ...]
 
 
-def whole(source: int, shape: Sequence[int]) -> View | None:
-    """The leaf itself; None for one without entries."""
-    if math.prod(shape) == 0:
-        return None
+def whole(source: int, shape: Sequence[int]) -> View:
+    """The leaf itself."""
     return (Part(source, 0, (0,) * len(shape), _row_major(shape)),)
 
 

@@ -50,7 +50,8 @@ class Equation:
 
     def __init__(self, eqn: Any):
         self._eqn = eqn
-        self.name: str = _NAMES.get(eqn.primitive.name, eqn.primitive.name)
+        name = str(eqn.primitive.name)
+        self.name: str = _NAMES.get(name, name)
         self.params: dict[str, Any] = eqn.params
 
     @property

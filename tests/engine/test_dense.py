@@ -27,14 +27,17 @@ def loss(leaves: list[jax.Array], x: jax.Array) -> tuple[jax.Array, Any]:
 DENSE = dense.Dense(loss, LEAVES)
 
 
+ALL = Batch(X, MASK, jnp.arange(COUNT))
+
+
 def handles() -> dict[str, Any]:
-    rows = DENSE.rows(Batch(X, MASK, jnp.arange(COUNT)))
+    rows = DENSE.rows(ALL)
     made: dict[str, Any] = {
-        "dense": Whole(DENSE, X, MASK),
-        "given": Whole(dense.Given(rows), (), MASK),
+        "dense": Whole(DENSE, ALL),
+        "given": Whole(dense.Given(rows), ALL),
     }
     for size in (1, 2, 5, 8):
-        made[f"microbatches of {size}"] = Microbatched(DENSE, X, MASK, LEAVES, size)
+        made[f"microbatches of {size}"] = Microbatched(DENSE, ALL, LEAVES, size)
     return made
 
 
@@ -58,7 +61,7 @@ def test_every_handle_gives_the_same_reduction_and_rows(name: str) -> None:
 
 
 def test_the_reduction_is_that_of_a_loop_over_the_rows() -> None:
-    reduction = Whole(DENSE, X, MASK).reduce(WEIGH)
+    reduction = Whole(DENSE, ALL).reduce(WEIGH)
     sums = [np.zeros(leaf.shape) for leaf in LEAVES]
     for row in range(COUNT):
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(LEAVES, X[row])
@@ -79,7 +82,7 @@ def test_the_reduction_is_that_of_a_loop_over_the_rows() -> None:
 
 def test_padding_of_the_last_microbatch_is_never_counted() -> None:
     """Five rows in microbatches of four leave three places: copies, which must weigh nothing."""
-    everyone = Microbatched(DENSE, X, jnp.ones(COUNT, bool), LEAVES, 4)
+    everyone = Microbatched(DENSE, ALL._replace(mask=jnp.ones(COUNT, bool)), LEAVES, 4)
     seen = everyone.reduce(ONES)
     expected = jax.tree.map(lambda rows: rows.sum(axis=0), everyone.rows().grads)
     helpers.assert_trees_close(seen.sums, expected)
@@ -97,7 +100,9 @@ def test_microbatches_keep_only_one_of_them_in_memory() -> None:
     def temporary(microbatch: int) -> int:
         def total(x: jax.Array) -> Any:
             lowering = dense.Dense(square, leaves)
-            batch = Microbatched(lowering, x, jnp.ones(rows, bool), leaves, microbatch)
+            batch = Microbatched(
+                lowering, Batch(x, jnp.ones(rows, bool), jnp.arange(rows)), leaves, microbatch
+            )
             return batch.reduce(Weigh(lambda squared, _: 1.0 / (1.0 + squared), (0,))).sums
 
         analysis = jax.jit(total).lower(x).compile().memory_analysis()

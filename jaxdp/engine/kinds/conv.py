@@ -14,7 +14,6 @@ Convolutional Neural Networks with Differential Privacy" (Gram matrices of patch
 """
 
 import math
-from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -187,9 +186,7 @@ class Patches:
         rank = len(where)
         # Both positions move together under the window.
         rows = self.window.shifts(gram, first_axis=3)
-        both = [
-            self.window.shifts(row, first_axis=3 + rank)[k] for k, row in enumerate(rows)
-        ]
+        both = [self.window.shifts(row, first_axis=3 + rank)[k] for k, row in enumerate(rows)]
         positions = math.prod(both[0].shape[2 : 2 + rank])
         u_gram = sum(both[1:], both[0]).reshape(-1, positions, positions)
         v = self._grouped(cotangents)
@@ -198,7 +195,9 @@ class Patches:
 
     def _grouped(self, images: jax.Array) -> jax.Array:
         """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`."""
-        return widened(images).reshape(images.shape[0], -1, self.groups, images.shape[-1] // self.groups)
+        return widened(images).reshape(
+            images.shape[0], -1, self.groups, images.shape[-1] // self.groups
+        )
 
     def _kernel_dims(self) -> tuple[Dim, ...]:
         """The axes of `[E, g, k, c/g, o/g]` in the leaf."""

@@ -141,7 +141,7 @@ class OuterProducts:
 
     def _extent(self) -> Extent:
         u, v = jax.eval_shape(OuterProducts.vectors, self)
-        return Extent(*u.shape[1:], v.shape[-1])
+        return Extent(u.shape[1], u.shape[2], u.shape[3], v.shape[3])
 
     def vectors(self) -> tuple[jax.Array, jax.Array]:
         """u `[B, E, T, d]` and v `[B, E, T, p]` of all products."""
@@ -170,7 +170,9 @@ class OuterProducts:
         else:
             v = scale_rows(weights, v)
         total = jnp.einsum("betd,betp->edp", u, v, precision=Precision.HIGHEST)
-        return self.target.place(total.reshape([dim.size for dim in self.axes.dims]), self.axes.dims)
+        return self.target.place(
+            total.reshape([dim.size for dim in self.axes.dims]), self.axes.dims
+        )
 
     def join(self, other: Factored) -> Factored | None:
         if not isinstance(other, OuterProducts) or self.axes.slices != other.axes.slices:
@@ -252,10 +254,12 @@ class Layout(NamedTuple):
             return tuple(sorted(pairs, key=lambda pair: -part.dims[pair[0]].stride))
 
         return cls(
-            batch=outermost_first(zip(batch[kernel], batch[other], range(len(batch[0])))),
-            contract=outermost_first(zip(contract[kernel], contract[other])),
+            batch=outermost_first(
+                zip(batch[kernel], batch[other], range(len(batch[0])), strict=True)
+            ),
+            contract=outermost_first(zip(contract[kernel], contract[other], strict=True)),
             shared=tuple(zip(free[other], in_output[other], strict=True)),
-            free=outermost_first(zip(free[kernel], in_output[kernel])),
+            free=outermost_first(zip(free[kernel], in_output[kernel], strict=True)),
         )
 
 
@@ -300,7 +304,11 @@ def _arranged(
     array: jax.Array, slices: list[int], positions: list[int], vector: list[int]
 ) -> jax.Array:
     """`[B, E, S, ...] -> [B, E · slices, S · positions, vector]`."""
-    groups = ([1, *(3 + k for k in slices)], [2, *(3 + k for k in positions)], [3 + k for k in vector])
+    groups = (
+        [1, *(3 + k for k in slices)],
+        [2, *(3 + k for k in positions)],
+        [3 + k for k in vector],
+    )
     shape = [math.prod(array.shape[k] for k in group) for group in groups]
     order = [0, *(axis for group in groups for axis in group)]
     return jnp.transpose(array, order).reshape(array.shape[0], *shape)
