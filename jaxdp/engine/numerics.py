@@ -38,9 +38,21 @@ def select_rows(keep: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.where(keep.reshape(keep.shape + (1,) * (rows.ndim - 1)), rows, jnp.zeros_like(rows))
 
 
+def lost(count: int, dtype: Any) -> float:
+    """What a sum of so many products may lack because some underflowed to zero."""
+    return count * float(jnp.finfo(dtype).tiny)
+
+
 def widened(array: jax.Array) -> jax.Array:
     """In the precision in which norms and sums accumulate."""
     return array.astype(accumulation_dtype(array.dtype))
+
+
+def rounded_down(weights: jax.Array, dtype: Any) -> jax.Array:
+    """Weights in another precision, none above the given one: a sample must not gain."""
+    if jnp.finfo(dtype).bits >= jnp.finfo(weights.dtype).bits:
+        return weights.astype(dtype)
+    return (weights * (1 - float(jnp.finfo(dtype).eps))).astype(dtype)
 
 
 def scale_rows(weights: jax.Array, rows: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from jaxdp.engine.assemble import LeafGradients, assemble
 from jaxdp.engine.instrument import Taps as TapsAt
 from jaxdp.engine.kinds.base import Site, Target
 from jaxdp.engine.manual import zeros
-from jaxdp.engine.numerics import select_rows
+from jaxdp.engine.numerics import rounded_down, select_rows
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.settle import nothing_seen, settle
@@ -85,7 +85,7 @@ class Taps(NamedTuple):
             weights = select_rows(part.mask, weigh.weights(squared, part.positions))
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
             if one_weight:
-                totals, _, _ = pull_back(weights[:, 0].astype(losses.dtype))
+                totals, _, _ = pull_back(rounded_down(weights[:, 0], losses.dtype))
             else:
                 totals = self._weighted_pass(part, tapped, second, weights, losses)
             for index, total in zip(second, totals, strict=True):
@@ -243,4 +243,4 @@ def _weigh_parameter(output: jax.Array, by_parameter: jax.Array, weight: jax.Arr
 @_weigh_parameter.defjvp
 def _weigh_parameter_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     output, _, weight = primals
-    return output, tangents[0] + weight.astype(output.dtype) * tangents[1]
+    return output, tangents[0] + rounded_down(weight, output.dtype) * tangents[1]

@@ -191,7 +191,8 @@ class Patches:
         u_gram = sum(both[1:], both[0]).reshape(-1, positions, positions)
         v = self._grouped(cotangents)
         v_gram = jnp.einsum("etgo,esgo->egts", v, v, precision=Precision.HIGHEST)
-        return gram_norms(u_gram[None], v_gram.reshape(u_gram.shape)[None])[0]
+        entries = (len(rows) * pixels.shape[-1], v.shape[-1])
+        return gram_norms(u_gram[None], v_gram.reshape(u_gram.shape)[None], entries)[0]
 
     def _grouped(self, images: jax.Array) -> jax.Array:
         """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`."""

@@ -34,7 +34,7 @@ from jaxdp.engine.kinds.base import (
     split_loops,
     static,
 )
-from jaxdp.engine.numerics import scale_rows, square_sums, widened
+from jaxdp.engine.numerics import lost, scale_rows, square_sums, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
@@ -157,7 +157,7 @@ class OuterProducts:
         u, v = self.vectors()
         if self.method == "outer product":
             return jnp.sum(_squares(u)[..., 0] * _squares(v)[..., 0], axis=1)
-        return gram_norms(_gram(u), _gram(v))
+        return gram_norms(_gram(u), _gram(v), (u.shape[-1], v.shape[-1]))
 
     def rows(self) -> jax.Array:
         return self._materialized().rows()
@@ -263,18 +263,25 @@ class Layout(NamedTuple):
         )
 
 
-def gram_norms(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+def gram_norms(
+    inputs: jax.Array, cotangents: jax.Array, entries: tuple[int, int]
+) -> jax.Array:
     """Σ_{e,t,s} A_ts V_ts `[B]` from Gram matrices `[B, E, T, T]`, rounded up.
 
     The sum can cancel down to the rounding error of its terms, below zero even. An entry of a
-    Gram matrix is off by about ε‖u_t‖‖u_s‖; what that makes of the sum is added, so that the
-    norm is never below the true one.
+    Gram matrix is off by about ε‖u_t‖‖u_s‖, and by what underflowed; what that makes of the sum
+    is added, so that the norm is never below the true one.
+
+    Args:
+      inputs: A, the inner products of the u_t.
+      cotangents: V, those of the v_t.
+      entries: how many products one entry of A and of V adds up.
     """
-    largest_inputs, largest_cotangents = _largest(inputs), _largest(cotangents)
     slack = 2 * jnp.finfo(inputs.dtype).eps
-    terms = inputs * cotangents + slack * (
-        largest_inputs * jnp.abs(cotangents) + jnp.abs(inputs) * largest_cotangents
-    )
+    off_inputs = slack * _largest(inputs) + lost(entries[0], inputs.dtype)
+    off_cotangents = slack * _largest(cotangents) + lost(entries[1], cotangents.dtype)
+    terms = inputs * cotangents
+    terms += (jnp.abs(inputs) + off_inputs) * off_cotangents + off_inputs * jnp.abs(cotangents)
     return jnp.maximum(jnp.sum(terms, axis=(1, 2, 3)), 0)
 
 
@@ -289,9 +296,11 @@ def _gram(vectors: jax.Array) -> jax.Array:
 
 
 def _squares(vectors: jax.Array) -> jax.Array:
-    """‖u_t‖², `[B, E, T]`."""
+    """‖u_t‖², `[B, E, T]`, not below the true ones where squares underflow: the other factor may
+    be large."""
     flat = vectors.reshape(-1, vectors.shape[-1])
-    return square_sums(flat).reshape(vectors.shape[:-1])
+    squares = square_sums(flat) + lost(vectors.shape[-1], vectors.dtype)
+    return squares.reshape(vectors.shape[:-1])
 
 
 def _window(array: jax.Array, axis: int, part: Part, kernel_axis: int) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.lax import GatherScatterMode, Precision
 
 from jaxdp.engine.kinds.base import Factored, Site, Target, factored, split_loops, static
 from jaxdp.engine.kinds.dot import OuterProducts
-from jaxdp.engine.numerics import scale_rows, square_sums, widened
+from jaxdp.engine.numerics import lost, scale_rows, square_sums, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
@@ -120,7 +120,8 @@ class Tied:
         v_norms, w_norms = jnp.linalg.norm(v, axis=2), jnp.linalg.norm(w, axis=2)
         sizes = v_norms[:, :, None] * w_norms[:, None, :]
         slack = 2 * jnp.finfo(inner.dtype).eps
-        cross = jnp.sum(at_ids * inner + slack * jnp.abs(at_ids) * sizes, axis=(1, 2))
+        off = slack * sizes + lost(v.shape[-1], v.dtype)
+        cross = jnp.sum(at_ids * inner + jnp.abs(at_ids) * off, axis=(1, 2))
         alone = self.looked_up.squared_norms() + self.products.squared_norms()
         return jnp.maximum(alone + 2 * cross, 0)
 
