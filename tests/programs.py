@@ -6,6 +6,7 @@ leaves. Blocks that hold blocks (checkpoint, jit, cond, loops over time or layer
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -500,7 +501,8 @@ def _recurrent(draft: Draft, shape: Shape) -> Block:
 
     def apply(p: Params, e: Any, x: jax.Array) -> jax.Array:
         def step(h: jax.Array, t: jax.Array) -> Any:
-            h = jnp.sin(h @ across.of(p) + t @ into.of(p) + bias.of(p))
+            # Scaled, or else the state would be chaotic, and rounding errors would grow with it.
+            h = jnp.sin(h @ across.of(p) / math.sqrt(width) + t @ into.of(p) + bias.of(p))
             return h, h
 
         run = jax.checkpoint(step) if remat else step

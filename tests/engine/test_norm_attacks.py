@@ -452,3 +452,36 @@ def test_norms_scale_with_the_gradient(method: str, scale: float) -> None:
     attack = Attack(product, ones(12, 11), (random(3, 12), random(3, 11, seed=1)))
     small = attack._replace(batch=(attack.batch[0], np.float32(scale) * attack.batch[1]))
     np.testing.assert_allclose(norms(small, method), true_norms(small), rtol=TOLERANCE)
+
+
+# ---- ids out of range ---------------------------------------------------------------------------
+
+
+def table_in_a_block(t: Any, example: Any) -> jax.Array:
+    ids, v = example
+    return jnp.vdot(v, jax.checkpoint(lambda t, ids: t[ids])(t, ids))
+
+
+def table_of_mode(mode: Any) -> Callable[[Any, Any], jax.Array]:
+    return lambda t, example: jnp.vdot(example[1], t.at[example[0]].get(mode=mode))
+
+
+OUTSIDE = {
+    "as indexing does": table,
+    "in a block": table_in_a_block,
+    "clipped": table_of_mode("clip"),
+    "filled": table_of_mode("fill"),
+    "taken": lambda t, example: jnp.vdot(example[1], jnp.take(t, example[0], axis=0)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", list(OUTSIDE))
+def test_ids_out_of_range_hide_nothing(name: str, method: str) -> None:
+    """The second id is beyond the table. Where JAX drops its gradient, it must not cancel that of
+    the last row in the norm alone."""
+    v = random(1, 5)[:1]
+    batch = (np.array([[3, 7]], np.int32), np.concatenate([v, -v], axis=1))
+    attack = Attack(OUTSIDE[name], ones(4, 5), batch)
+    np.testing.assert_allclose(norms(attack, method), true_norms(attack), rtol=1e-5, atol=1e-6)
+    assert contributions(attack, method, np.array([0.01]))[0] <= 1 + TOLERANCE

@@ -232,7 +232,9 @@ def _looked_up(
     ids = ids.reshape(batch, -1)
     ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
     cotangent = cotangent.reshape(batch, ids.shape[1], width)
-    if site.eqn.params.get("mode") == GatherScatterMode.FILL_OR_DROP:
+    # Only clipped ids reach a row from outside: a dynamic slice has no other mode, and in all the
+    # others the gradient of a look-up outside of the table is dropped.
+    if site.eqn.params.get("mode", GatherScatterMode.CLIP) != GatherScatterMode.CLIP:
         inside = (ids >= 0) & (ids < row.size)
         cotangent = jnp.where(inside[..., None], cotangent, jnp.zeros_like(cotangent))
     return LookedUp(jnp.clip(ids, 0, row.size - 1), cotangent, row, features, target)

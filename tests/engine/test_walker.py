@@ -1,0 +1,463 @@
+"""The room that reads jaxprs: what it evaluates, what it names, and what it calls equal."""
+
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxdp.engine import walker
+from jaxdp.engine.instrument import attach
+from jaxdp.engine.walker import Equation, Path
+from tests import helpers
+
+W = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)), jnp.float32)
+X = jnp.asarray(np.random.default_rng(1).normal(size=3), jnp.float32)
+
+
+@jax.custom_jvp
+def doubled(x: jax.Array) -> jax.Array:
+    return jnp.sin(x)
+
+
+@doubled.defjvp
+def _doubled_jvp(primals: Any, tangents: Any) -> Any:
+    return jnp.sin(primals[0]), 2.0 * tangents[0]
+
+
+@jax.custom_vjp
+def tripled(w: jax.Array, x: jax.Array) -> jax.Array:
+    return w @ x
+
+
+tripled.defvjp(
+    lambda w, x: (w @ x, (w, x)), lambda saved, g: (3.0 * jnp.outer(g, saved[1]), g @ saved[0])
+)
+
+
+def scanned(w: jax.Array, x: jax.Array) -> jax.Array:
+    def step(carry: jax.Array, each: Any) -> Any:
+        index, row = each
+        return jnp.tanh(w @ carry + row), carry[0] * index
+
+    carry, seen = lax.scan(
+        step, x, (jnp.arange(3, dtype=jnp.float32), w), reverse=True, unroll=2
+    )
+    return jnp.sum(carry) + jnp.sum(seen)
+
+
+def counted(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.sum(lax.fori_loop(0, 3, lambda _, x: jnp.tanh(w @ x), x))
+
+
+def while_it_is_small(w: jax.Array, x: jax.Array) -> jax.Array:
+    small = lax.stop_gradient(x)
+    return jnp.sum(lax.while_loop(lambda x: jnp.sum(x) < 9.0, lambda x: x + 1.0, small) @ w)
+
+
+def branched(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.sum(lax.cond(x[0] > 0, lambda w: w @ x, lambda w: x @ w, w))
+
+
+@jax.jit
+def inner(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.jit(jnp.matmul)(w, x) + jnp.asarray([1.0, 2.0, 3.0])
+
+
+def called_twice(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.sin(inner(w, inner(w.T, x))))
+
+
+def in_a_block(w: jax.Array, x: jax.Array) -> jax.Array:
+    policy = jax.checkpoint_policies.dots_saveable
+    block = jax.checkpoint(lambda w, x: jnp.tanh(w @ x), policy=policy, prevent_cse=False)
+    return jnp.sum(block(w, block(w, x)))
+
+
+def plain(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.tanh(w @ x) * x)
+
+
+CONSTANT = np.array([[1.0, 2.0, 3.0]] * 3, np.float32)
+
+FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "plain": plain,
+    "captured constant": lambda w, x: jnp.sum((w + CONSTANT) @ x),
+    "nested jit": called_twice,
+    "scan": scanned,
+    "fori_loop": counted,
+    "while": while_it_is_small,
+    "cond": branched,
+    "remat": in_a_block,
+    "remat in a scan in jit": lambda w, x: jax.jit(
+        lambda w, x: lax.scan(lambda c, _: (in_a_block(w, c) * c, None), x, None, length=2)[0]
+    )(w, x),
+    "custom_jvp": lambda w, x: jnp.sum(doubled(w @ x)),
+    "custom_vjp": lambda w, x: jnp.sum(tripled(w, x)),
+    "its input, a literal and a tree": lambda w, x: {"w": w, "one": 1.0, "pair": (x, x + 1.0)},
+    "vmap": lambda w, x: jnp.sum(jax.vmap(lambda row: jnp.tanh(row @ x))(w)),
+    "gradient": lambda w, x: jax.grad(lambda x: scanned(w, x))(x),
+    "gradient of a block": lambda w, x: jax.grad(in_a_block)(w, x),
+    "random": lambda w, x: x * jax.random.uniform(jax.random.key(3), (3,)),
+}
+
+
+def again(fun: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`fun`, from its equations one by one."""
+
+    def run(w: Any, x: Any) -> Any:
+        program, structure = walker.trace(fun, w, x)
+        outputs = walker.evaluate(program, [w, x], lambda path, eqn, values: eqn.bind(values))
+        return jax.tree.unflatten(structure, outputs)
+
+    return run
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_evaluating_the_equations_is_calling_the_function(name: str) -> None:
+    fun = FUNCTIONS[name]
+    expected = jax.tree.map(jnp.asarray, fun(W, X))
+    got = jax.tree.map(jnp.asarray, again(fun)(W, X))
+    helpers.assert_trees_close(got, expected, rtol=1e-6)
+    helpers.assert_trees_close(jax.jit(again(fun))(W, X), expected, rtol=1e-5)
+
+
+DIFFERENTIABLE = [
+    name for name in FUNCTIONS if name not in ("its input, a literal and a tree", "random")
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_it_is_differentiated_as_the_function_is(name: str) -> None:
+    """Custom derivatives included."""
+
+    def total(fun: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        return jax.grad(lambda w, x: jnp.sum(fun(w, x)), (0, 1))
+
+    fun = FUNCTIONS[name]
+    helpers.assert_trees_close(total(again(fun))(W, X), total(fun)(W, X), rtol=1e-5)
+
+
+def visited(fun: Callable[..., Any], *args: Any) -> list[tuple[Path, str]]:
+    """Paths and names in the order of evaluation, loops and blocks not entered."""
+    program, _ = walker.trace(fun, *args)
+    seen: list[tuple[Path, str]] = []
+
+    def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
+        seen.append((path, eqn.name))
+        return [None] * len(eqn.outputs)
+
+    walker.evaluate(program, [None] * len(args), rule)
+    return seen
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_every_equation_has_a_path_of_its_own(name: str) -> None:
+    paths = [path for path, _ in visited(FUNCTIONS[name], W, X)]
+    assert len(set(paths)) == len(paths)
+    assert paths == sorted(paths), "paths are not in the order of evaluation"
+
+
+def test_calls_are_entered_and_leave_no_name() -> None:
+    seen = visited(called_twice, W, X)
+    assert [name for _, name in seen].count("dot_general") == 2
+    assert not {name for _, name in seen} & {"pjit", "jit", "closed_call"}
+    deepest = max(len(path) for path, _ in seen)
+    assert deepest == 3
+
+
+def test_the_path_of_the_holder_comes_first() -> None:
+    program, _ = walker.trace(plain, W, X)
+    paths: list[Path] = []
+
+    def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
+        paths.append(path)
+        return [None] * len(eqn.outputs)
+
+    walker.evaluate(program, [None, None], rule, path=(7, 1))
+    assert paths == [(7, 1, k) for k in range(len(paths))]
+
+
+def find(fun: Callable[..., Any], name: str) -> Equation:
+    program, _ = walker.trace(fun, W, X)
+    found: list[Equation] = []
+
+    def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
+        found.extend([eqn] * (eqn.name == name))
+        return [None] * len(eqn.outputs)
+
+    walker.evaluate(program, [None, None], rule)
+    return found[0]
+
+
+def test_a_scan_says_what_it_was_asked_for() -> None:
+    eqn = find(scanned, "scan")
+    scan = eqn.scan
+    assert scan is not None
+    assert eqn.remat is None
+    assert (scan.carry, scan.length, scan.reverse, scan.unroll) == (1, 3, True, 2)
+    assert scan.constants >= 1
+    # Operands: constants, carry, xs; outputs: carry, ys. W comes once as a whole and once in rows.
+    assert len(eqn.operands) == scan.constants + scan.carry + 2
+    assert [tuple(aval.shape) for aval in eqn.operands[scan.constants :]] == [(3,), (3,), (3, 3)]
+    assert [tuple(aval.shape) for aval in eqn.outputs] == [(3,), (3,)]
+    assert len(scan.body.in_avals) == len(eqn.operands)
+
+
+def test_a_block_says_what_it_was_asked_for() -> None:
+    eqn = find(in_a_block, "remat")
+    remat = eqn.remat
+    assert remat is not None
+    assert eqn.scan is None
+    assert remat.policy is jax.checkpoint_policies.dots_saveable
+    assert not remat.prevent_cse
+    names: list[str] = []
+
+    def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
+        names.append(eqn.name)
+        return eqn.bind(values)
+
+    (output,) = walker.evaluate(remat.body, [W, X], rule)
+    np.testing.assert_allclose(output, jnp.tanh(W @ X), rtol=1e-6)
+    assert {"dot_general", "tanh"} <= set(names)
+
+
+def test_a_block_that_is_being_differentiated_is_not_entered() -> None:
+    """Its body is the backward pass already, and must not be rematerialised once more."""
+    seen = []
+    program, _ = walker.trace(jax.grad(in_a_block), W, X)
+
+    def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
+        if eqn.name == "remat":
+            seen.append((eqn.params["differentiated"], eqn.remat is None))
+        return eqn.bind(values)
+
+    walker.evaluate(program, [W, X], rule)
+    assert (True, True) in seen
+    assert all(differentiated == hidden for differentiated, hidden in seen)
+
+
+def test_an_equation_knows_where_it_was_written() -> None:
+    assert "test_walker.py" in find(plain, "dot_general").source
+
+
+# ---- what an output needs -----------------------------------------------------------------------
+
+
+def live_names(fun: Callable[..., Any], needed: list[bool]) -> list[str]:
+    program, _ = walker.trace(fun, W, X)
+    live = walker.live_paths(program, needed)
+    return [name for path, name in visited(fun, W, X) if path in live]
+
+
+def two_outputs(w: jax.Array, x: jax.Array) -> Any:
+    hidden = jnp.tanh(w @ x)
+    return jnp.sum(jnp.sin(hidden)), jnp.sum(jnp.cos(x))
+
+
+def test_what_no_needed_output_depends_on_is_left_out() -> None:
+    first, second = (live_names(two_outputs, needed) for needed in ([True, False], [False, True]))
+    assert {"tanh", "dot_general", "sin"} <= set(first)
+    assert "cos" not in first
+    assert "cos" in second
+    assert not {"tanh", "dot_general", "sin"} & set(second)
+    assert live_names(two_outputs, [False, False]) == []
+
+
+def test_calls_are_looked_into() -> None:
+    """Of a call with two results one may be needed."""
+    both = jax.jit(two_outputs)
+    names = live_names(lambda w, x: both(w, x)[1], [True])
+    assert "cos" in names
+    assert "dot_general" not in names
+
+
+def test_an_output_that_is_an_input_or_a_literal_needs_nothing() -> None:
+    assert live_names(lambda w, x: (w, 1.0, jnp.sin(x)), [True, True, False]) == []
+
+
+# ---- equal cotangents ---------------------------------------------------------------------------
+
+
+def cotangents(fun: Callable[..., Any], args: list[jax.Array]) -> tuple[list[Any], list[Any]]:
+    """For every equation of the program the key and the true cotangent of its first output."""
+    program, _ = walker.trace(fun, *args)
+    keys = walker.cotangent_classes(program)
+    shapes: dict[int, Any] = {}
+
+    def look(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
+        shapes[path[0]] = eqn.outputs[0]
+        return eqn.bind(values)
+
+    walker.evaluate(program, args, look)
+    # Only a program without calls has its equations where the keys are.
+    assert sorted(shapes) == list(range(len(keys)))
+
+    def run(slots: dict[int, jax.Array]) -> jax.Array:
+        def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
+            outputs = eqn.bind(values)
+            if path[0] in slots:
+                outputs[0] = attach(outputs[0], slots[path[0]])
+            return outputs
+
+        return sum((jnp.sum(out) for out in walker.evaluate(program, args, rule)), jnp.zeros(()))
+
+    slots = {
+        index: jnp.zeros(aval.shape, aval.dtype)
+        for index, aval in shapes.items()
+        if jnp.issubdtype(aval.dtype, jnp.floating)
+    }
+    grads = jax.grad(run)(slots)
+    return keys, [grads.get(index) for index in range(len(keys))]
+
+
+def check_classes(fun: Callable[..., Any], args: list[jax.Array]) -> int:
+    """How many pairs of equations share a key: in each, the cotangents must be equal."""
+    keys, grads = cotangents(fun, args)
+    pairs = 0
+    for second in range(len(keys)):
+        for first in range(second):
+            if keys[first] == keys[second] and grads[first] is not None:
+                pairs += 1
+                np.testing.assert_array_equal(grads[first], grads[second])
+    return pairs
+
+
+def simple_cell(w: Any, x: Any, h: Any) -> Any:
+    return jnp.sum(jnp.tanh(x @ w + h @ w.T))
+
+
+def gates(w: Any, x: Any, h: Any) -> Any:
+    """As in a long short-term memory: sums that are split."""
+    total = x @ jnp.concatenate([w, w], 1) + h @ jnp.concatenate([w.T, w], 1)
+    a, b = jnp.split(total, 2, axis=-1)
+    return jnp.sum(jnp.tanh(a) * jnp.sin(b))
+
+
+def gates_reshaped(w: Any, x: Any, h: Any) -> Any:
+    total = (x @ w).reshape(3, 1) + (h @ w).reshape(3, 1)
+    return jnp.sum(jnp.sin(total))
+
+
+# How many pairs of equations have equal cotangents, as the engine sees it, in each cell.
+EQUAL = {
+    "simple cell": (simple_cell, 1),
+    "gates": (gates, 1),
+    "gates, reshaped": (gates_reshaped, 1),
+}
+
+
+@pytest.mark.parametrize("name", list(EQUAL))
+def test_products_that_are_added_share_a_cotangent(name: str) -> None:
+    fun, least = EQUAL[name]
+    assert check_classes(fun, [W, X, jnp.cos(X)]) >= least
+
+
+def read_twice(w: Any, x: Any, h: Any) -> Any:
+    a, b = x @ w, h @ w
+    return jnp.sum(jnp.sin(a + b)) + jnp.sum(jnp.cos(a))
+
+
+def broadcast_sum(w: Any, x: Any, h: Any) -> Any:
+    """Added to each row: the cotangent of the smaller one is a sum."""
+    a, b = w @ w, (x @ w)[None]
+    return jnp.sum(jnp.sin(a + b))
+
+
+def difference(w: Any, x: Any, h: Any) -> Any:
+    return jnp.sum(jnp.sin(x @ w - h @ w))
+
+
+def added_to_itself(w: Any, x: Any, h: Any) -> Any:
+    a, b = x @ w, h @ w
+    return jnp.sum(jnp.sin(a + a) + jnp.cos(b + b))
+
+
+def an_output_too(w: Any, x: Any, h: Any) -> Any:
+    a, b = x @ w, h @ w
+    return jnp.sum(jnp.sin(a + b)), a
+
+
+def split_apart(w: Any, x: Any, h: Any) -> Any:
+    """Pieces that meet the same operations, but not the same values."""
+    a, b = jnp.split(x @ w, (1,)), jnp.split(h @ w, (1,))
+    return sum(jnp.sum(jnp.sin(piece)) for piece in (*a, *b))
+
+
+def split_otherwise(w: Any, x: Any, h: Any) -> Any:
+    """The same sum of pieces, cut in the other order."""
+    a, b = jnp.split(jnp.tile(x @ w, 2), 2), jnp.split(jnp.tile(h @ w, 2), 2)
+    return jnp.sum(jnp.sin(a[0] + b[1])) + jnp.sum(jnp.cos(a[1] + b[0]))
+
+
+def output_alone(w: Any, x: Any, h: Any) -> Any:
+    return x @ w, jnp.sin(h @ w)
+
+
+UNEQUAL = {
+    fun.__name__: fun
+    for fun in (
+        read_twice,
+        broadcast_sum,
+        difference,
+        added_to_itself,
+        an_output_too,
+        split_apart,
+        split_otherwise,
+        output_alone,
+    )
+}
+
+
+@pytest.mark.parametrize("name", list(UNEQUAL))
+def test_values_of_different_cotangents_are_kept_apart(name: str) -> None:
+    """The products here have different cotangents: none of them may share a key."""
+    fun, args = UNEQUAL[name], [W, X, jnp.cos(X)]
+    check_classes(fun, args)
+    program, _ = walker.trace(fun, *args)
+    keys = walker.cotangent_classes(program)
+    products: list[int] = []
+
+    def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
+        products.extend([path[0]] * (eqn.name == "dot_general"))
+        return eqn.bind(values)
+
+    walker.evaluate(program, args, rule)
+    assert len({keys[index] for index in products}) == len(products) == 2
+
+
+OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": jnp.add,
+    "subtract": jnp.subtract,
+    "multiply": jnp.multiply,
+    "sin": lambda a, b: jnp.sin(a),
+    "swap halves": lambda a, b: jnp.concatenate(jnp.split(a, 2)[::-1]),
+    "add halves": lambda a, b: jnp.concatenate([jnp.split(a, 2)[0] + jnp.split(b, 2)[0]] * 2),
+    "reshape and back": lambda a, b: (a.reshape(2, 2) + b.reshape(2, 2)).reshape(4),
+    "squeeze": lambda a, b: (a[None] + b[None]).squeeze(0),
+}
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(sorted(OPERATIONS)), st.integers(0, 9), st.integers(0, 9)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_equal_keys_mean_equal_cotangents(steps: list[tuple[str, int, int]]) -> None:
+    """Random programs of sums, splits and reshapes, whose values are read any number of times."""
+
+    def fun(x: jax.Array, y: jax.Array) -> Any:
+        values = [jnp.sin(x), jnp.cos(x), jnp.sin(y)]
+        for name, a, b in steps:
+            values.append(OPERATIONS[name](values[-1 - a % len(values)], values[b % len(values)]))
+        return jnp.sum(jnp.sin(values[-1])) + jnp.sum(jnp.square(values[-2]))
+
+    check_classes(fun, [jnp.arange(4.0), jnp.arange(4.0) * 0.3 - 0.7])
