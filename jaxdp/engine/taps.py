@@ -126,7 +126,8 @@ class Taps(NamedTuple):
 
 def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool) -> dict[int, Use]:
     """The uses whose norms add up: every leaf in them is tapped at all of its uses, none of these
-    overlap, and no loop shares them. Leaves with weights of their own need uses of their own."""
+    overlap, and no loop shares them. The second pass has the precision of the operand, which must
+    be single at least. Leaves with weights of their own need uses of their own."""
     boxes: dict[int, list[views.Box]] = {}
     alone = dict(uses)
     for number, use in uses.items():
@@ -140,7 +141,9 @@ def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool)
             for part in parts
             for length, stride in zip(use.lengths, part.loops, strict=True)
         )
-        if use.kind is None or not parts or shared or (len(parts) > 1 and not one_weight):
+        half = jnp.finfo(use.aval.dtype).bits < 32
+        apart = len(parts) > 1 and not one_weight
+        if use.kind is None or not parts or shared or half or apart:
             del alone[number]
     spoiled = {
         source
@@ -220,8 +223,13 @@ def _norms(use: Use, operands: list[jax.Array], cotangent: jax.Array) -> jax.Arr
         shape = tuple(dim.size for dim in here.dims)
         target = Target(tuple((0, size) for size in shape), shape)
         site = Site(use.eqn, use.operand, (), operands, cotangent)
-        factor = use.kind.factor(site, here, target).prepared()
-        columns.append(factor.squared_norms().astype(jnp.float32))
+        factor = use.kind.factor(site, here, target)
+        squared = factor.prepared().squared_norms()
+        if factor.method != "outer product":
+            # The sum comes from another pass with other rounding errors, so that where terms
+            # cancel it may be larger than what is seen here.
+            squared += 4 * jnp.finfo(squared.dtype).eps * factor.spread()
+        columns.append(squared.astype(jnp.float32))
     return jnp.stack(columns, axis=1)
 
 

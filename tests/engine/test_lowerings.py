@@ -286,7 +286,8 @@ def test_rows_of_nan_and_masked_rows_in_microbatches(method: str, pattern: str) 
     check_pattern(compiled(method, 2)(*arguments(pattern)), pattern)
 
 
-@pytest.mark.parametrize("method", FEW)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_without_jit(method: str) -> None:
     check_pattern(ask(method, *arguments("one bad, another masked")), "one bad, another masked")
 
@@ -323,7 +324,8 @@ def test_inside_vmap_over_parameters_and_batches(method: str) -> None:
     check_stacked(jitted(jax.vmap(functools.partial(ask, method)))(*stacked_arguments()))
 
 
-@pytest.mark.parametrize("method", FEW)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_inside_vmap_over_parameters_alone(method: str) -> None:
     params, batch, mask = arguments("one bad, another masked")
     other, _ = make(1)
@@ -449,7 +451,9 @@ def over_devices(run: Callable[..., Answers], *, check_vma: bool) -> Callable[..
 
 
 @pytest.mark.parametrize("check_vma", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("params_are", ["replicated", "varying"])
+@pytest.mark.parametrize(
+    "params_are", ["replicated", pytest.param("varying", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", FEW)
 def test_shard_map(method: str, params_are: str, check_vma: bool) -> None:
     """Where the types say that parameters are the same everywhere, JAX adds up their gradients

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from jaxdp.engine.numerics import square_sums, widened
+from jaxdp.engine.numerics import accumulation_dtype, square_sums, widened
 from jaxdp.engine.views import Box, Dim, Part, View, place
 from jaxdp.engine.walker import Equation
 
@@ -60,6 +60,11 @@ class Factored(Protocol):
 
     def squared_norms(self) -> jax.Array:
         """`[B]`: not below the true ones by more than a rounding error of 1e-5."""
+        ...
+
+    def spread(self) -> jax.Array:
+        """(Σ_t ‖u_t‖‖v_t‖)² `[B]`, or more: the size of the terms that the gradient adds up. Its
+        entries are known up to rounding errors of that size."""
         ...
 
     def rows(self) -> jax.Array:
@@ -143,12 +148,20 @@ class Materialized:
         return 2 * self.values.size
 
     def prepared(self) -> Factored:
-        return self
+        # Repeated entries are added up once, so that norms and sums see the same rounding errors.
+        repeated = [1 + axis for axis, dim in enumerate(self.dims) if dim.stride == 0]
+        if all(self.values.shape[axis] == 1 for axis in repeated):
+            return self
+        values = jnp.sum(widened(self.values), axis=tuple(repeated), keepdims=True)
+        dims = tuple(dim if dim.stride else Dim(1, 0) for dim in self.dims)
+        return replace(self, values=values, dims=dims)
 
     def squared_norms(self) -> jax.Array:
-        repeated = any(dim.stride == 0 and dim.size > 1 for dim in self.dims)
-        values = widened(self.rows() if repeated else self.values)
+        values = widened(self.values)
         return square_sums(values.reshape(values.shape[0], -1))
+
+    def spread(self) -> jax.Array:
+        return jnp.zeros(self.values.shape[0], accumulation_dtype(self.values.dtype))
 
     def rows(self) -> jax.Array:
         return self.target.place(self.values, self.dims)

@@ -33,7 +33,7 @@ from jaxdp.engine.kinds.base import (
     static,
 )
 from jaxdp.engine.kinds.dot import gram_norms
-from jaxdp.engine.numerics import scale_rows, widened
+from jaxdp.engine.numerics import scale_rows, square_sums, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
@@ -145,6 +145,14 @@ class Patches:
 
     def squared_norms(self) -> jax.Array:
         return self._map(self._squared_norm)
+
+    def spread(self) -> jax.Array:
+        # Every pixel lies under the window once for each entry of it, at most.
+        images, cotangents = (
+            square_sums(widened(array).reshape(array.shape[0], -1))
+            for array in (self.images, self.cotangents)
+        )
+        return math.prod(self.window.sizes) * images * cotangents
 
     def rows(self) -> jax.Array:
         return self._materialized().rows()

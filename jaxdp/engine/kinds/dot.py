@@ -159,6 +159,10 @@ class OuterProducts:
             return jnp.sum(_squares(u)[..., 0] * _squares(v)[..., 0], axis=1)
         return gram_norms(_gram(u), _gram(v), (u.shape[-1], v.shape[-1]))
 
+    def spread(self) -> jax.Array:
+        u, v = self.vectors()
+        return jnp.sum(jnp.sqrt(_squares(u) * _squares(v)), axis=(1, 2)) ** 2
+
     def rows(self) -> jax.Array:
         return self._materialized().rows()
 

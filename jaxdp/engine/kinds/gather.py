@@ -51,11 +51,16 @@ class LookedUp:
         return 2 * self.cotangents.size * pairs
 
     def prepared(self) -> Factored:
-        return self
+        # Equal ids are added up once, so that norms and sums see the same rounding errors.
+        ids, sums = jax.vmap(_distinct_rows)(self.ids, widened(self.cotangents))
+        return replace(self, ids=ids, cotangents=sums)
 
     def squared_norms(self) -> jax.Array:
-        summed = jax.vmap(_distinct_rows)(self.ids, widened(self.cotangents))
-        return square_sums(summed.reshape(summed.shape[0], -1))
+        _, sums = jax.vmap(_distinct_rows)(self.ids, widened(self.cotangents))
+        return square_sums(sums.reshape(sums.shape[0], -1))
+
+    def spread(self) -> jax.Array:
+        return jnp.sum(jnp.linalg.norm(widened(self.cotangents), axis=2), axis=1) ** 2
 
     def rows(self) -> jax.Array:
         return self._placed(jax.vmap(self._table)(self.ids, widened(self.cotangents)))
@@ -109,7 +114,12 @@ class Tied:
         return self.looked_up.flops + self.products.flops + cross
 
     def prepared(self) -> Factored:
-        return self
+        looked_up = self.looked_up.prepared()
+        assert isinstance(looked_up, LookedUp)
+        return replace(self, looked_up=looked_up)
+
+    def spread(self) -> jax.Array:
+        return 2 * (self.looked_up.spread() + self.products.spread())
 
     def squared_norms(self) -> jax.Array:
         u, v = (side[:, 0] for side in self.products.vectors())
@@ -240,16 +250,18 @@ def _looked_up(
     return LookedUp(jnp.clip(ids, 0, row.size - 1), cotangent, row, features, target)
 
 
-def _distinct_rows(ids: jax.Array, rows: jax.Array) -> jax.Array:
-    """Rows `[T, p]` of equal ids added up: each sum stands once, all else is zero."""
+def _distinct_rows(ids: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows `[T, p]` of equal ids added up, with their ids: each sum stands once, all else is zero."""
     count = ids.shape[0]
     if count == 1:
-        return rows
+        return ids, rows
     if count <= _PAIRS:
         equal = ids[:, None] == ids[None, :]
         first = jnp.argmax(equal, axis=1) == jnp.arange(count)
         equal = (equal & first[:, None]).astype(rows.dtype)
-        return jnp.matmul(equal, rows, precision=Precision.HIGHEST)
+        return ids, jnp.matmul(equal, rows, precision=Precision.HIGHEST)
     order = jnp.argsort(ids)
     starts = jnp.diff(ids[order], prepend=ids[order][:1]) != 0
-    return jnp.zeros_like(rows).at[jnp.cumsum(starts)].add(rows[order])
+    segment = jnp.cumsum(starts)
+    sums = jnp.zeros_like(rows).at[segment].add(rows[order])
+    return jnp.zeros_like(ids).at[segment].max(ids[order]), sums
