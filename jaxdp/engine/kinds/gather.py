@@ -251,7 +251,7 @@ def _looked_up(
 
 
 def _distinct_rows(ids: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows `[T, p]` of equal ids added up, with their ids: each sum stands once, all else is zero."""
+    """Ids and rows `[T, p]` with the rows of equal ids added up: each sum stands once."""
     count = ids.shape[0]
     if count == 1:
         return ids, rows
