@@ -129,9 +129,7 @@ def _with_derived(
     """Adds the gradients with respect to values computed from parameters, pulled back to these
     sample by sample."""
     roots = sorted(frozenset().union(*(uses[number].sources for number in derived)))
-    batch_size = next(
-        piece.rows().shape[0] for gradients in derived.values() for piece in gradients.pieces
-    )
+    batch_size = jax.tree.leaves(list(derived.values()))[0].shape[0]
 
     def derive(chosen: list[jax.Array]) -> list[jax.Array]:
         merged = list(leaves)

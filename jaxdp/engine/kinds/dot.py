@@ -267,9 +267,7 @@ class Layout(NamedTuple):
         )
 
 
-def gram_norms(
-    inputs: jax.Array, cotangents: jax.Array, entries: tuple[int, int]
-) -> jax.Array:
+def gram_norms(inputs: jax.Array, cotangents: jax.Array, entries: tuple[int, int]) -> jax.Array:
     """Σ_{e,t,s} A_ts V_ts `[B]` from Gram matrices `[B, E, T, T]`, rounded up.
 
     The sum can cancel down to the rounding error of its terms, below zero even. An entry of a
