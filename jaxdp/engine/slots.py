@@ -39,7 +39,7 @@ class Slots(NamedTuple):
         sums = []
         if weigh is not None:
             weights = select_rows(part.mask, weigh.weights(counted, part.positions))
-            gradients = without(jnp.all(weights == 0, axis=1), squared, gradients)
+            gradients = without(jnp.all(weights == 0, axis=1), gradients)
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
         return Reduction(sums, counted, select_rows(part.mask, losses), aux)
 
@@ -90,20 +90,9 @@ def with_twins(uses: Mapping[int, Use], cotangents: instrument.Slots) -> instrum
     }
 
 
-def without(dropped: jax.Array, squared: jax.Array, gradients: Any) -> Any:
-    """The factors with zeros for the dropped samples, if there is anything to select away.
-
-    A sample that is not finite would poison the products that sum over samples, whatever its
-    weight. The loop runs once at most, and not at all where everything is finite: then no factor
-    is copied, as an unconditional selection or the branches of a conditional would.
-    """
-    poisoned = ~jnp.all(jnp.isfinite(squared))
+def without(dropped: jax.Array, gradients: Any) -> Any:
+    """The factors with zeros for the dropped samples: one that is not finite would poison the
+    products that sum over samples, whatever its weight."""
     arrays, structure = jax.tree.flatten(gradients)
-    each_once = {id(array): array for array in arrays}
-
-    def clean(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        kept = jax.tree.map(lambda array: select_rows(~dropped, array), state[1])
-        return jnp.logical_and(state[0], False), kept
-
-    _, kept = jax.lax.while_loop(lambda state: state[0], clean, (poisoned, each_once))
+    kept = {id(array): select_rows(~dropped, array) for array in arrays}
     return jax.tree.unflatten(structure, [kept[id(array)] for array in arrays])

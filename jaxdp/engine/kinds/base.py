@@ -54,11 +54,13 @@ class Factored(Protocol):
         ...
 
     def prepared(self) -> "Factored":
-        """The same gradients, in the form that both the norms and the sum start from."""
+        """The same gradients, in the form that both the norms and the sum start from; what is
+        joined is joined before."""
         ...
 
     def squared_norms(self) -> jax.Array:
-        """`[B]`: not below the true ones by more than a rounding error of 1e-5."""
+        """`[B]`, of prepared factors: not below the true ones by more than a rounding error of
+        1e-5."""
         ...
 
     def spread(self) -> jax.Array:

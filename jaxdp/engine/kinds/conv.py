@@ -32,14 +32,14 @@ from jaxdp.engine.kinds.base import (
     split_loops,
     static,
 )
-from jaxdp.engine.kinds.dot import gram_norms
+from jaxdp.engine.kinds.dot import Gram, gram_norms
 from jaxdp.engine.numerics import scale_rows, square_sums, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
 # How many entries of patches are in memory at once, if that is more than those of one sample: on
 # a CPU what fits the caches.
-_PATCHES_AT_ONCE = {"cpu": 2**16}
+_PATCHES_AT_ONCE = {"cpu": 2**19}
 _PATCHES_ELSEWHERE = 2**24
 
 
@@ -196,11 +196,12 @@ class Patches:
         rows = self.window.shifts(gram, first_axis=3)
         both = [self.window.shifts(row, first_axis=3 + rank)[k] for k, row in enumerate(rows)]
         positions = math.prod(both[0].shape[2 : 2 + rank])
-        u_gram = sum(both[1:], both[0]).reshape(-1, positions, positions)
+        both_shape = (-1, positions, positions)
+        u_gram = sum(both[1:], both[0]).reshape(both_shape)
         v = self._grouped(cotangents)
         v_gram = jnp.einsum("etgo,esgo->egts", v, v, precision=Precision.HIGHEST)
-        entries = (len(rows) * pixels.shape[-1], v.shape[-1])
-        return gram_norms(u_gram[None], v_gram.reshape(u_gram.shape)[None], entries)[0]
+        u_gram = _gram(u_gram, len(rows) * pixels.shape[-1])
+        return gram_norms(u_gram, _gram(v_gram.reshape(both_shape), v.shape[-1]))[0]
 
     def _grouped(self, images: jax.Array) -> jax.Array:
         """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`."""
@@ -258,6 +259,12 @@ class Patches:
         return self.target.place(kernels, (*self.slices, *self.dims))
 
 
+def _gram(products: jax.Array, entries: int) -> Gram:
+    """Of one sample, from inner products `[E, T, T]`."""
+    trace = jnp.trace(products, axis1=-2, axis2=-1)
+    return Gram.of(products[None], trace[None], entries)
+
+
 class Extent(NamedTuple):
     """Sizes of a convolution within one group."""
 
@@ -307,7 +314,7 @@ class Convolution:
         def channels_last(array: jax.Array, axes: "_Axes") -> jax.Array:
             array = split_loops(array, part, site.lengths)
             array = jnp.transpose(array, (0, 1, 2, *(3 + axis for axis in axes.to_last)))
-            return array.reshape(*array.shape[:2], -1, *array.shape[4:])
+            return jax.lax.collapse(array, 2, 4)
 
         return Patches(
             images=channels_last(site.captured[0], image_axes),

@@ -157,7 +157,7 @@ class OuterProducts:
         u, v = self.vectors()
         if self.method == "outer product":
             return jnp.sum(_squares(u)[..., 0] * _squares(v)[..., 0], axis=1)
-        return gram_norms(_gram(u), _gram(v), (u.shape[-1], v.shape[-1]))
+        return gram_norms(_gram(u), _gram(v))
 
     def spread(self) -> jax.Array:
         u, v = self.vectors()
@@ -267,34 +267,52 @@ class Layout(NamedTuple):
         )
 
 
-def gram_norms(inputs: jax.Array, cotangents: jax.Array, entries: tuple[int, int]) -> jax.Array:
-    """Σ_{e,t,s} A_ts V_ts `[B]` from Gram matrices `[B, E, T, T]`, rounded up.
+class Gram(NamedTuple):
+    """A Gram matrix, and how far rounding may have taken it off.
 
-    The sum can cancel down to the rounding error of its terms, below zero even. An entry of a
-    Gram matrix is off by about ε‖u_t‖‖u_s‖, and by what underflowed; what that makes of the sum
-    is added, so that the norm is never below the true one.
-
-    Args:
-      inputs: A, the inner products of the u_t.
-      cotangents: V, those of the v_t.
-      entries: how many products one entry of A and of V adds up.
+    Attributes:
+      products: inner products `[B, E, T, T]` of vectors w_t.
+      trace: Σ_t ‖w_t‖² `[B, E]`, which no norm of the matrix exceeds; above zero.
+      off: `[B, E]`, the Frobenius norm of the errors at most. An entry is off by about
+        ε‖w_t‖‖w_s‖, and by what underflowed.
     """
-    slack = 2 * jnp.finfo(inputs.dtype).eps
-    off_inputs = slack * _largest(inputs) + lost(entries[0], inputs.dtype)
-    off_cotangents = slack * _largest(cotangents) + lost(entries[1], cotangents.dtype)
-    terms = inputs * cotangents
-    terms += (jnp.abs(inputs) + off_inputs) * off_cotangents + off_inputs * jnp.abs(cotangents)
-    return jnp.maximum(jnp.sum(terms, axis=(1, 2, 3)), 0)
+
+    products: jax.Array
+    trace: jax.Array
+    off: jax.Array
+
+    @classmethod
+    def of(cls, products: jax.Array, trace: jax.Array, entries: int) -> "Gram":
+        """From inner products, their trace, and how many products one of them adds up."""
+        dtype = products.dtype
+        underflow = products.shape[-1] * lost(entries, dtype)
+        return cls(products, trace + underflow, 2 * jnp.finfo(dtype).eps * trace + underflow)
+
+    def norms(self) -> jax.Array:
+        """Frobenius norms `[B, E]`."""
+        # Relative to the trace: the squares of the entries themselves may overflow.
+        relative = self.products * (1 / self.trace)[..., None, None]
+        return self.trace * jnp.sqrt(jnp.sum(jnp.square(relative), axis=(2, 3)))
 
 
-def _largest(gram: jax.Array) -> jax.Array:
-    """‖u_t‖‖u_s‖, which bounds the entries of a Gram matrix, from its diagonal."""
-    norms = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    return norms[..., :, None] * norms[..., None, :]
+def gram_norms(inputs: Gram, cotangents: Gram) -> jax.Array:
+    """Σ_{e,t,s} A_ts V_ts `[B]` for the Gram matrices A of the u_t and V of the v_t, rounded up.
+
+    The sum can cancel down to the rounding error of its terms, below zero even. By Cauchy–Schwarz
+    errors of Frobenius norms a of A and v of V change it by ‖A‖v + ‖V‖a + av at most; that is
+    added, so that the norm is never below the true one.
+    """
+    a, v = inputs.off, cotangents.off
+    total = jnp.sum(inputs.products * cotangents.products, axis=(2, 3))
+    total += inputs.norms() * v + cotangents.norms() * a + a * v
+    return jnp.maximum(jnp.sum(total, axis=1), 0)
 
 
-def _gram(vectors: jax.Array) -> jax.Array:
-    return jnp.einsum("betd,besd->bets", vectors, vectors, precision=Precision.HIGHEST)
+def _gram(vectors: jax.Array) -> Gram:
+    products = jnp.einsum("betd,besd->bets", vectors, vectors, precision=Precision.HIGHEST)
+    # Not the diagonal of the products, which XLA would copy before it multiplies them.
+    trace = jnp.sum(jnp.square(vectors), axis=(2, 3))
+    return Gram.of(products, trace, vectors.shape[-1])
 
 
 def _squares(vectors: jax.Array) -> jax.Array:
