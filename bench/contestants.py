@@ -23,7 +23,15 @@ import jaxdp
 # norm would pass the check.
 CLIP_NORM = 0.01
 
-NAMES = ("non_private", "naive", "jaxdp_flat", "jaxdp_per_layer", "jax_privacy", "optax")
+NAMES = (
+    "non_private",
+    "naive",
+    "jaxdp_flat",
+    "jaxdp_per_layer",
+    "jaxdp_tuned",
+    "jax_privacy",
+    "optax",
+)
 
 LossFn = Callable[[Any, Any], jax.Array]
 Step = Callable[[Any, Any], Any]
@@ -47,20 +55,25 @@ def build(loss_fn: LossFn, batch_size: int, method: str | None) -> dict[str, Con
 
     Args:
       loss_fn: `(params, example) -> scalar` of one example.
-      batch_size: what a peer's microbatches must divide.
+      batch_size: what microbatches must divide.
       method: passed to `jaxdp.per_sample_grads`, unless None.
     """
     options = {} if method is None else {"method": method}
-    jaxdp_flat = _jaxdp(loss_fn, jaxdp.clip_flat(CLIP_NORM), options)
-    jaxdp_per_layer = _jaxdp(loss_fn, jaxdp.clip_per_layer(CLIP_NORM), options)
+
+    def flat(microbatch_size: int | None) -> Step:
+        more = {"microbatch_size": microbatch_size}
+        return _jaxdp(loss_fn, jaxdp.clip_flat(CLIP_NORM), options | more)
+
+    per_layer = _jaxdp(loss_fn, jaxdp.clip_per_layer(CLIP_NORM), options)
     contestants = {
         "non_private": Contestant("none", {"": _non_private(loss_fn)}),
         "naive": Contestant("flat", {"": _naive(loss_fn)}),
-        "jaxdp_flat": Contestant("flat", {"": jaxdp_flat}),
-        "jaxdp_per_layer": Contestant("per_layer", {"": jaxdp_per_layer}),
+        "jaxdp_flat": Contestant("flat", {"": flat(None)}),
+        "jaxdp_per_layer": Contestant("per_layer", {"": per_layer}),
+        "jaxdp_tuned": Contestant("flat", _tuned(flat, batch_size)),
     }
     if jax_privacy_installed():
-        contestants["jax_privacy"] = Contestant("flat", _jax_privacy(loss_fn, batch_size))
+        contestants["jax_privacy"] = Contestant("flat", _tuned(_jax_privacy(loss_fn), batch_size))
     contestants["optax"] = Contestant("flat", {"": _optax(loss_fn)})
     return contestants
 
@@ -129,16 +142,20 @@ def _jaxdp(loss_fn: LossFn, clip: Any, options: dict[str, Any]) -> Step:
     return step
 
 
-def _jax_privacy(loss_fn: LossFn, batch_size: int) -> dict[str, Step]:
-    """`clipped_grad` on the whole batch and in microbatches, its option to trade time for memory.
+def _tuned(step: Callable[[int | None], Step], batch_size: int) -> dict[str, Step]:
+    """The steps on the whole batch and in microbatches, which trade time for memory.
 
-    Which one is fastest depends on model and device, so all of them are tried: the peer is tuned,
-    jaxdp is not.
+    Which one is fastest depends on model and device, so all of them are tried.
     """
+    sizes = sorted({batch_size // part for part in (4, 16, 64, 256) if batch_size % part == 0})
+    return {"whole batch": step(None)} | {f"microbatch {size}": step(size) for size in sizes}
+
+
+def _jax_privacy(loss_fn: LossFn) -> Callable[[int | None], Step]:
     # By name, since type checkers run where this peer is not installed.
     clipped_grad = importlib.import_module("jax_privacy").clipped_grad
 
-    def variant(microbatch_size: int | None) -> Step:
+    def step(microbatch_size: int | None) -> Step:
         # keep_batch_dim=False: the loss takes one example without a batch axis.
         return clipped_grad(
             loss_fn,
@@ -147,9 +164,7 @@ def _jax_privacy(loss_fn: LossFn, batch_size: int) -> dict[str, Step]:
             microbatch_size=microbatch_size,
         )
 
-    sizes = sorted({batch_size // part for part in (4, 16, 64, 256) if batch_size % part == 0})
-    microbatched = {f"microbatch {size}": variant(size) for size in sizes}
-    return {"whole batch": variant(None)} | microbatched
+    return step
 
 
 def _optax(loss_fn: LossFn) -> Step:

@@ -201,6 +201,34 @@ def _concatenate(eqn: Equation, views: list[View]) -> list[View | None]:
     return [tuple(parts)]
 
 
+def _stack(eqn: Equation, views: list[View]) -> list[View | None]:
+    axis, parts = eqn.params["axis"], []
+    for index, view in enumerate(views):
+        for part in view:
+            start, dims = list(part.start), list(part.dims)
+            start.insert(axis, index)
+            dims.insert(axis, Dim(1, 0))
+            parts.append(part._replace(start=tuple(start), dims=tuple(dims)))
+    return [tuple(parts)]
+
+
+def _unstack(eqn: Equation, views: list[View]) -> list[View | None]:
+    axis, shape = eqn.params["axis"], eqn.operands[0].shape
+
+    def entry(index: int) -> View | None:
+        starts, limits = [0] * len(shape), list(shape)
+        starts[axis], limits[axis] = index, index + 1
+        view = _sliced(views[0], starts, limits, (1,) * len(shape))
+        return view and tuple(map(squeezed, view))
+
+    def squeezed(part: Part) -> Part:
+        start, dims = list(part.start), list(part.dims)
+        del start[axis], dims[axis]
+        return part._replace(start=tuple(start), dims=tuple(dims))
+
+    return [entry(index) for index in range(shape[axis])]
+
+
 _RULES = {
     "transpose": _transpose,
     "squeeze": _squeeze,
@@ -209,6 +237,8 @@ _RULES = {
     "slice": _slice,
     "split": _split,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
     "convert_element_type": _cast,
     "copy": _same,
     "copy_p": _same,

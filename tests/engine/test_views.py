@@ -317,6 +317,20 @@ def test_what_models_do_is_recognised_as_boxes(name: str) -> None:
     assert all(views.box(part, (), shapes[part.source]) for part in view)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_leaves_are_stacked_and_taken_apart(axis: int) -> None:
+    shapes = [(2, 3), (2, 3), (2, 3)]
+    stacked = view_of(lambda *leaves: jnp.stack(leaves, axis), shapes)
+    assert stacked
+    expected = np.stack(numbers_of(shapes), axis)
+    np.testing.assert_array_equal(shown(stacked, expected.shape, shapes), expected)
+    (whole,) = numbers_of([(2, 3, 4)])
+    for index, entry in enumerate(np.moveaxis(whole, axis, 0)):
+        one = view_of(lambda leaf, index=index: jnp.unstack(leaf, axis=axis)[index], [(2, 3, 4)])
+        assert one
+        np.testing.assert_array_equal(shown(one, entry.shape, [(2, 3, 4)]), entry)
+
+
 NO_BOX = {
     "every second row": (lambda w: w[::2], [(6, 2)]),
     "every second column": (lambda w: w[:, ::3], [(2, 6)]),
