@@ -77,8 +77,11 @@ def run(
       path: of the equation that holds this program.
     """
     at: dict[Path, list[int]] = {}
+    inside: dict[Path, list[int]] = {}  # by the paths of the equations that hold them
     for number, use in uses.items():
         at.setdefault(use.path, []).append(number)
+        for depth in range(len(path) + 1, len(use.path)):
+            inside.setdefault(use.path[:depth], []).append(number)
     captures: Captures = {}
 
     def rule(path: Path, eqn: Equation, values: list[Any]) -> Sequence[Any]:
@@ -87,10 +90,10 @@ def run(
         for number, use in here.items():
             if use.kind is None:
                 values[use.operand] = attach(values[use.operand], slots[number])
-        inner = {n: use for n, use in uses.items() if use.path[: len(path)] == path != use.path}
-        if inner:
-            outputs, inside = _run_inside(eqn, inner, values, slots, taps, path)
-            captures.update(inside)
+        if path in inside:
+            inner = {number: uses[number] for number in inside[path]}
+            outputs, found = _run_inside(eqn, inner, values, slots, taps, path)
+            captures.update(found)
             return outputs
         factored = [number for number, use in here.items() if use.kind is not None]
         if not factored:

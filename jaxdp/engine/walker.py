@@ -210,20 +210,26 @@ def cotangent_classes(program: Program) -> list[Any]:
         for atom in atoms:
             if not isinstance(atom, core.Literal):
                 consumers.setdefault(atom, []).append(eqn)
+    number: dict[Any, int] = {}  # of variables: equal for equal cotangents
+    known: dict[Any, int] = {}
 
-    def key(variable: Any) -> Any:
+    def describe(variable: Any) -> Any:
         used_by = consumers.get(variable, [])
-        own = (variable.aval.shape, variable.aval.dtype, id(variable))
         if len(used_by) != 1 or used_by[0] is jaxpr:
-            return own
+            return variable
         (eqn,) = used_by
-        name = eqn.primitive.name
-        outputs = tuple(map(key, eqn.outvars))
-        if name in ("add", "add_any"):
-            same = eqn.outvars[0].aval.shape == variable.aval.shape
-            return outputs[0] if same else own
+        name, shape = eqn.primitive.name, variable.aval.shape
+        after = tuple(number[output] for output in eqn.outvars)
+        if name in ("add", "add_any") and eqn.outvars[0].aval.shape == shape:
+            return after[0]
         if name in ("split", "reshape", "squeeze"):
-            return (name, str(eqn.params), variable.aval.shape, outputs)
-        return own
+            return (name, str(eqn.params), shape, after)
+        return variable
 
-    return [key(eqn.outvars[0]) if eqn.outvars else None for eqn in jaxpr.eqns]
+    # Backwards, so that what becomes of a value is known before the value.
+    for eqn in reversed(jaxpr.eqns):
+        for variable in eqn.outvars:
+            found = describe(variable)
+            fresh = len(number)
+            number[variable] = found if isinstance(found, int) else known.setdefault(found, fresh)
+    return [number[eqn.outvars[0]] if eqn.outvars else None for eqn in jaxpr.eqns]

@@ -1,5 +1,7 @@
 """The room that reads jaxprs: what it evaluates, what it names, and what it calls equal."""
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -429,6 +431,15 @@ def test_values_of_different_cotangents_are_kept_apart(name: str) -> None:
 
     walker.evaluate(program, args, rule)
     assert len({keys[index] for index in products}) == len(products) == 2
+
+
+def test_a_sum_may_have_more_terms_than_python_has_stack_frames() -> None:
+    terms = 2 * sys.getrecursionlimit()
+    program, _ = walker.trace(lambda x: functools.reduce(jnp.add, [jnp.sin(x)] * terms), 1.0)
+    first, *sums = walker.cotangent_classes(program)
+    assert len(sums) == terms - 1
+    assert first not in sums
+    assert len(set(sums)) == 1
 
 
 OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
