@@ -4,8 +4,8 @@ A slot is a second input of a value that adds nothing to it but receives its cot
 factored use it sits on the output of the equation, for a promoted one on the operand. Slots of
 uses inside a scan are stacked over its steps, and so are the operands captured there.
 
-A tap replaces the equation of a factored use by one with another backward pass. Nothing is
-stacked or captured.
+A tap replaces the equation of a factored use by one with another backward pass. What it captures
+is its own affair.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,15 +47,15 @@ class Taps(NamedTuple):
     """What replaces an equation at tapped uses.
 
     Attributes:
-      apply: `(use, values of the operands, array) -> outputs` of the equation.
+      apply: `(use, values of the operands, array) -> (outputs of the equation, captures)`.
       arrays: by use; what `apply` gets, the same at every step of a scan.
     """
 
-    apply: Callable[[Use, list[Any], jax.Array], list[Any]]
+    apply: Callable[[Use, list[Any], jax.Array], tuple[list[Any], list[Any]]]
     arrays: dict[int, jax.Array]
 
 
-NO_TAPS = Taps(lambda use, values, array: use.eqn.bind(values), {})
+NO_TAPS = Taps(lambda use, values, array: (use.eqn.bind(values), []), {})
 
 
 def run(
@@ -66,7 +66,8 @@ def run(
     taps: Taps = NO_TAPS,
     path: Path = (),
 ) -> tuple[list[Any], Captures]:
-    """Outputs of the program for one example, and the operands that slotted uses asked for.
+    """Outputs of the program for one example, and what its uses captured: the operands that a
+    slotted use asks for, or what a tap gives.
 
     Args:
       program: as `sites.find_uses` saw it.
@@ -101,7 +102,8 @@ def run(
         (number,) = factored  # a second parameter would leave no operand to the sample
         use = here[number]
         if number in taps.arrays:
-            return taps.apply(use, values, taps.arrays[number])
+            outputs, captures[number] = taps.apply(use, values, taps.arrays[number])
+            return outputs
         captures[number] = captured(use, values)
         outputs = eqn.bind(values)
         if number in slots:

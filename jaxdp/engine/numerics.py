@@ -48,13 +48,6 @@ def widened(array: jax.Array) -> jax.Array:
     return array.astype(accumulation_dtype(array.dtype))
 
 
-def rounded_down(weights: jax.Array, dtype: Any) -> jax.Array:
-    """Weights in another precision, none above the given one: a sample must not gain."""
-    if jnp.finfo(dtype).bits >= jnp.finfo(weights.dtype).bits:
-        return weights.astype(dtype)
-    return (weights * (1 - float(jnp.finfo(dtype).eps))).astype(dtype)
-
-
 def weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
     """Σ_i w_i x_i over the samples, in at least float32."""
     rows = widened(rows)

@@ -62,7 +62,8 @@ def sample_weights(rule: ClipRule, squared_norms: jax.Array, sizes: Sequence[int
     thresholds = jnp.maximum(rule.thresholds, 0).astype(norms.dtype).reshape(-1)
     wish = _wish(rule, norms, jnp.broadcast_to(thresholds, norms.shape[1:]))
     # A square below `tiny` may have been flushed to zero: the cap counts every entry as that much.
-    missing = jnp.asarray([lost(size, norms.dtype) for size in sizes], norms.dtype)
+    # That of float32, since squares of a float64 leaf may have been computed there.
+    missing = jnp.asarray([lost(size, jnp.float32) for size in sizes], norms.dtype)
     largest_norms = group_norms(squared_norms + missing.reshape(1, -1), rule.groups)
     weights = jnp.clip(wish, 0, thresholds.reshape(1, -1) / largest_norms)
     alive = finite_rows(squared_norms) & jnp.all(jnp.isfinite(wish), axis=1)

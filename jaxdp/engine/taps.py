@@ -1,16 +1,22 @@
 """The lowering by taps: norms in one backward pass, weighted sums in a second.
 
-A tap at the output of a site lets the cotangent g through, and gives the squared norm of the
-site's gradient as the cotangent of a small accumulator (`engine.instrument`). No g is kept, so
-taps work inside loops and rematerialised blocks at the memory of the ordinary gradient. Then one
-more backward pass, from the same forward, of Σ_i c_i loss_i. About 4/3 of the operations of the
-ordinary gradient.
+A tap at a site lets the output's cotangent g through and does two things with it
+(`engine.instrument`). It gives the squared norm of the site's gradient as the cotangent of a small
+accumulator; and what goes on to the parameter is w·g, where w, the weight of the sample, arrives
+as the cotangent of an output of the tap, the gate. So one program has both passes, over the same
+forward: the first for the norms, the second for Σ_i w_i g_i. No g is kept, hence taps work inside
+loops and rematerialised blocks at the memory of the ordinary gradient. About 4/3 of the operations
+of the ordinary gradient.
+
+The weights enter at the sites, never at the loss: a backward pass that is not linear (a
+`custom_vjp` that clips, a cast that rounds) would make something else of w·g than w times what the
+norm was computed from.
 
 Only a use whose parameter is used nowhere else is tapped, and not one that a loop shares: norms of
 several uses do not add. The others keep slots (`engine.slots`).
 
 Source: Lee and Kifer 2021, "Scaling up Differentially Private Deep Learning with Fast Per-Example
-Gradient Clipping" (reweighted second pass).
+Gradient Clipping" (a second, reweighted pass).
 """
 
 from collections.abc import Mapping
@@ -25,7 +31,7 @@ from jaxdp.engine.assemble import LeafGradients, assemble
 from jaxdp.engine.instrument import Taps as TapsAt
 from jaxdp.engine.kinds.base import Site, Target
 from jaxdp.engine.manual import zeros
-from jaxdp.engine.numerics import rounded_down, select_rows
+from jaxdp.engine.numerics import accumulation_dtype, select_rows
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.settle import nothing_seen, settle
@@ -57,12 +63,16 @@ class Taps(NamedTuple):
 
         def one(
             chosen: list[jax.Array], slots: instrument.Slots, sums: Any, example: Any
-        ) -> tuple[jax.Array, Any]:
-            args = plan.arguments(self._with(second, chosen), example)
-            taps = TapsAt(_watch, sums)
+        ) -> tuple[Any, Any]:
+            leaves = list(self.leaves)
+            for index, leaf in zip(second, chosen, strict=True):
+                leaves[index] = leaf
+            args = plan.arguments(leaves, example)
+            taps = TapsAt(_tap, sums)
             outputs, captures = instrument.run(plan.program, plan.uses, args, slots, taps)
+            gates = {number: captures.pop(number) for number in tapped}
             loss, aux = plan.outputs(outputs)
-            return loss, (captures, aux)
+            return (loss, gates), (captures, aux)
 
         def batched(chosen: list[jax.Array], slots: instrument.Slots, sums: Any) -> Any:
             in_axes = (None, 0, 0, 0)
@@ -70,13 +80,16 @@ class Taps(NamedTuple):
 
         chosen = [self.leaves[index] for index in second]
         start = {
-            number: zeros((count, len(use.view or ())), jnp.float32, part.mask)
+            number: zeros(
+                (count, len(use.view or ())), accumulation_dtype(use.aval.dtype), part.mask
+            )
             for number, use in tapped.items()
         }
-        losses, pull_back, (captures, aux) = jax.vjp(
+        (losses, gates), pull_back, (captures, aux) = jax.vjp(
             batched, chosen, zero_slots(slotted, part.mask), start, has_aux=True
         )
-        _, cotangents, seen = pull_back(jnp.ones_like(losses))
+        seed = jnp.ones_like(losses)
+        _, cotangents, seen = pull_back((seed, jax.tree.map(jnp.zeros_like, gates)))
         cotangents = with_twins(slotted, cotangents)
         gradients = assemble(plan.program, slotted, self.leaves, captures, cotangents)
         squared = stacked(_squared_norms(gradients, tapped, seen, count))
@@ -84,50 +97,22 @@ class Taps(NamedTuple):
         if weigh is not None:
             weights = select_rows(part.mask, weigh.weights(squared, part.positions))
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
-            if one_weight:
-                totals, _, _ = pull_back(rounded_down(weights[:, 0], losses.dtype))
-            else:
-                totals = self._weighted_pass(part, tapped, second, weights, losses)
+            # Behind a barrier: XLA would see that both passes have the same cotangents, and keep
+            # those of the first.
+            seed, weights = jax.lax.optimization_barrier((seed, weights))
+            totals, _, _ = pull_back((seed, _opened(gates, tapped, weights)))
             for index, total in zip(second, totals, strict=True):
                 sums[index] = total.astype(sums[index].dtype)
         return Reduction(sums, squared, losses, aux)
 
-    def _weighted_pass(
-        self,
-        part: Batch,
-        tapped: Mapping[int, Use],
-        second: list[int],
-        weights: jax.Array,
-        losses: jax.Array,
-    ) -> list[jax.Array]:
-        """Σ_i w_il g_il for leaves with weights of their own: these enter at each use."""
-        plan = self.plan
-
-        def one(chosen: list[jax.Array], weights: jax.Array, example: Any) -> jax.Array:
-            args = plan.arguments(self._with(second, chosen), example)
-            # Here every tapped use is of one leaf.
-            at = {n: weights[leaf] for n, use in tapped.items() for leaf in use.sources}
-            taps = TapsAt(_weighted, at)
-            outputs, _ = instrument.run(plan.program, tapped, args, {}, taps)
-            return plan.outputs(outputs)[0]
-
-        def batched(chosen: list[jax.Array]) -> jax.Array:
-            return jax.vmap(one, (None, 0, 0))(chosen, weights, part.examples)
-
-        _, pull_back = jax.vjp(batched, [self.leaves[index] for index in second])
-        return pull_back(jnp.ones_like(losses))[0]
-
-    def _with(self, second: list[int], chosen: list[jax.Array]) -> list[jax.Array]:
-        leaves = list(self.leaves)
-        for index, leaf in zip(second, chosen, strict=True):
-            leaves[index] = leaf
-        return leaves
-
 
 def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool) -> dict[int, Use]:
     """The uses whose norms add up: every leaf in them is tapped at all of its uses, none of these
-    overlap, and no loop shares them. The second pass has the precision of the operand, which must
-    be single at least. Leaves with weights of their own need uses of their own."""
+    overlap, and no loop shares them. Leaves with weights of their own need uses of their own.
+
+    The second pass sums over the batch in the precision of the use, and of whatever lies between
+    that and the leaf: it must be single at least.
+    """
     boxes: dict[int, list[views.Box]] = {}
     alone = dict(uses)
     for number, use in uses.items():
@@ -141,7 +126,8 @@ def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool)
             for part in parts
             for length, stride in zip(use.lengths, part.loops, strict=True)
         )
-        half = jnp.finfo(use.aval.dtype).bits < 32
+        dtypes = (use.eqn.outputs[0].dtype, *(leaves[part.source].dtype for part in parts))
+        half = any(part.half for part in parts) or any(jnp.finfo(d).bits < 32 for d in dtypes)
         apart = len(parts) > 1 and not one_weight
         if use.kind is None or not parts or shared or half or apart:
             del alone[number]
@@ -173,13 +159,61 @@ def _squared_norms(
     return columns
 
 
-def _watch(use: Use, values: list[Any], accumulator: jax.Array) -> list[Any]:
-    """The equation, with its squared norms as the cotangent of the accumulator."""
+def _opened(
+    gates: Mapping[int, Any], tapped: Mapping[int, Use], weights: jax.Array
+) -> dict[int, Any]:
+    """The cotangents of the gates: the weight of each sample in the leaf of the use."""
+
+    def of_use(use: Use, gate: jax.Array) -> jax.Array:
+        # Where a use has several leaves, their weights are equal (`tapped_uses`).
+        weight = weights[:, min(use.sources)].astype(gate.dtype)
+        return jnp.broadcast_to(weight.reshape(-1, *[1] * (gate.ndim - 1)), gate.shape)
+
+    return {
+        number: jax.tree.map(lambda gate, use=tapped[number]: of_use(use, gate), found)
+        for number, found in gates.items()
+    }
+
+
+def _tap(use: Use, values: list[Any], accumulator: jax.Array) -> tuple[list[Any], list[Any]]:
+    """The outputs of the equation, and its gate."""
+    apart = [jax.lax.stop_gradient(value) for value in values]
+    of_sample, of_parameter = list(values), apart
+    of_sample[use.operand], of_parameter[use.operand] = apart[use.operand], values[use.operand]
+    output, *rest = use.eqn.bind(of_sample)
+    # The gate is made of the accumulator, which is zero, since that is mapped over the samples.
+    closed = jnp.sum(jax.lax.stop_gradient(accumulator))
+    by_parameter, gate = _gated(use.eqn.bind(of_parameter)[0], closed)
     operands = jax.tree.map(jax.lax.stop_gradient, instrument.captured(use, values))
-    output, *rest = use.eqn.bind(values)
+    output = _watched(use, instrument.attach(output, by_parameter), operands, accumulator)
+    return [output, *rest], [gate]
+
+
+@jax.custom_vjp
+def _gated(value: jax.Array, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both, unchanged; the cotangent of the value is multiplied by that of the gate."""
+    return value, gate
+
+
+def _gated_forward(value: jax.Array, gate: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    return (value, gate), None
+
+
+def _gated_backward(_: None, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    cotangent, weight = cotangents
+    return cotangent * weight.astype(cotangent.dtype), None
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _watched(
+    use: Use, output: jax.Array, operands: list[Any], accumulator: jax.Array
+) -> jax.Array:
+    """The output, with the squared norms of the use as the cotangent of the accumulator."""
 
     @jax.custom_vjp
-    def tap(output: jax.Array, operands: list[Any], accumulator: jax.Array) -> jax.Array:
+    def watch(output: jax.Array, operands: list[Any], accumulator: jax.Array) -> jax.Array:
         del operands, accumulator
         return output
 
@@ -190,8 +224,8 @@ def _watch(use: Use, values: list[Any], accumulator: jax.Array) -> list[Any]:
     def backward(operands: list[Any], cotangent: jax.Array) -> Any:
         return cotangent, None, _norms_of_one(use, operands, cotangent)
 
-    tap.defvjp(forward, backward)
-    return [tap(output, operands, accumulator), *rest]
+    watch.defvjp(forward, backward)
+    return watch(output, operands, accumulator)
 
 
 def _norms_of_one(use: Use, operands: list[Any], cotangent: jax.Array) -> jax.Array:
@@ -229,26 +263,5 @@ def _norms(use: Use, operands: list[jax.Array], cotangent: jax.Array) -> jax.Arr
             # The sum comes from another pass with other rounding errors, so that where terms
             # cancel it may be larger than what is seen here.
             squared += 4 * jnp.finfo(squared.dtype).eps * factor.spread()
-        columns.append(squared.astype(jnp.float32))
+        columns.append(squared.astype(accumulation_dtype(use.aval.dtype)))
     return jnp.stack(columns, axis=1)
-
-
-def _weighted(use: Use, values: list[Any], weight: jax.Array) -> list[Any]:
-    """The equation, with the gradient of its parameter scaled by the sample's weight."""
-    apart = [jax.lax.stop_gradient(value) for value in values]
-    of_sample, of_parameter = list(values), apart
-    of_sample[use.operand], of_parameter[use.operand] = apart[use.operand], values[use.operand]
-    output, *rest = use.eqn.bind(of_sample)
-    return [_weigh_parameter(output, use.eqn.bind(of_parameter)[0], weight), *rest]
-
-
-@jax.custom_jvp
-def _weigh_parameter(output: jax.Array, by_parameter: jax.Array, weight: jax.Array) -> jax.Array:
-    del by_parameter, weight
-    return output
-
-
-@_weigh_parameter.defjvp
-def _weigh_parameter_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    output, _, weight = primals
-    return output, tangents[0] + rounded_down(weight, output.dtype) * tangents[1]

@@ -38,6 +38,7 @@ class Part(NamedTuple):
       start: where in V the box begins.
       dims: the axes of V within the box.
       loops: for each enclosing scan, the outermost first, the stride from step to step.
+      half: whether V was cast to less than 32 bits on the way.
     """
 
     source: int
@@ -45,6 +46,7 @@ class Part(NamedTuple):
     start: tuple[int, ...]
     dims: tuple[Dim, ...]
     loops: tuple[int, ...] = ()
+    half: bool = False
 
     @property
     def repeats(self) -> bool:
@@ -99,8 +101,11 @@ def _same(_: Equation, views: list[View]) -> list[View | None]:
 
 
 def _cast(eqn: Equation, views: list[View]) -> list[View | None]:
-    real = jnp.issubdtype(eqn.outputs[0].dtype, jnp.floating)
-    return [views[0] if real else None]
+    dtype = eqn.outputs[0].dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return [None]
+    half = jnp.finfo(dtype).bits < 32
+    return [tuple(part._replace(half=part.half or half) for part in views[0])]
 
 
 def _transpose(eqn: Equation, views: list[View]) -> list[View | None]:
