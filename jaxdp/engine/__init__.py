@@ -6,7 +6,8 @@ inferred, and samples cannot mix. From the program of the loss:
 1. `walker` reads programs; the only module that knows JAX's internals.
 2. `sites` finds where each parameter meets the sample, `views` which parameter that is; `plan`
    holds both.
-3. `kinds/` has one file per kind of site: how norms, sums and rows come from its factors.
+3. `kinds/` has one file per kind of site: how norms, sums and rows come from its factors; `gram`
+   has the norms that come from Gram matrices.
 4. `instrument` runs the program with a slot or a tap at every use, and `assemble` makes the
    gradients of each leaf from what was found there.
 5. The lowerings: `slots` (one pass), `taps` (two passes), `fused` (per-layer rules), `dense`

@@ -65,14 +65,12 @@ def assemble(
 
     found: dict[int, list[Factored]] = {source: [] for source in range(len(sources))}
     for number, use in uses.items():
-        view = use.view
+        view, boxes = use.view, use.boxes
         if view is None:
             view = views.whole(owner[number], use.aval.shape)
-        for part in view:
-            leaf = sources[part.source]
-            at = views.box(part, use.lengths, leaf.shape)
-            assert at is not None, f"{use.eqn.name} at {use.path} is no box of its leaf"
-            target = Target(at, tuple(leaf.shape))
+            boxes = (Target.whole(tuple(use.aval.shape)).at,)
+        for part, at in zip(view, boxes, strict=True):
+            target = Target(at, tuple(sources[part.source].shape))
             found[part.source].append(
                 _factor(use, part, target, captures.get(number, []), cotangents[number])
             )
@@ -115,8 +113,7 @@ def _materialized(rows: Sequence[jax.Array]) -> Materialized:
     """The sum of materialised gradients `[B, *leaf.shape]` of a whole leaf."""
     shape = rows[0].shape[1:]
     (part,) = views.whole(0, shape)
-    target = Target(tuple((0, size) for size in shape), shape)
-    return Materialized(reduce(jnp.add, rows), part.dims, target, "materialized")
+    return Materialized(reduce(jnp.add, rows), part.dims, Target.whole(shape), "materialized")
 
 
 def _with_derived(

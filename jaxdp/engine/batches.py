@@ -75,4 +75,4 @@ class Microbatched(NamedTuple):
 
     def _joined(self, tree: Any) -> Any:
         count = self.mask.shape[0]
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], tree)
+        return jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2)[:count], tree)

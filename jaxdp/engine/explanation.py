@@ -24,7 +24,8 @@ class LeafExplanation(NamedTuple):
       sites: the operations where it meets the sample, with the loops that hold them.
       method: how its norms are computed.
       flops: floating-point operations of that for the batch, beyond the ordinary gradient.
-      bytes: kept for it until the norms are known.
+      bytes: kept for it until the norms are known, of the whole batch; what several leaves share
+        counts for each.
       reason: why it is materialised, if it is; else empty.
     """
 
@@ -89,11 +90,10 @@ def _site(use: Use) -> str:
 
 
 def _reason(uses: list[Use]) -> str:
-    """Why a leaf is materialised: the first that holds for one of its uses."""
+    """Why a leaf is materialised."""
     reasons = [f"promoted: {use.reason}" for use in uses if use.kind is None]
     reasons += ["computed from parameters before its use" for use in uses if use.view is None]
-    reasons += ["uses with no common factored form"]
-    return "; ".join(dict.fromkeys(reasons[:2] if len(reasons) > 2 else reasons[:1]))
+    return "; ".join(dict.fromkeys(reasons)) or "uses with no common factored form"
 
 
 def _dense(name: str, leaf: Any, batch: Batch) -> LeafExplanation:

@@ -1,7 +1,7 @@
 """Chooses how the per-sample gradients of a loss are computed."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -12,7 +12,8 @@ from jaxdp.engine.reduction import Batch, LeafLoss, Lowering
 from jaxdp.engine.slots import Slots
 from jaxdp.engine.taps import Taps, tapped_uses
 
-METHODS = ("auto", "dense", "slots", "taps", "fused")
+_FACTORED = {"slots": Slots, "taps": Taps, "fused": Fused}
+METHODS = ("auto", "dense", *_FACTORED)
 
 
 class Choice(NamedTuple):
@@ -39,30 +40,32 @@ def choose(
     other. With one: slots if what they keep fits, else taps, else the one that keeps less in
     microbatches that fit. An empty batch has nothing to factor, and is left to dense.
     """
-    if method == "dense" or batch.mask.shape[0] == 0:
-        names = {"dense": Dense(loss, leaves)}
+    if batch.mask.shape[0] == 0:
+        return Choice("dense", Dense(loss, leaves), None, "the batch is empty")
+    candidates: dict[str, Lowering] = {}
+    rematerialises = False
+    if method == "dense":
+        candidates["dense"] = Dense(loss, leaves)
     else:
         plan = Plan.of(loss, leaves, one_example(batch.examples))
-        made = {"slots": Slots, "taps": Taps, "fused": Fused}
-        names = {name: lowering(plan, leaves) for name, lowering in made.items()}
+        for name in ("slots", "taps") if method == "auto" else (method,):
+            candidates[name] = _FACTORED[name](plan, leaves)
         tapped = tapped_uses(plan.uses, leaves, one_weight=True)
-        if method != "auto":
-            names = {method: names[method]}
-        elif memory_budget is not None:
-            names = {name: names[name] for name in ("slots", "taps")}
-        elif any(use.in_remat for use in tapped.values()):
-            return Choice("taps", names["taps"], microbatch_size, "the loss rematerialises")
-        else:
-            return Choice("slots", names["slots"], microbatch_size, "the fastest")
-    if memory_budget is None:
-        ((name, lowering),) = names.items()
-        return Choice(name, lowering, microbatch_size, "as asked")
-    return _within(memory_budget, names, leaves, batch, microbatch_size)
+        rematerialises = any(use.in_remat for use in tapped.values())
+    if memory_budget is not None:
+        return _within(memory_budget, candidates, leaves, batch, microbatch_size)
+    if method != "auto":
+        name, reason = method, "as asked"
+    elif rematerialises:
+        name, reason = "taps", "the loss rematerialises"
+    else:
+        name, reason = "slots", "the fastest"
+    return Choice(name, candidates[name], microbatch_size, reason)
 
 
 def _within(
     budget: int,
-    names: dict[str, Any],
+    candidates: dict[str, Lowering],
     leaves: list[jax.Array],
     batch: Batch,
     microbatch_size: int | None,
@@ -70,10 +73,10 @@ def _within(
     count = batch.mask.shape[0]
     size = min(microbatch_size or count, count)
     each = {
-        name: kept_bytes(lowering, leaves, batch) / max(count, 1)
-        for name, lowering in names.items()
+        name: kept_bytes(lowering, leaves, batch) / count
+        for name, lowering in candidates.items()
     }
-    for name, lowering in names.items():
+    for name, lowering in candidates.items():
         if each[name] * size <= budget:
             return Choice(name, lowering, microbatch_size, f"keeps {round(each[name] * size):,} B")
     name = min(each, key=lambda name: each[name])
@@ -84,7 +87,7 @@ def _within(
             f"bytes with method {name!r}, got {budget}"
         )
     reason = f"{size} samples at a time keep {round(each[name] * size):,} B"
-    return Choice(name, names[name], size, reason)
+    return Choice(name, candidates[name], size, reason)
 
 
 def kept_bytes(lowering: Lowering, leaves: list[jax.Array], batch: Batch) -> int:

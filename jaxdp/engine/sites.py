@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxdp.engine import views, walker
 from jaxdp.engine.kinds import KINDS, Kind
-from jaxdp.engine.views import View
+from jaxdp.engine.views import Box, View
 from jaxdp.engine.walker import Equation, Path, Program
 
 
@@ -35,6 +35,7 @@ class Use(NamedTuple):
       view: of which parameters the operand is a view. None if it is computed from them in
         another way: then the operand counts as a parameter of its own, and its gradient is
         pulled back through that computation.
+      boxes: for each part of the view its box in the leaf, over all steps of the loops.
       sources: the parameters that the operand depends on.
       lengths: of the enclosing scans, the outermost first.
       in_remat: whether a rematerialised block encloses it.
@@ -47,6 +48,7 @@ class Use(NamedTuple):
     eqn: Equation
     kind: Kind | None
     view: View | None
+    boxes: tuple[Box, ...]
     sources: frozenset[int]
     lengths: tuple[int, ...]
     in_remat: bool
@@ -120,14 +122,15 @@ def _walk(
     found = _Found([], [], {})
 
     def meet(path: Path, operand: int, eqn: Equation, value: _Value, reason: str) -> None:
-        view = _boxed(value.view, block)
+        boxes = _boxes(value.view, block)
+        view = None if boxes is None else value.view
         kind, refusal = _kind(eqn, operand, view, block)
         if kind is not None or not block.path:
             reason = "" if kind is not None else reason or refusal
             # Without a view it is at the top, where the roots are the parameters themselves.
             sources = value.roots if view is None else frozenset(part.source for part in view)
             where = (sources, block.lengths, block.in_remat)
-            found.uses.append(Use(path, operand, eqn, kind, view, *where, reason))
+            found.uses.append(Use(path, operand, eqn, kind, view, boxes or (), *where, reason))
         else:
             found.promoted.update({root: reason or refusal for root in value.roots})
 
@@ -178,12 +181,14 @@ def _derived(eqn: Equation, values: list[_Value]) -> list[_Value]:
     ]
 
 
-def _boxed(view: View | None, block: _Block) -> View | None:
-    """The view, if each of its parts is a box of its leaf."""
-    if view is None:
-        return None
-    boxes = [views.box(part, block.lengths, block.leaves[part.source]) for part in view]
-    return None if None in boxes else view
+def _boxes(view: View | None, block: _Block) -> tuple[Box, ...] | None:
+    """The boxes of all parts of a view, if each of them is one."""
+    boxes = []
+    for part in view or ():
+        if (at := views.box(part, block.lengths, block.leaves[part.source])) is None:
+            return None
+        boxes.append(at)
+    return None if view is None else tuple(boxes)
 
 
 def _kind(eqn: Equation, operand: int, view: View | None, block: _Block) -> tuple[Kind | None, str]:
@@ -245,8 +250,5 @@ def _enter(eqn: Equation, values: list[_Value], block: _Block, path: Path) -> _F
             promoted |= found.promoted
         for index in again:
             inputs[index] = _SAMPLE
-    return _Found(found.uses, [_outside(value) for value in found.outputs], promoted)
-
-
-def _outside(value: _Value) -> _Value:
-    return _SAMPLE if value.sample else _CONSTANT
+    # All outputs, constant ones too: whatever comes out of a block needs the sample to be computed.
+    return _Found(found.uses, [_SAMPLE] * len(eqn.outputs), promoted)

@@ -117,9 +117,7 @@ def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool)
     alone = dict(uses)
     for number, use in uses.items():
         parts = use.view or ()
-        for part in parts:
-            at = views.box(part, use.lengths, leaves[part.source].shape)
-            assert at is not None, f"{use.eqn.name} at {use.path} is no box of its leaf"
+        for part, at in zip(parts, use.boxes, strict=True):
             boxes.setdefault(part.source, []).append(at)
         shared = any(
             length > 1 and not stride
@@ -254,10 +252,8 @@ def _norms(use: Use, operands: list[jax.Array], cotangent: jax.Array) -> jax.Arr
     columns = []
     for part in use.view or ():
         here = part._replace(loops=())
-        shape = tuple(dim.size for dim in here.dims)
-        target = Target(tuple((0, size) for size in shape), shape)
         site = Site(use.eqn, use.operand, (), operands, cotangent)
-        factor = use.kind.factor(site, here, target)
+        factor = use.kind.factor(site, here, Target.whole(here.shape))
         squared = factor.prepared().squared_norms()
         if factor.method != "outer product":
             # The sum comes from another pass with other rounding errors, so that where terms

@@ -258,6 +258,8 @@ def reshaped(dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, ...] | Non
     Old and new axes are matched in groups of equal product; within a group the old axes must be
     one run of memory.
     """
+    if 0 in sizes:
+        return None
     old = [dim for dim in dims if dim.size > 1]
     new: list[Dim] = []
     position = 0

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.numerics import accumulation_dtype, square_sums, weighted_sum, widened
+from jaxdp.engine.numerics import square_sums, weighted_sum, widened
 from jaxdp.engine.views import Box, Dim, Part, View, place
 from jaxdp.engine.walker import Equation
 
@@ -20,6 +20,11 @@ class Target(NamedTuple):
 
     at: Box
     shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> "Target":
+        """A leaf of this shape."""
+        return cls(tuple((0, size) for size in shape), shape)
 
     def place(self, rows: jax.Array, dims: Sequence[Dim]) -> jax.Array:
         """`[*lead, *dims]` as gradients of the whole leaf, `[*lead, *shape]`."""
@@ -162,7 +167,9 @@ class Materialized:
         return square_sums(values.reshape(values.shape[0], -1))
 
     def spread(self) -> jax.Array:
-        return jnp.zeros(self.values.shape[0], accumulation_dtype(self.values.dtype))
+        once = tuple(1 + axis for axis, dim in enumerate(self.dims) if dim.stride)
+        squares = jnp.sum(jnp.square(widened(self.values)), axis=once, keepdims=True)
+        return jnp.sum(jnp.sqrt(squares), axis=tuple(range(1, squares.ndim))) ** 2
 
     def rows(self) -> jax.Array:
         return self.target.place(self.values, self.dims)

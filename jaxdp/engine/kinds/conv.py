@@ -14,6 +14,7 @@ Convolutional Neural Networks with Differential Privacy" (Gram matrices of patch
 """
 
 import math
+from functools import reduce
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
+from jaxdp.engine.gram import Gram, gram_norms
 from jaxdp.engine.kinds.base import (
     Factored,
     Materialized,
@@ -32,7 +34,6 @@ from jaxdp.engine.kinds.base import (
     split_loops,
     static,
 )
-from jaxdp.engine.kinds.dot import Gram, gram_norms
 from jaxdp.engine.numerics import scale_rows, square_sums, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
@@ -74,23 +75,20 @@ class Window(NamedTuple):
         config = [(0, 0, 0)] * lead + config + [(0, 0, 0)]
         return jax.lax.pad(images, jnp.zeros((), images.dtype), config)
 
-    def shifts(self, images: jax.Array, *, first_axis: int) -> list[jax.Array]:
-        """For every entry of the window, what of padded images (spatial axes from `first_axis`)
-        lies under it at the output positions."""
-        rank = len(self.sizes)
+    def offsets(self) -> list[tuple[int, ...]]:
+        """Of the entries of the window from its first one, in pixels."""
         steps = zip(self.sizes, self.dilation, strict=True)
-        offsets = product(*(range(0, size * step, step) for size, step in steps))
-        strides = [1] * images.ndim
-        strides[first_axis : first_axis + rank] = self.strides
+        return list(product(*(range(0, size * step, step) for size, step in steps)))
 
-        def under(offset: tuple[int, ...]) -> jax.Array:
-            starts, limits = [0] * images.ndim, list(images.shape)
-            for k, (start, count) in enumerate(zip(offset, self.outputs, strict=True)):
-                starts[first_axis + k] = start
-                limits[first_axis + k] = start + (count - 1) * self.strides[k] + 1
-            return jax.lax.slice(images, starts, limits, strides)
-
-        return list(map(under, offsets))
+    def under(self, offset: tuple[int, ...], images: jax.Array, *, first_axis: int) -> jax.Array:
+        """What of padded images (spatial axes from `first_axis`) lies under one entry of the
+        window at the output positions."""
+        starts, limits, strides = [0] * images.ndim, list(images.shape), [1] * images.ndim
+        for k, (start, count) in enumerate(zip(offset, self.outputs, strict=True)):
+            axis = first_axis + k
+            starts[axis], strides[axis] = start, self.strides[k]
+            limits[axis] = start + (count - 1) * self.strides[k] + 1
+        return jax.lax.slice(images, starts, limits, strides)
 
 
 @factored
@@ -177,9 +175,10 @@ class Patches:
 
     def _kernel(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
         """Of one sample: `[E, g, k, c/g, o/g]`."""
-        shifts = self.window.shifts(self.window.padded(widened(images)), first_axis=2)
+        padded, offsets = self.window.padded(widened(images)), self.window.offsets()
+        shifts = [self.window.under(offset, padded, first_axis=2) for offset in offsets]
         patches = jnp.stack(shifts, axis=-2)
-        lead, k = patches.shape[0], len(shifts)
+        lead, k = patches.shape[0], len(offsets)
         u = patches.reshape(lead, -1, k, self.groups, patches.shape[-1] // self.groups)
         v = self._grouped(cotangents)
         return jnp.einsum("etkgc,etgo->egkco", u, v, precision=Precision.HIGHEST)
@@ -191,17 +190,24 @@ class Patches:
         gram = jnp.einsum("epgc,eqgc->egpq", pixels, pixels, precision=Precision.HIGHEST)
         where = padded.shape[1:-1]
         gram = gram.reshape(*gram.shape[:2], *where, *where)
-        rank = len(where)
-        # Both positions move together under the window.
-        rows = self.window.shifts(gram, first_axis=3)
-        both = [self.window.shifts(row, first_axis=3 + rank)[k] for k, row in enumerate(rows)]
-        positions = math.prod(both[0].shape[2 : 2 + rank])
-        both_shape = (-1, positions, positions)
-        u_gram = sum(both[1:], both[0]).reshape(both_shape)
+
+        def at_both_positions(offset: tuple[int, ...]) -> jax.Array:
+            rows = self.window.under(offset, gram, first_axis=3)
+            return self.window.under(offset, rows, first_axis=3 + len(where))
+
+        offsets = self.window.offsets()
+        u_gram = reduce(jnp.add, map(at_both_positions, offsets))
         v = self._grouped(cotangents)
         v_gram = jnp.einsum("etgo,esgo->egts", v, v, precision=Precision.HIGHEST)
-        u_gram = _gram(u_gram, len(rows) * pixels.shape[-1])
-        return gram_norms(u_gram, _gram(v_gram.reshape(both_shape), v.shape[-1]))[0]
+        positions = v_gram.shape[-1]
+
+        def gram_of(products: jax.Array, entries: int) -> Gram:
+            products = products.reshape(1, -1, positions, positions)
+            trace = jnp.trace(products, axis1=-2, axis2=-1)
+            return Gram.of(products, trace, entries)
+
+        inputs = gram_of(u_gram, len(offsets) * pixels.shape[-1])
+        return gram_norms(inputs, gram_of(v_gram, v.shape[-1]))[0]
 
     def _grouped(self, images: jax.Array) -> jax.Array:
         """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`."""
@@ -257,12 +263,6 @@ class Patches:
         sizes = [dim.size for dim in self.slices]
         kernels = kernels.reshape(*sizes, *kernels.shape[1:])
         return self.target.place(kernels, (*self.slices, *self.dims))
-
-
-def _gram(products: jax.Array, entries: int) -> Gram:
-    """Of one sample, from inner products `[E, T, T]`."""
-    trace = jnp.trace(products, axis1=-2, axis2=-1)
-    return Gram.of(products[None], trace[None], entries)
 
 
 class Extent(NamedTuple):
@@ -356,7 +356,7 @@ def _axes(eqn: Equation) -> tuple[_Axes, _Axes, _Axes]:
 
 def _map_samples(fun: Any, patch_entries: int, *arrays: jax.Array) -> jax.Array:
     """`vmap` over the samples, a few at a time."""
-    limit = _PATCHES_AT_ONCE.get(jax.default_backend(), _PATCHES_ELSEWHERE) // patch_entries
+    limit = _PATCHES_AT_ONCE.get(jax.default_backend(), _PATCHES_ELSEWHERE) // max(1, patch_entries)
     # A power of two divides most batches; for a rest XLA compiles everything twice.
     at_once = 2 ** max(0, limit.bit_length() - 1)
     while at_once > 1 and arrays[0].shape[0] % at_once:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
+from jaxdp.engine.gram import Gram, gram_norms
 from jaxdp.engine.kinds.base import (
     Factored,
     Materialized,
@@ -204,6 +205,8 @@ class DotGeneral:
     """`dot_general` of an activation and a kernel, on either side."""
 
     def refuse(self, eqn: Equation, operand: int, view: View | None) -> str:
+        if not jnp.issubdtype(eqn.operands[1 - operand].dtype, jnp.floating):
+            return "a product with integers"
         return refuse_repeats(view)
 
     def captures(self, eqn: Equation, operand: int) -> tuple[int, ...]:
@@ -265,47 +268,6 @@ class Layout(NamedTuple):
             shared=tuple(zip(free[other], in_output[other], strict=True)),
             free=outermost_first(zip(free[kernel], in_output[kernel], strict=True)),
         )
-
-
-class Gram(NamedTuple):
-    """A Gram matrix, and how far rounding may have taken it off.
-
-    Attributes:
-      products: inner products `[B, E, T, T]` of vectors w_t.
-      trace: Σ_t ‖w_t‖² `[B, E]`, which no norm of the matrix exceeds; above zero.
-      off: `[B, E]`, the Frobenius norm of the errors at most. An entry is off by about
-        ε‖w_t‖‖w_s‖, and by what underflowed.
-    """
-
-    products: jax.Array
-    trace: jax.Array
-    off: jax.Array
-
-    @classmethod
-    def of(cls, products: jax.Array, trace: jax.Array, entries: int) -> "Gram":
-        """From inner products, their trace, and how many products one of them adds up."""
-        dtype = products.dtype
-        underflow = products.shape[-1] * lost(entries, dtype)
-        return cls(products, trace + underflow, 2 * jnp.finfo(dtype).eps * trace + underflow)
-
-    def norms(self) -> jax.Array:
-        """Frobenius norms `[B, E]`."""
-        # Relative to the trace: the squares of the entries themselves may overflow.
-        relative = self.products * (1 / self.trace)[..., None, None]
-        return self.trace * jnp.sqrt(jnp.sum(jnp.square(relative), axis=(2, 3)))
-
-
-def gram_norms(inputs: Gram, cotangents: Gram) -> jax.Array:
-    """Σ_{e,t,s} A_ts V_ts `[B]` for the Gram matrices A of the u_t and V of the v_t, rounded up.
-
-    The sum can cancel down to the rounding error of its terms, below zero even. By Cauchy–Schwarz
-    errors of Frobenius norms a of A and v of V change it by ‖A‖v + ‖V‖a + av at most; that is
-    added, so that the norm is never below the true one.
-    """
-    a, v = inputs.off, cotangents.off
-    total = jnp.sum(inputs.products * cotangents.products, axis=(2, 3))
-    total += inputs.norms() * v + cotangents.norms() * a + a * v
-    return jnp.maximum(jnp.sum(total, axis=1), 0)
 
 
 def _gram(vectors: jax.Array) -> Gram:

@@ -253,7 +253,7 @@ def _looked_up(
 def _distinct_rows(ids: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Ids and rows `[T, p]` with the rows of equal ids added up: each sum stands once."""
     count = ids.shape[0]
-    if count == 1:
+    if count <= 1:
         return ids, rows
     if count <= _PAIRS:
         equal = ids[:, None] == ids[None, :]
