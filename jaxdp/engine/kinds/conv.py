@@ -299,6 +299,8 @@ class Convolution:
             return "a parameter as the image of a convolution"
         if eqn.params["batch_group_count"] != 1:
             return "a convolution with batch groups"
+        if 0 in eqn.outputs[0].shape:
+            return "a convolution without output"
         if view is None:
             return ""
         if len(view) != 1 or view[0].shape != tuple(eqn.operands[1].shape):
@@ -356,7 +358,7 @@ def _axes(eqn: Equation) -> tuple[_Axes, _Axes, _Axes]:
 
 def _map_samples(fun: Any, patch_entries: int, *arrays: jax.Array) -> jax.Array:
     """`vmap` over the samples, a few at a time."""
-    limit = _PATCHES_AT_ONCE.get(jax.default_backend(), _PATCHES_ELSEWHERE) // max(1, patch_entries)
+    limit = _PATCHES_AT_ONCE.get(jax.default_backend(), _PATCHES_ELSEWHERE) // patch_entries
     # A power of two divides most batches; for a rest XLA compiles everything twice.
     at_once = 2 ** max(0, limit.bit_length() - 1)
     while at_once > 1 and arrays[0].shape[0] % at_once:
