@@ -1108,6 +1108,82 @@ def bfloat16_leaf_beside_a_float32_one(p: Any, x: Any) -> Any:
     return total(x @ p["w"] + row(p["b"].astype(x.dtype)))
 
 
+# ---- what only some methods had wrong -----------------------------------------------------------
+
+
+@program({"w": (2, 3, 3, 3)}, (4, 3))
+def scan_over_layers_in_a_scan_over_groups_of_layers(p: Any, x: Any) -> Any:
+    """Two loops walk through one leaf."""
+
+    def group(hidden: Any, layers: Any) -> Any:
+        return lax.scan(lambda hidden, w: (jnp.tanh(hidden @ w), None), hidden, layers)
+
+    return total(lax.scan(group, x, p["w"])[0])
+
+
+@program({"w": (3, 2)}, (4, 3))
+def scan_that_passes_on_the_step_before(p: Any, x: Any) -> Any:
+    """The carry is a constant at first, and an output one step later."""
+    _, before = lax.scan(lambda last, row: (row, last), jnp.zeros(3, x.dtype), x)
+    return total(before @ p["w"])
+
+
+@program({"a": (3, 3), "b": (3, 3)}, (3,))
+def constant_out_of_a_scan_scales_a_weight(p: Any, x: Any) -> Any:
+    def step(carry: Any, _: None) -> Any:
+        return (jnp.tanh(carry[0] @ p["a"]), carry[1] + 1), None
+
+    (hidden, steps), _ = lax.scan(step, (x, jnp.zeros((), x.dtype)), None, length=3)
+    return total((p["b"] * steps) @ hidden)
+
+
+@program({"w": (3, 3)}, (3, 3))
+def scale_and_its_transpose(p: Any, x: Any) -> Any:
+    """Two materialised gradients of one leaf whose axes are not in the same order."""
+    return total(x * p["w"]) + total(x * jnp.sin(x) * p["w"].T)
+
+
+@program({"k": (6, 1, 2), "w": (5, 2)}, (1, 5, 1))
+def conv_without_output(p: Any, x: Any) -> Any:
+    numbers = ("NWC", "WIO", "NWC")
+    out = lax.conv_general_dilated(x, p["k"], (1,), "VALID", dimension_numbers=numbers)
+    return total(out) + total(x[0, :, 0] @ p["w"])
+
+
+@program({"table": (4, 2), "w": (2, 2)}, (2,))
+def look_ups_in_a_scan_of_no_steps(p: Any, x: Any) -> Any:
+    def step(hidden: Any, index: Any) -> Any:
+        return hidden + p["table"][index + (hidden[0] > 0).astype(jnp.int32)], None
+
+    return total(lax.scan(step, x, jnp.zeros(0, jnp.int32))[0] @ p["w"])
+
+
+@program({"table": (5, 2)}, Integers(3, (5,)))
+def product_with_integers(p: Any, counts: Any) -> Any:
+    numbers = (((0,), (0,)), ((), ()))
+    wide = p["table"].dtype
+    return total(lax.dot_general(counts, p["table"], numbers, preferred_element_type=wide))
+
+
+@program({"empty": (0, 3), "w": (3, 2)}, (4, 3), microbatch_size=2)
+def leaf_without_entries_in_microbatches(p: Any, x: Any) -> Any:
+    return total(x @ p["w"]) + jnp.sum(p["empty"]) + total(jnp.broadcast_to(p["w"][0], (0, 2)))
+
+
+@jax.custom_vjp
+def _clip_cotangent(x: jax.Array) -> jax.Array:
+    return x
+
+
+_clip_cotangent.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.5, 0.5),))
+
+
+@program({"w": (3, 2)}, (4, 3))
+def cotangent_clipped_after_a_product(p: Any, x: Any) -> Any:
+    """A backward pass that is not linear."""
+    return 3 * total(_clip_cotangent(x @ p["w"]))
+
+
 # ---- wide and short -----------------------------------------------------------------------------
 
 # Above, most sums over positions are cheaper as matrices. Here products have few positions between

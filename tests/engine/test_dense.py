@@ -1,5 +1,6 @@
 """The dense lowering, and what every lowering goes through: a batch whole or in microbatches."""
 
+import math
 from typing import Any
 
 import jax
@@ -127,3 +128,18 @@ def test_a_sum_of_many_squares_loses_none_of_them(length: int) -> None:
     rows = np.random.default_rng(0).uniform(0.5, 1.5, size=(2, length)).astype(np.float32)
     expected = np.sum(np.asarray(rows, np.float64) ** 2, axis=1)
     np.testing.assert_allclose(square_sums(jnp.asarray(rows)), expected, rtol=2e-6)
+
+
+def test_no_sum_of_squares_is_longer_than_a_block() -> None:
+    """XLA on CPU sums in blocks of its own accord; another backend need not."""
+    program = jax.make_jaxpr(square_sums)(jnp.ones((2, 70_000)))
+    lengths = []
+    for eqn in program.jaxpr.eqns:
+        shape = eqn.invars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
+        if eqn.primitive.name == "dot_general":
+            ((axes, _), _) = eqn.params["dimension_numbers"]
+            lengths.append(math.prod(shape[axis] for axis in axes))
+        elif eqn.primitive.name == "reduce_sum":
+            lengths.append(math.prod(shape[axis] for axis in eqn.params["axes"]))
+    assert len(lengths) == 3
+    assert max(lengths) <= 256
