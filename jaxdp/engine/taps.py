@@ -108,27 +108,12 @@ class Taps(NamedTuple):
 
 def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool) -> dict[int, Use]:
     """The uses whose norms add up: every leaf in them is tapped at all of its uses, none of these
-    overlap, and no loop shares them. Leaves with weights of their own need uses of their own.
-
-    The second pass sums over the batch in the precision of the use, and of whatever lies between
-    that and the leaf: it must be single at least.
-    """
+    overlap, and no loop shares them."""
     boxes: dict[int, list[views.Box]] = {}
-    alone = dict(uses)
-    for number, use in uses.items():
-        parts = use.view or ()
-        for part, at in zip(parts, use.boxes, strict=True):
+    for use in uses.values():
+        for part, at in zip(use.view or (), use.boxes, strict=True):
             boxes.setdefault(part.source, []).append(at)
-        shared = any(
-            length > 1 and not stride
-            for part in parts
-            for length, stride in zip(use.lengths, part.loops, strict=True)
-        )
-        dtypes = (use.eqn.outputs[0].dtype, *(leaves[part.source].dtype for part in parts))
-        half = any(part.half for part in parts) or any(jnp.finfo(d).bits < 32 for d in dtypes)
-        apart = len(parts) > 1 and not one_weight
-        if use.kind is None or not parts or shared or half or apart:
-            del alone[number]
+    alone = {n: use for n, use in uses.items() if _can_be_tapped(use, leaves, one_weight)}
     spoiled = {
         source
         for source, found in boxes.items()
@@ -141,6 +126,26 @@ def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool)
         if len(kept) == len(alone):
             return kept
         alone = kept
+
+
+def _can_be_tapped(use: Use, leaves: list[Any], one_weight: bool) -> bool:
+    """Whether one weight and one norm do for a use by itself.
+
+    The second pass sums over the batch in the precision of the use, and of whatever lies between
+    that and the leaf: it must be single at least.
+    """
+    if use.kind is None or not use.view:
+        return False
+    shared = any(
+        length > 1 and not stride
+        for part in use.view
+        for length, stride in zip(use.lengths, part.loops, strict=True)
+    )
+    dtypes = [use.eqn.outputs[0].dtype, *(leaves[part.source].dtype for part in use.view)]
+    half = any(part.half for part in use.view) or min(jnp.finfo(d).bits for d in dtypes) < 32
+    # Leaves with weights of their own need uses of their own.
+    several = len(use.view) > 1 and not one_weight
+    return not (shared or half or several)
 
 
 def _squared_norms(
