@@ -238,7 +238,8 @@ def per_sample_grads(
         `has_aux`, `-> (scalar, aux)`. Randomness (dropout) enters as one key per sample in the
         batch: `example = (x, y, key)`.
       has_aux: whether the loss returns a pair; the pairs' second parts are `.aux`.
-      method: "auto" chooses: "taps" for a loss that uses `jax.checkpoint`, "slots" otherwise.
+      method: "auto" chooses: "slots", for a loss that uses `jax.checkpoint` in microbatches that
+        keep no more than the ordinary gradient does, or "taps" where such would be too small.
         All methods give the same numbers up to rounding, which goes upwards for norms: by about
         1e-7 for each position that shares a weight. "slots": one backward pass, whose operands
         and cotangents are kept until the norms are known. "taps": norms in one backward pass,

@@ -70,7 +70,36 @@ def test_the_table_has_one_line_for_each_leaf() -> None:
     assert "16×16" in rows[1]
 
 
-def test_a_loss_that_rematerialises_is_tapped() -> None:
+def test_a_loss_that_rematerialises_keeps_no_more_than_the_ordinary_gradient() -> None:
+    keys = jax.random.split(KEY, 2)
+    stack = jax.random.normal(keys[0], (4, 64, 64)) / 8
+    x = jax.random.normal(keys[1], (16, 32, 64))
+    ordinary = 16 * (4 + 1) * 4 * 32 * 64  # the input of each layer and the last output
+    explanation = jaxdp.explain(rematerialised, stack, x)
+    assert (explanation.method, explanation.microbatch_size) == ("slots", 8)
+    (leaf,) = explanation.leaves
+    assert leaf.bytes == 16 * 2 * 4 * 4 * 32 * 64
+    assert leaf.bytes / 2 <= ordinary < leaf.bytes
+
+    auto, dense = (
+        jaxdp.per_sample_grads(rematerialised, method=method)(stack, x)
+        for method in ("auto", "dense")
+    )
+    weights = jnp.linspace(-1, 1, 16)
+    assert jnp.allclose(auto.norms(), dense.norms(), rtol=1e-5)
+    assert jnp.allclose(auto.weighted_sum(weights), dense.weighted_sum(weights), atol=1e-4)
+
+
+def test_convolutions_in_a_block_are_not_put_into_a_loop_on_a_cpu() -> None:
+    def loss(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        layer = jax.checkpoint(lambda x: jnp.tanh(jax.lax.conv(x, kernel, (1, 1), "SAME")))
+        return jnp.sum(layer(x)[0, 0])
+
+    explanation = jaxdp.explain(loss, jnp.ones((64, 64, 3, 3)), jnp.ones((64, 1, 64, 8, 8)))
+    assert (explanation.method, explanation.microbatch_size) == ("taps", None)
+
+
+def test_a_small_loss_that_rematerialises_is_tapped() -> None:
     explanation = jaxdp.explain(rematerialised, STACK, X)
     (leaf,) = explanation.leaves
     assert explanation.method == "taps"

@@ -1,7 +1,7 @@
 """Chooses how the per-sample gradients of a loss are computed."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -36,31 +36,38 @@ def choose(
 ) -> Choice:
     """The lowering of that name, or for "auto" the one that suits the loss.
 
-    Without a budget: taps for a loss that rematerialises, since it asks for memory; slots for any
-    other. With one: slots if what they keep fits, else taps, else the one that keeps less in
-    microbatches that fit. An empty batch has nothing to factor, and is left to dense.
+    A loss that rematerialises asks for memory: without another budget it gets what the ordinary
+    gradient keeps. Any other without a budget has slots on the whole batch. An empty batch has
+    nothing to factor, and is left to dense.
     """
     if batch.mask.shape[0] == 0:
         return Choice("dense", Dense(loss, leaves), None, "the batch is empty")
-    candidates: dict[str, Lowering] = {}
-    rematerialises = False
     if method == "dense":
-        candidates["dense"] = Dense(loss, leaves)
+        candidates: dict[str, Lowering] = {"dense": Dense(loss, leaves)}
     else:
         plan = Plan.of(loss, leaves, one_example(batch.examples))
-        for name in ("slots", "taps") if method == "auto" else (method,):
-            candidates[name] = _FACTORED[name](plan, leaves)
-        tapped = tapped_uses(plan.uses, leaves, one_weight=True)
-        rematerialises = any(use.in_remat for use in tapped.values())
-    if memory_budget is not None:
-        return _within(memory_budget, candidates, leaves, batch, microbatch_size)
-    if method != "auto":
-        name, reason = method, "as asked"
-    elif rematerialises:
-        name, reason = "taps", "the loss rematerialises"
-    else:
-        name, reason = "slots", "the fastest"
-    return Choice(name, candidates[name], microbatch_size, reason)
+        names = ("slots", "taps") if method == "auto" else (method,)
+        candidates = {name: _FACTORED[name](plan, leaves) for name in names}
+        if method == "auto" and memory_budget is None:
+            if not any(use.in_remat for use in plan.uses.values()):
+                return Choice("slots", candidates["slots"], microbatch_size, "the fastest")
+            budget = ordinary_bytes(loss, leaves, batch)
+            fitting = _within(budget, candidates, leaves, batch, microbatch_size)
+            # The norms of the biases alone may need more than that.
+            return fitting or Choice(
+                "taps", candidates["taps"], microbatch_size, "the loss rematerialises"
+            )
+    if memory_budget is None:
+        return Choice(method, candidates[method], microbatch_size, "as asked")
+    fitting = _within(memory_budget, candidates, leaves, batch, microbatch_size)
+    if fitting is None:
+        count = batch.mask.shape[0]
+        least = min(kept_bytes(lowering, leaves, batch) for lowering in candidates.values())
+        raise ValueError(
+            "memory_budget must hold what one sample needs, at least "
+            f"{math.ceil(least / count)} bytes with method {method!r}, got {memory_budget}"
+        )
+    return fitting
 
 
 def _within(
@@ -69,25 +76,72 @@ def _within(
     leaves: list[jax.Array],
     batch: Batch,
     microbatch_size: int | None,
-) -> Choice:
+) -> Choice | None:
+    """The first that fits: a candidate on all samples, the first one in microbatches that are
+    worth it, in any, another one in any. None if not one sample fits.
+
+    Slots in microbatches take less time than taps on the whole batch, as long as a microbatch has
+    work enough to hide its overhead.
+    """
     count = batch.mask.shape[0]
-    size = min(microbatch_size or count, count)
+    asked = min(microbatch_size or count, count)
     each = {
-        name: kept_bytes(lowering, leaves, batch) / count
-        for name, lowering in candidates.items()
+        name: kept_bytes(lowering, leaves, batch) / count for name, lowering in candidates.items()
     }
-    for name, lowering in candidates.items():
-        if each[name] * size <= budget:
-            return Choice(name, lowering, microbatch_size, f"keeps {round(each[name] * size):,} B")
-    name = min(each, key=lambda name: each[name])
-    size = int(budget // each[name])
-    if size == 0:
-        raise ValueError(
-            f"memory_budget must hold what one sample needs, at least {math.ceil(each[name])} "
-            f"bytes with method {name!r}, got {budget}"
+
+    def choice(name: str, size: int) -> Choice:
+        kept = round(each[name] * size)
+        if size == asked:
+            return Choice(name, candidates[name], microbatch_size, f"keeps {kept:,} B")
+        reason = f"{size} samples at a time keep {kept:,} B"
+        return Choice(name, candidates[name], size, reason)
+
+    def fitting(name: str) -> int:
+        """How many samples at a time, in parts of about the same size."""
+        largest = asked if each[name] * asked <= budget else int(budget // each[name])
+        return -(-asked // -(-asked // largest)) if largest else 0
+
+    first, *others = candidates
+    size = fitting(first)
+    worth_it = not others or each[first] * size >= _worth_a_loop(candidates[first])
+    if size == asked or (size > 0 and worth_it):
+        return choice(first, size)
+    for name in others:
+        if fitting(name) == asked:
+            return choice(name, asked)
+    sizes = {name: fitting(name) for name in candidates}
+    name = max(sizes, key=lambda name: sizes[name])
+    return choice(name, sizes[name]) if sizes[name] else None
+
+
+def _worth_a_loop(lowering: Lowering) -> float:
+    """How many bytes a microbatch must keep for its work to hide its overhead."""
+    if jax.default_backend() != "cpu":
+        return 2.0**26
+    assert isinstance(lowering, Slots | Taps | Fused | Dense)
+    uses = {} if isinstance(lowering, Dense) else lowering.plan.uses
+    # XLA runs convolutions in loops twenty times slower on a CPU.
+    slow = any(use.eqn.name == "conv_general_dilated" for use in uses.values())
+    return math.inf if slow else 2.0**18
+
+
+def ordinary_bytes(loss: LeafLoss, leaves: list[jax.Array], batch: Batch) -> int:
+    """What the ordinary gradient keeps of a batch between its two passes."""
+
+    def kept(count: int) -> int:
+        def residuals(leaves: list[jax.Array], examples: Any) -> list[jax.Array]:
+            def losses(leaves: list[jax.Array]) -> jax.Array:
+                return jax.vmap(lambda example: loss(leaves, example)[0])(examples)
+
+            return _each_once(jax.vjp(losses, leaves)[1])
+
+        examples = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), batch.examples
         )
-    reason = f"{size} samples at a time keep {round(each[name] * size):,} B"
-    return Choice(name, candidates[name], size, reason)
+        return _bytes(jax.eval_shape(residuals, leaves, examples))
+
+    # The difference leaves out what is kept once, as the parameters are.
+    return (kept(2) - kept(1)) * batch.mask.shape[0]
 
 
 def kept_bytes(lowering: Lowering, leaves: list[jax.Array], batch: Batch) -> int:
@@ -102,9 +156,15 @@ def kept_bytes(lowering: Lowering, leaves: list[jax.Array], batch: Batch) -> int
         tapped = tapped_uses(plan.uses, leaves, one_weight=True)
         plan = plan._replace(uses={n: u for n, u in plan.uses.items() if n not in tapped})
 
-    def arrays(batch: Batch) -> list[jax.Array]:
-        factors, *_ = Slots(plan, leaves).factors(batch)
-        return list({id(array): array for array in jax.tree.leaves(factors)}.values())
+    def factors(batch: Batch) -> list[jax.Array]:
+        return _each_once(Slots(plan, leaves).factors(batch)[0])
 
-    kept = jax.eval_shape(arrays, batch)
-    return sum(array.size * array.dtype.itemsize for array in kept)
+    return _bytes(jax.eval_shape(factors, batch))
+
+
+def _each_once(tree: Any) -> list[jax.Array]:
+    return list({id(array): array for array in jax.tree.leaves(tree)}.values())
+
+
+def _bytes(arrays: list[Any]) -> int:
+    return sum(array.size * array.dtype.itemsize for array in arrays)
