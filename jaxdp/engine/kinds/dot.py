@@ -53,10 +53,15 @@ def choose_method(extent: Extent) -> str:
     """How the norms of products of this extent are computed."""
     if extent.positions == 1:
         return "outer product"
-    matrix, vectors = extent.inputs * extent.outputs, extent.inputs + extent.outputs
-    # No more memory than the matrices take. A Gram matrix counts for two thirds of its operations:
-    # matrices are written and read once more.
-    if 2 * extent.positions * vectors <= 3 * matrix and 2 * extent.positions**2 <= matrix:
+    matrix = extent.inputs * extent.outputs
+    vectors = extent.positions * (extent.inputs + extent.outputs)
+    # Matrices are products that the sum needs anyway, but they are written and read once more: as
+    # long as 200 operations take, on a CPU. A Gram matrix has the products of its own to pay, and
+    # the vectors to keep.
+    slower = extent.positions * vectors > 100 * matrix
+    if slower and 4 * matrix <= 5 * vectors:
+        return "rows"
+    if 2 * vectors <= 3 * matrix and 2 * extent.positions**2 <= matrix:
         return "gram"
     return "rows"
 
