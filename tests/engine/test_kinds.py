@@ -182,6 +182,13 @@ def test_products_with_a_view(name: str) -> None:
         # Few operations for long thin matrices are never many rows.
         (dot.Extent(1, 2, 1000, 1), "rows"),
         (dot.Extent(1, 2, 1000, 8), "gram"),
+        # Attention and perceptron of GPT-2 small: matrices about as large as the vectors, and
+        # Gram matrices dearer from some length on.
+        (dot.Extent(1, 128, 768, 768), "gram"),
+        (dot.Extent(1, 512, 768, 768), "rows"),
+        (dot.Extent(1, 512, 768, 3072), "rows"),
+        # Its head: matrices of all words would be larger than the logits.
+        (dot.Extent(1, 512, 768, 50257), "gram"),
     ],
 )
 def test_the_method_of_a_product(extent: dot.Extent, method: str) -> None:
