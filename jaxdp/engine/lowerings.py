@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxdp.engine.dense import Dense
 from jaxdp.engine.fused import Fused
@@ -128,17 +129,16 @@ def _worth_a_loop(lowering: Lowering) -> float:
 def ordinary_bytes(loss: LeafLoss, leaves: list[jax.Array], batch: Batch) -> int:
     """What the ordinary gradient keeps of a batch between its two passes."""
 
+    def residuals(count: int) -> list[jax.Array]:
+        examples = jax.tree.map(lambda leaf: leaf[jnp.zeros(count, int)], batch.examples)
+
+        def losses(leaves: list[jax.Array]) -> jax.Array:
+            return jax.vmap(lambda example: loss(leaves, example)[0])(examples)
+
+        return _each_once(jax.vjp(losses, leaves)[1])
+
     def kept(count: int) -> int:
-        def residuals(leaves: list[jax.Array], examples: Any) -> list[jax.Array]:
-            def losses(leaves: list[jax.Array]) -> jax.Array:
-                return jax.vmap(lambda example: loss(leaves, example)[0])(examples)
-
-            return _each_once(jax.vjp(losses, leaves)[1])
-
-        examples = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), batch.examples
-        )
-        return _bytes(jax.eval_shape(residuals, leaves, examples))
+        return _bytes(jax.eval_shape(lambda: residuals(count)))
 
     # The difference leaves out what is kept once, as the parameters are.
     return (kept(2) - kept(1)) * batch.mask.shape[0]

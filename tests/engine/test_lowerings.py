@@ -478,6 +478,34 @@ def test_shard_map_of_every_kind_of_use(method: str, microbatch_size: int | None
     check_many(jitted(over_devices(run, check_vma=True))(*many_rows("large")), "large")
 
 
+def test_shard_map_of_a_loss_that_rematerialises() -> None:
+    """What the ordinary gradient would keep is counted there, too, before anything is chosen."""
+    rng = np.random.default_rng(0)
+    stack = jnp.asarray(rng.normal(size=(4, 64, 64)) / 8, jnp.float32)
+    batch = jnp.asarray(rng.normal(size=(16 * DEVICES, 32, 64)), jnp.float32)
+
+    def loss(stack: Any, x: Any) -> jax.Array:
+        layer = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
+        return jnp.sum(jnp.square(lax.scan(layer, x, stack)[0]))
+
+    assert jaxdp.explain(loss, stack, batch[:16]).microbatch_size == 8
+    clip = jaxdp.clip_flat(1.0)
+
+    def clipped(method: str, stack: Any, batch: Any) -> Any:
+        grads = jaxdp.per_sample_grads(loss, method=method)(stack, batch)
+        return clip.update(grads, clip.init(stack))[0].value
+
+    split = jax.shard_map(
+        lambda stack, batch: lax.psum(clipped("auto", stack, batch), "devices"),
+        mesh=Mesh(np.array(jax.devices()[:DEVICES]), ("devices",)),
+        in_specs=(EVERYWHERE, SPLIT),
+        out_specs=EVERYWHERE,
+    )
+    np.testing.assert_allclose(
+        jitted(split)(stack, batch), clipped("dense", stack, batch), atol=1e-5
+    )
+
+
 PARTITIONER = "XLA's partitioner gives zeros for vmap(grad) of a kernel over rows that are sharded"
 
 
