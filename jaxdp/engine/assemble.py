@@ -18,7 +18,7 @@ from jaxdp.engine import views, walker
 from jaxdp.engine.instrument import Captures, Slots
 from jaxdp.engine.kinds.base import Factored, Materialized, Site, Target, factored, static
 from jaxdp.engine.numerics import accumulation_dtype
-from jaxdp.engine.sites import Use
+from jaxdp.engine.sites import Use, by_path
 from jaxdp.engine.views import Part
 from jaxdp.engine.walker import Equation, Path, Program
 
@@ -150,9 +150,7 @@ def _operands(
 ) -> dict[int, jax.Array]:
     """The operands of these uses, all of them at the top of the program: whatever needs the
     sample is left out."""
-    at: dict[Path, list[int]] = {}
-    for number, use in uses.items():
-        at.setdefault(use.path, []).append(number)
+    at = by_path(uses)
     operands: dict[int, jax.Array] = {}
 
     def rule(path: Path, eqn: Equation, values: list[Any]) -> Sequence[Any]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxdp.engine import walker
-from jaxdp.engine.sites import Use
+from jaxdp.engine.sites import Use, by_path
 from jaxdp.engine.walker import Equation, Path, Program
 
 # By the number of the use.
@@ -77,10 +77,9 @@ def run(
       taps: for the tapped ones.
       path: of the equation that holds this program.
     """
-    at: dict[Path, list[int]] = {}
+    at = by_path(uses)
     inside: dict[Path, list[int]] = {}  # by the paths of the equations that hold them
     for number, use in uses.items():
-        at.setdefault(use.path, []).append(number)
         for depth in range(len(path) + 1, len(use.path)):
             inside.setdefault(use.path[:depth], []).append(number)
     captures: Captures = {}

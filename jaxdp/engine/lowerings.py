@@ -119,10 +119,9 @@ def _worth_a_loop(lowering: Lowering) -> float:
     """How many bytes a microbatch must keep for its work to hide its overhead."""
     if jax.default_backend() != "cpu":
         return 2.0**26
-    assert isinstance(lowering, Slots | Taps | Fused | Dense)
-    uses = {} if isinstance(lowering, Dense) else lowering.plan.uses
+    assert isinstance(lowering, Slots)
     # XLA runs convolutions in loops twenty times slower on a CPU.
-    slow = any(use.eqn.name == "conv_general_dilated" for use in uses.values())
+    slow = any(use.eqn.name == "conv_general_dilated" for use in lowering.plan.uses.values())
     return math.inf if slow else 2.0**18
 
 

@@ -13,7 +13,7 @@ Within a loop or a rematerialised block only factored uses of views of a paramet
 any other the parameter is promoted where it enters the block, and all of its uses with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -113,6 +113,14 @@ def find_uses(program: Program, leaves: Sequence[Any], needed: Sequence[bool]) -
     sample = [_SAMPLE] * (len(program.in_avals) - len(leaves))
     block = _Block(tuple(tuple(leaf.shape) for leaf in leaves))
     return _walk(program, [*parameters, *sample], needed, block).uses
+
+
+def by_path(uses: Mapping[int, Use]) -> dict[Path, list[int]]:
+    """The numbers of the uses at each equation."""
+    at: dict[Path, list[int]] = {}
+    for number, use in uses.items():
+        at.setdefault(use.path, []).append(number)
+    return at
 
 
 def _walk(

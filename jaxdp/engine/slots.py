@@ -94,5 +94,6 @@ def without(dropped: jax.Array, gradients: Any) -> Any:
     """The factors with zeros for the dropped samples: one that is not finite would poison the
     products that sum over samples, whatever its weight."""
     arrays, structure = jax.tree.flatten(gradients)
-    kept = {id(array): select_rows(~dropped, array) for array in arrays}
+    each_once = {id(array): array for array in arrays}
+    kept = {key: select_rows(~dropped, array) for key, array in each_once.items()}
     return jax.tree.unflatten(structure, [kept[id(array)] for array in arrays])

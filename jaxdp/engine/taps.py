@@ -70,7 +70,7 @@ class Taps(NamedTuple):
             args = plan.arguments(leaves, example)
             taps = TapsAt(_tap, sums)
             outputs, captures = instrument.run(plan.program, plan.uses, args, slots, taps)
-            gates = {number: captures.pop(number) for number in tapped}
+            gates = {number: captures.pop(number)[0] for number in tapped}
             loss, aux = plan.outputs(outputs)
             return (loss, gates), (captures, aux)
 
@@ -163,8 +163,8 @@ def _squared_norms(
 
 
 def _opened(
-    gates: Mapping[int, Any], tapped: Mapping[int, Use], weights: jax.Array
-) -> dict[int, Any]:
+    gates: Mapping[int, jax.Array], tapped: Mapping[int, Use], weights: jax.Array
+) -> dict[int, jax.Array]:
     """The cotangents of the gates: the weight of each sample in the leaf of the use."""
 
     def of_use(use: Use, gate: jax.Array) -> jax.Array:
@@ -172,10 +172,7 @@ def _opened(
         weight = weights[:, min(use.sources)].astype(gate.dtype)
         return jnp.broadcast_to(weight.reshape(-1, *[1] * (gate.ndim - 1)), gate.shape)
 
-    return {
-        number: jax.tree.map(lambda gate, use=tapped[number]: of_use(use, gate), found)
-        for number, found in gates.items()
-    }
+    return {number: of_use(tapped[number], gate) for number, gate in gates.items()}
 
 
 def _tap(use: Use, values: list[Any], accumulator: jax.Array) -> tuple[list[Any], list[Any]]:

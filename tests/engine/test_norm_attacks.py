@@ -34,7 +34,9 @@ class Attack(NamedTuple):
     batch: Any
 
 
-def contributions(attack: Attack, method: str, thresholds: np.ndarray) -> np.ndarray:
+def contributions(
+    attack: Attack, method: str, thresholds: np.ndarray, make_clip: Any = jaxdp.clip_flat
+) -> np.ndarray:
     """‖what a clip lets through of one sample‖ / C for every sample, alone in its batch."""
     grads_fn = jaxdp.per_sample_grads(attack.loss_fn, method=method)
 
@@ -42,7 +44,7 @@ def contributions(attack: Attack, method: str, thresholds: np.ndarray) -> np.nda
     def alone(params: Any, batch: Any, masks: jax.Array, thresholds: jax.Array) -> Any:
         def one(chosen: tuple[jax.Array, jax.Array]) -> Any:
             mask, threshold = chosen
-            clip = jaxdp.clip_flat(threshold)
+            clip = make_clip(threshold)
             grads = grads_fn(params, batch, mask)
             return clip.update(grads, clip.init(params))[0].value
 
@@ -465,21 +467,9 @@ def product_of_clipped(w: Any, example: Any) -> jax.Array:
 def test_taps_weigh_the_gradient_that_they_measured(name: str, scale: float, clip: Any) -> None:
     """The weight of a sample times its cotangent, sent back through what is not linear, would be
     another gradient: a clipped cotangent may be clipped no more, half precision rounds anew."""
-    grads_fn = jaxdp.per_sample_grads(NOT_LINEAR[name], method="taps")
-
-    @jax.jit
-    def alone(w: Any, batch: Any, masks: jax.Array, thresholds: jax.Array) -> Any:
-        def one(chosen: Any) -> Any:
-            rule = clip(chosen[1])
-            return rule.update(grads_fn(w, batch, chosen[0]), rule.init(w))[0].value
-
-        return lax.map(one, (masks, thresholds))
-
-    batch, w = (random(1, 9), random(1, 7, seed=1)), ones(9, 7)
-    seen = norms(Attack(NOT_LINEAR[name], w, batch), "taps")
-    thresholds = np.float32(scale * np.random.default_rng(1).uniform(0.3, 0.9, ROWS) * seen)
-    sums = np.asarray(alone(w, batch, np.eye(ROWS, dtype=bool), thresholds), np.float64)
-    worst = np.max(np.linalg.norm(sums.reshape(ROWS, -1), axis=1) / thresholds)
+    attack = Attack(NOT_LINEAR[name], ones(9, 7), (random(1, 9), random(1, 7, seed=1)))
+    factors = scale * np.random.default_rng(1).uniform(0.3, 0.9, ROWS)
+    worst = np.max(contributions(attack, "taps", factors * norms(attack, "taps"), clip))
     assert 0.99 <= worst <= 1 + TOLERANCE
 
 
