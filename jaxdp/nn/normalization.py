@@ -1,0 +1,227 @@
+"""Normalisation within one example."""
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxdp.nn.layer import (
+    Layer,
+    Params,
+    TorchName,
+    TorchNames,
+    add_bias,
+    along_last,
+    check_input,
+    check_sizes,
+    deterministic,
+)
+
+
+def layer_norm(
+    normalized_shape: int | Sequence[int],
+    *,
+    eps: float = 1e-5,
+    elementwise_affine: bool = True,
+    bias: bool = True,
+) -> Layer:
+    """y = (x - mean) / √(variance + eps) ⊙ scale + bias, over the last axes.
+
+    Args:
+      normalized_shape: of the last axes of x, over which mean and (biased) variance are taken.
+      eps: at least 0.
+      elementwise_affine: whether there are a scale and a bias.
+      bias: whether there is a bias beside the scale.
+
+    Returns:
+      A layer of `[..., *normalized_shape]`, shape kept. Parameters: scale (ones) and bias
+      (zeros), `[*normalized_shape]`.
+
+    Raises:
+      ValueError: a size below 1; an input whose last axes are others.
+
+    Example:
+      >>> layer = layer_norm(4)
+      >>> layer.apply(layer.init(jax.random.key(0)), jnp.arange(4.0)).mean().item()
+      0.0
+
+    Source: Ba, Kiros and Hinton 2016, "Layer Normalization".
+    """
+    shape = _shape(normalized_shape)
+
+    def apply(params: Params, x: jax.Array) -> jax.Array:
+        _check_last("layer_norm", x, shape)
+        return _affine(params, _standardized(x, _last(shape), eps))
+
+    return _normalization(apply, shape, elementwise_affine, elementwise_affine and bias)
+
+
+def rms_norm(
+    normalized_shape: int | Sequence[int],
+    *,
+    eps: float | None = None,
+    elementwise_affine: bool = True,
+) -> Layer:
+    """y = x / √(mean of x² + eps) ⊙ scale, over the last axes.
+
+    Args:
+      normalized_shape: of the last axes of x.
+      eps: at least 0; None for the machine epsilon of x, as torch has it.
+      elementwise_affine: whether there is a scale.
+
+    Returns:
+      A layer of `[..., *normalized_shape]`, shape kept. Parameters: scale (ones)
+      `[*normalized_shape]`.
+
+    Raises:
+      ValueError: as `layer_norm`.
+
+    Example:
+      >>> layer = rms_norm(2)
+      >>> layer.apply(layer.init(jax.random.key(0)), jnp.array([2.0, -2.0])).tolist()
+      [1.0, -1.0]
+
+    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+    """
+    shape = _shape(normalized_shape)
+
+    def apply(params: Params, x: jax.Array) -> jax.Array:
+        _check_last("rms_norm", x, shape)
+        floor = jnp.finfo(x.dtype).eps if eps is None else eps
+        square = jnp.mean(jnp.square(x), axis=_last(shape), keepdims=True)
+        return _affine(params, x * lax.rsqrt(square + floor))
+
+    return _normalization(apply, shape, elementwise_affine, False)
+
+
+def group_norm(
+    num_groups: int, num_channels: int, *, eps: float = 1e-5, affine: bool = True
+) -> Layer:
+    """y = (x - mean) / √(variance + eps) ⊙ scale + bias, per group of channels.
+
+    Args:
+      num_groups: mean and variance are taken over all positions and the channels of one group.
+      num_channels: length of the last axis of x.
+      eps: at least 0.
+      affine: whether there are a scale and a bias for each channel.
+
+    Returns:
+      A layer of `[..., num_channels]`, shape kept. Parameters: scale (ones) and bias (zeros)
+      `[num_channels]`.
+
+    Raises:
+      ValueError: a size below 1; channels that groups do not divide; an input of other channels.
+
+    Example:
+      >>> layer = group_norm(2, 4)
+      >>> layer.apply(layer.init(jax.random.key(0)), jnp.ones((5, 5, 4))).shape
+      (5, 5, 4)
+
+    Source: Wu and He 2018, "Group Normalization".
+    """
+    check_sizes(num_groups=num_groups, num_channels=num_channels)
+    if num_channels % num_groups:
+        raise ValueError(
+            f"num_channels must be a multiple of num_groups={num_groups}, got {num_channels}"
+        )
+
+    def apply(params: Params, x: jax.Array) -> jax.Array:
+        check_input("group_norm", x, last=num_channels)
+        grouped = x.reshape(*x.shape[:-1], num_groups, num_channels // num_groups)
+        axes = (*range(x.ndim - 1), x.ndim)
+        return _affine(params, _standardized(grouped, axes, eps).reshape(x.shape))
+
+    return _normalization(apply, (num_channels,), affine, affine)
+
+
+def instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False) -> Layer:
+    """y = (x - mean) / √(variance + eps), per channel, over the positions of one example.
+
+    Torch's InstanceNorm1d to 3d without running statistics, which would be shared by samples.
+
+    Args:
+      num_features: length of the last axis of x.
+      eps: at least 0.
+      affine: whether a scale and a bias for each channel follow.
+
+    Returns:
+      A layer of `[..., num_features]` with two axes at least, shape kept. Parameters: scale
+      (ones) and bias (zeros) `[num_features]` if affine.
+
+    Raises:
+      ValueError: a size below 1; an input of other channels, or of a single position.
+
+    Example:
+      >>> layer = instance_norm(3)
+      >>> layer.apply(layer.init(jax.random.key(0)), jnp.ones((5, 5, 3))).shape
+      (5, 5, 3)
+
+    Source: Ulyanov, Vedaldi and Lempitsky 2016, "Instance Normalization".
+    """
+    check_sizes(num_features=num_features)
+
+    def apply(params: Params, x: jax.Array) -> jax.Array:
+        check_input("instance_norm", x, last=num_features)
+        if math.prod(x.shape[:-1]) == 1:
+            raise ValueError(
+                f"instance_norm needs more than one position, got shape {tuple(x.shape)}: with one "
+                "the result is zero whatever the input"
+            )
+        return _affine(params, _standardized(x, tuple(range(x.ndim - 1)), eps))
+
+    return _normalization(apply, (num_features,), affine, affine)
+
+
+def batch_norm(*args: object, **kwargs: object) -> NoReturn:
+    """Always an error: batch statistics cannot be private.
+
+    Raises:
+      ValueError: says what to use in its place.
+    """
+    raise ValueError(
+        "batch_norm normalises a sample by others, which no clip can undo, so it has no private "
+        "form. Use nn.group_norm(32, channels), nn.instance_norm, nn.layer_norm or nn.rms_norm; "
+        "for a trained model fold the running statistics into the layer before"
+    )
+
+
+def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape:
+        raise ValueError("normalized_shape must have at least one axis, got ()")
+    for size in shape:
+        check_sizes(normalized_shape=size)
+    return shape
+
+
+def _last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(-len(shape), 0))
+
+
+def _check_last(layer: str, x: jax.Array, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape[-len(shape) :]) != shape:
+        raise ValueError(f"{layer} takes inputs whose last axes are {shape}, got {x.shape}")
+
+
+def _standardized(x: jax.Array, axes: tuple[int, ...], eps: float) -> jax.Array:
+    centred = x - jnp.mean(x, axis=axes, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
+    return centred * lax.rsqrt(variance + eps)
+
+
+def _affine(params: Params, x: jax.Array) -> jax.Array:
+    return add_bias(params, x * along_last(params["scale"], x) if "scale" in params else x)
+
+
+def _normalization(apply, shape: tuple[int, ...], scale: bool, bias: bool) -> Layer:
+    def init(key: jax.Array) -> Params:
+        params = {"scale": jnp.ones(shape)} if scale else {}
+        return params | ({"bias": jnp.zeros(shape)} if bias else {})
+
+    names: TorchNames = {("scale",): (TorchName("weight"),)} if scale else {}
+    return deterministic(
+        init, apply, {**names, **({("bias",): (TorchName("bias"),)} if bias else {})}
+    )

@@ -1,0 +1,19 @@
+"""Sizes that may be given once for all axes."""
+
+from collections.abc import Sequence
+
+Size = int | Sequence[int]
+
+
+def sizes(name: str, value: Size, rank: int, least: int = 1) -> tuple[int, ...]:
+    """One number for each of `rank` axes.
+
+    Raises:
+      ValueError: another count; a number below `least`.
+    """
+    found = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(found) != rank or any(not isinstance(n, int) or n < least for n in found):
+        raise ValueError(
+            f"{name} must be an integer of at least {least}, or {rank} of them, got {value!r}"
+        )
+    return found

@@ -1,0 +1,83 @@
+"""Trained weights of torch and Opacus models as parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdp.nn.layer import Layer, Params
+
+
+def from_torch_state_dict(
+    layer: Layer, state_dict: Mapping[str, Any], *, prefix: str = ""
+) -> Params:
+    """The parameters of a layer from a torch `state_dict`; torch need not be installed.
+
+    Names and layouts are translated: torch keeps kernels as `[out, in, *window]` and packs the
+    projections of an attention layer into one matrix. Opacus's DP layers have the names of
+    torch's, or their own, and both are known; a `GradSampleModule` adds the prefix "_module.".
+    Layers of a `sequential` are found under their names: "0", "1", ... or those that they were
+    given. Inputs differ, too: here channels come last, see `flatten`.
+
+    Args:
+      layer: what the parameters are for, with the sizes of the torch layer.
+      state_dict: name -> array, or anything that NumPy turns into one.
+      prefix: of the names that belong to the layer; others are left alone.
+
+    Returns:
+      Parameters as `layer.init` returns them, in its dtypes.
+
+    Raises:
+      ValueError: a parameter that is not there, or has another shape; a name under the prefix
+        that belongs to none (running statistics, for one); a layer without torch names.
+
+    Example:
+      >>> from jaxdp import nn
+      >>> model = nn.sequential(nn.linear(2, 3), nn.relu)
+      >>> weights = {"0.weight": np.ones((3, 2)), "0.bias": np.zeros(3)}
+      >>> nn.from_torch_state_dict(model, weights)["0"]["kernel"].shape
+      (2, 3)
+    """
+    given = {
+        name.removeprefix(prefix): array
+        for name, array in state_dict.items()
+        if name.startswith(prefix)
+    }
+    leaves, treedef = jax.tree.flatten_with_path(jax.eval_shape(layer.init, jax.random.key(0)))
+    used, params = set(), []
+    for path, leaf in leaves:
+        where = tuple(entry.key for entry in path)
+        candidates = layer.torch_names.get(where, ())
+        if not candidates:
+            raise ValueError(
+                f"parameter {'/'.join(where)} must have a torch name, got a layer without: add it "
+                "to the layer's torch_names"
+            )
+        found = next((each for each in candidates if each.name in given), None)
+        if found is None:
+            wanted = " or ".join(prefix + each.name for each in candidates)
+            raise ValueError(f"state_dict must hold {wanted}, got {sorted(state_dict)}")
+        used.add(found.name)
+        params.append(_converted(found.name, found.convert, given[found.name], leaf))
+    if unused := sorted(set(given) - used):
+        raise ValueError(
+            f"state_dict must hold nothing but the layer's parameters, got {unused}: name the "
+            "layer's part of it by prefix. Running statistics of a batch norm have no counterpart"
+        )
+    return jax.tree.unflatten(treedef, params)
+
+
+def _converted(name: str, convert: Any, value: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    array = np.asarray(value)
+    try:
+        converted = convert(array)
+    except ValueError:  # of a reshape to sizes that do not fit
+        converted = array
+    if converted.shape != leaf.shape:
+        raise ValueError(
+            f"{name} must become a parameter of shape {leaf.shape}, got an array of shape "
+            f"{array.shape}: build the layer with the sizes of the torch layer"
+        )
+    return jnp.asarray(converted, leaf.dtype)
