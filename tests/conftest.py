@@ -21,3 +21,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # the same on every machine.
 hypothesis.settings.register_profile("jaxdp", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("jaxdp")
+
+# Needs torch, which no test does.
+collect_ignore = ["golden/make.py"]

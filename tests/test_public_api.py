@@ -24,6 +24,7 @@ ROOMS = {
     "jaxdp.randomness": 0,
     "jaxdp.coupling": 0,
     "jaxdp.accounting": 0,
+    "jaxdp.nn": 0,
     "jaxdp.sampling": 1,
     "jaxdp.engine": 1,
     "jaxdp.per_sample": 2,

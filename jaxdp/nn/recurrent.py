@@ -12,6 +12,7 @@ from jaxdp.nn.layer import (
     Layer,
     Params,
     TorchName,
+    TorchNames,
     add_bias,
     check_input,
     check_rate,
@@ -303,15 +304,20 @@ def _check_mask(mask: jax.Array | None, steps: int) -> None:
         raise ValueError(f"mask must have shape ({steps},), one for each step, got {mask.shape}")
 
 
-def _torch_names(
-    num_layers: int, directions: tuple[str, ...], bias: bool
-) -> dict[tuple[str, ...], tuple[TorchName, ...]]:
-    names = {}
+def _torch_names(num_layers: int, directions: tuple[str, ...], bias: bool) -> TorchNames:
+    """Those of torch, and those of the linear layers in Opacus's cells."""
+    names: dict[tuple[str, ...], tuple[TorchName, ...]] = {}
     for layer in range(num_layers):
         for direction in directions:
             at = f"l{layer}{direction}"
             for part, short in (("input", "ih"), ("recurrent", "hh")):
-                names[at, part, "kernel"] = (TorchName(f"weight_{short}_{at}", kernel_from_torch),)
+                names[at, part, "kernel"] = (
+                    TorchName(f"weight_{short}_{at}", kernel_from_torch),
+                    TorchName(f"{at}.{short}.weight", kernel_from_torch),
+                )
                 if bias:
-                    names[at, part, "bias"] = (TorchName(f"bias_{short}_{at}"),)
+                    names[at, part, "bias"] = (
+                        TorchName(f"bias_{short}_{at}"),
+                        TorchName(f"{at}.{short}.bias"),
+                    )
     return names

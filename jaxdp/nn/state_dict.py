@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.nn.layer import Layer, Params
+from jaxdp.nn.layer import Layer, Params, TorchName
 
 
 def from_torch_state_dict(
@@ -46,7 +46,8 @@ def from_torch_state_dict(
         if name.startswith(prefix)
     }
     leaves, treedef = jax.tree.flatten_with_path(jax.eval_shape(layer.init, jax.random.key(0)))
-    used, params = set(), []
+    used: set[str] = set()
+    params = []
     for path, leaf in leaves:
         where = tuple(entry.key for entry in path)
         candidates = layer.torch_names.get(where, ())
@@ -55,12 +56,13 @@ def from_torch_state_dict(
                 f"parameter {'/'.join(where)} must have a torch name, got a layer without: add it "
                 "to the layer's torch_names"
             )
-        found = next((each for each in candidates if each.name in given), None)
-        if found is None:
+        # Opacus keeps some arrays under two names.
+        found = [each for each in candidates if each.name in given]
+        if not found:
             wanted = " or ".join(prefix + each.name for each in candidates)
             raise ValueError(f"state_dict must hold {wanted}, got {sorted(state_dict)}")
-        used.add(found.name)
-        params.append(_converted(found.name, found.convert, given[found.name], leaf))
+        used |= {each.name for each in found}
+        params.append(_converted(found[0], given[found[0].name], leaf))
     if unused := sorted(set(given) - used):
         raise ValueError(
             f"state_dict must hold nothing but the layer's parameters, got {unused}: name the "
@@ -69,15 +71,15 @@ def from_torch_state_dict(
     return jax.tree.unflatten(treedef, params)
 
 
-def _converted(name: str, convert: Any, value: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _converted(source: TorchName, value: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     array = np.asarray(value)
     try:
-        converted = convert(array)
+        converted = source.convert(array)
     except ValueError:  # of a reshape to sizes that do not fit
         converted = array
     if converted.shape != leaf.shape:
         raise ValueError(
-            f"{name} must become a parameter of shape {leaf.shape}, got an array of shape "
+            f"{source.name} must become a parameter of shape {leaf.shape}, got an array of shape "
             f"{array.shape}: build the layer with the sizes of the torch layer"
         )
     return jnp.asarray(converted, leaf.dtype)
