@@ -36,9 +36,9 @@ def embedding(
         (Torch counts in the whole batch, which would make one sample's gradient depend on others.)
 
     Returns:
-      A layer of integer ids `[...] -> [..., d]`. Ids outside of [0, V) give NaN, so that the
-      sample counts for nothing and is seen among those that are not finite. Parameters: embedding
-      `[V, d]`, of N(0, 1).
+      A layer of integer ids `[...] -> [..., d]`. Ids outside of [0, V) give rows of NaN, so that
+      in a network the sample counts for nothing and is seen among those that are not finite.
+      Parameters: embedding `[V, d]`, of N(0, 1).
 
     Raises:
       ValueError: a size below 1; a padding_idx outside of the table; a max_norm or norm_type that

@@ -48,7 +48,8 @@ class Golden(NamedTuple):
     def _input(self, name: str, shape: Any) -> np.ndarray:
         if isinstance(shape, dict):
             rng = np.random.RandomState(_seed(self.name, name))
-            return rng.randint(shape["high"], size=(self.batch_size, *shape["shape"])).astype(np.int32)
+            size = (self.batch_size, *shape["shape"])
+            return rng.randint(shape["high"], size=size).astype(np.int32)
         return _normal(self.name, name, [self.batch_size, *shape])
 
 
