@@ -260,6 +260,16 @@ CONVOLUTIONS = {
     "2d, channels first": conv_site((1, 2, 4, 5), (3, 2, 3, 2), ("NCHW", "OIHW", "NCHW")),
     "2d, mixed layouts": conv_site((2, 4, 1, 5), (2, 3, 2, 3), ("CHNW", "IHWO", "WNHC")),
     "2d, pointwise": conv_site((1, 3, 3, 4), (1, 1, 4, 3)),
+    "2d, pointwise, strides": conv_site((1, 4, 5, 3), (1, 1, 3, 2), strides=(2, 3)),
+    "2d, pointwise, padded": conv_site((2, 3, 2, 3), (1, 1, 3, 2), padding=[(1, 0), (-1, 2)]),
+    "2d, pointwise, image dilated": conv_site(
+        (1, 3, 2, 3), (1, 1, 3, 2), lhs_dilation=(2, 1), padding=[(0, 1), (0, 0)], strides=(1, 2)
+    ),
+    "2d, pointwise, mixed layouts": conv_site(
+        (4, 3, 2, 5), (1, 3, 1, 4), ("CHNW", "HOWI", "WNHC"), padding="VALID"
+    ),
+    "2d, pointwise, one pixel": conv_site((1, 1, 1, 4), (1, 1, 4, 3)),
+    "2d, pointwise, groups": conv_site((1, 3, 2, 4), (1, 1, 2, 6), feature_group_count=2),
     "2d, dilations": conv_site(
         (1, 4, 3, 2), (2, 2, 2, 2), rhs_dilation=(2, 1), lhs_dilation=(1, 2), padding=[(0, 0)] * 2
     ),
@@ -274,7 +284,8 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))
 def test_convolutions(name: str) -> None:
-    check(CONVOLUTIONS[name], conv, "gram", "rows")
+    pointwise = "pointwise" in name and "groups" not in name
+    check(CONVOLUTIONS[name], dot if pointwise else conv, "gram", "rows")
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ pixels ("gram"):
 
     ⟨u_t, u_s⟩ = Σ_o ⟨x_{t+o}, x_{s+o}⟩          (o: offsets within the window)
 
+With a window of one pixel there are no patches to form, and it is the product that `dot` has.
+
 Source: Rochette et al. 2019, "Efficient Per-Example Gradient Computations in Convolutional Neural
 Networks" (per-sample kernels); Bu et al. 2022, "Scalable and Efficient Training of Large
 Convolutional Neural Networks with Differential Privacy" (Gram matrices of patches).
@@ -34,6 +36,7 @@ from jaxdp.engine.kinds.base import (
     split_loops,
     static,
 )
+from jaxdp.engine.kinds.dot import Axes, Layout, OuterProducts, Product
 from jaxdp.engine.numerics import scale_rows, square_sums, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
@@ -310,7 +313,7 @@ class Convolution:
     def captures(self, eqn: Equation, operand: int) -> tuple[int, ...]:
         return (0,)
 
-    def factor(self, site: Site, part: Part, target: Target) -> Patches:
+    def factor(self, site: Site, part: Part, target: Target) -> Patches | OuterProducts:
         image_axes, _, output_axes = _axes(site.eqn)
 
         def channels_last(array: jax.Array, axes: "_Axes") -> jax.Array:
@@ -318,7 +321,7 @@ class Convolution:
             array = jnp.transpose(array, (0, 1, 2, *(3 + axis for axis in axes.to_last)))
             return jax.lax.collapse(array, 2, 4)
 
-        return Patches(
+        patches = Patches(
             images=channels_last(site.captured[0], image_axes),
             cotangents=channels_last(site.cotangent, output_axes),
             window=Window.of(site.eqn),
@@ -327,6 +330,27 @@ class Convolution:
             dims=part.dims,
             target=target,
         )
+        pointwise = math.prod(patches.window.sizes) == 1 and patches.groups == 1
+        return _products(patches, part) if pointwise and not patches.slices else patches
+
+
+def _products(patches: Patches, part: Part) -> OuterProducts:
+    """A convolution whose window is one pixel, as the matrix product that it is."""
+    _, kernel_axes, _ = _axes(patches.eqn)
+    window = patches.window
+    images = window.padded(patches.images[:, 0])
+    pixels = window.under((0,) * len(window.sizes), images, first_axis=2)
+    channels = pixels.ndim - 2  # without the axis of samples
+    layout = Layout(
+        batch=(),
+        contract=((kernel_axes.features, channels),),
+        shared=tuple((axis, axis) for axis in range(channels)),
+        free=((kernel_axes.batch, channels),),
+    )
+    cotangents = patches.cotangents[:, 0]
+    product = Product(pixels, cotangents, layout, part._replace(loops=()), (), turned=False)
+    axes = Axes((), (part.dims[kernel_axes.features],), (part.dims[kernel_axes.batch],))
+    return OuterProducts((product,), axes, patches.target)
 
 
 class _Axes(NamedTuple):

@@ -21,9 +21,6 @@ from jaxdp.engine.numerics import lost, scale_rows, square_sums, widened
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
-# Up to here equal ids are found by comparing all pairs, beyond by sorting.
-_PAIRS = 128
-
 
 @factored
 class LookedUp:
@@ -46,9 +43,7 @@ class LookedUp:
 
     @property
     def flops(self) -> int:
-        count = self.ids.shape[1]
-        pairs = count if 1 < count <= _PAIRS else 1
-        return 2 * self.cotangents.size * pairs
+        return 2 * self.cotangents.size
 
     def prepared(self) -> Factored:
         # Equal ids are added up once, so that norms and sums see the same rounding errors.
@@ -252,14 +247,8 @@ def _looked_up(
 
 def _distinct_rows(ids: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Ids and rows `[T, p]` with the rows of equal ids added up: each sum stands once."""
-    count = ids.shape[0]
-    if count <= 1:
+    if ids.shape[0] <= 1:
         return ids, rows
-    if count <= _PAIRS:
-        equal = ids[:, None] == ids[None, :]
-        first = jnp.argmax(equal, axis=1) == jnp.arange(count)
-        equal = (equal & first[:, None]).astype(rows.dtype)
-        return ids, jnp.matmul(equal, rows, precision=Precision.HIGHEST)
     order = jnp.argsort(ids)
     starts = jnp.diff(ids[order], prepend=ids[order][:1]) != 0
     segment = jnp.cumsum(starts)
