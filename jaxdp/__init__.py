@@ -4,6 +4,7 @@ The road, in its order: per-sample gradients → clip → noise → optax, and t
 """
 
 from jaxdp import accounting as accounting
+from jaxdp import nn as nn
 from jaxdp import training as training
 from jaxdp.accounting import Ledger as Ledger
 from jaxdp.accumulation import accumulate as accumulate
@@ -24,3 +25,6 @@ from jaxdp.sampling import FixedSizeSampler as FixedSizeSampler
 from jaxdp.sampling import PhysicalBatch as PhysicalBatch
 from jaxdp.sampling import PoissonSampler as PoissonSampler
 from jaxdp.sampling import ShuffledSampler as ShuffledSampler
+from jaxdp.validation import Finding as Finding
+from jaxdp.validation import Validation as Validation
+from jaxdp.validation import validate as validate

@@ -14,6 +14,7 @@ from jaxdp.recipes import classify, data, models, report
 _EXAMPLES = """\
 examples:
   python -m jaxdp train
+  python -m jaxdp train --model char-lstm
   python -m jaxdp train --data /usr/share/datasets/fashion-mnist --epsilon 2.7 --epochs 40
   python -m jaxdp epsilon --noise-multiplier 1.1 --sampling-rate 0.04 --steps 250
   python -m jaxdp calibrate --epsilon 3 --sampling-rate 0.04 --steps 250
@@ -60,7 +61,8 @@ def _quieten() -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    dataset = data.load(options.data)
+    default = "names" if options.model in models.TEXT_MODELS else "mnist-sample"
+    dataset = data.load(options.data or default)
     config = classify.Config(
         model=options.model,
         epsilon=options.epsilon,
@@ -207,18 +209,19 @@ def _add_accounting(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     train = commands.add_parser(
-        "train", help="train an image classifier privately", formatter_class=_Help
+        "train", help="train a classifier of images or names privately", formatter_class=_Help
     )
     train.add_argument(
         "--data",
-        default="mnist-sample",
-        help="mnist-sample or digits (embedded), a directory of IDX files, or an .npz file",
+        default=None,
+        help="mnist-sample, digits or names (embedded), a directory of IDX files, or an .npz file; "
+        "by default names for char-lstm and else mnist-sample",
     )
     train.add_argument(
         "--model",
         default="tanh-cnn",
         choices=models.MODEL_NAMES,
-        help="tanh-cnn needs images of at least 16x16",
+        help="tanh-cnn needs images of at least 16x16, char-lstm texts",
     )
     train.add_argument("--epsilon", type=float, default=8.0, help="of the whole run")
     _add_accounting(train)

@@ -11,6 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 
+class BatchStatisticsError(ValueError):
+    """A layer that normalises one example by others."""
+
+
 def refuse_batch_statistics() -> AbstractContextManager[Any]:
     """While it is entered, a `flax.linen.BatchNorm` that computes batch statistics raises."""
     # Whoever has not imported flax has no flax module.
@@ -24,7 +28,7 @@ def _refuse(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         given = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
         running = module.use_running_average if given is None else given
         if not running:
-            raise ValueError(
+            raise BatchStatisticsError(
                 f"flax BatchNorm {module.name!r} must not compute batch statistics in the loss of "
                 "one example, got use_running_average=False: it normalises by other samples, "
                 "which no clip can undo. Use nn.GroupNorm or nn.LayerNorm, or running averages"

@@ -138,6 +138,16 @@ def test_train_writes_metrics_and_a_plot_and_prints_a_table(
     assert min(pixels.shape[:2]) > 300 and np.ptp(pixels[..., :3]) > 0.5
 
     assert printed["test accuracy"] == f"{metrics['test_accuracy']:.2%}"
+
+
+def test_a_text_model_trains_on_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Better than saying "female" to every name, which is right for 78 %."""
+    options = ["--model", "char-lstm", "--epochs", "4", "--seed", "0", "--out", str(tmp_path)]
+    printed = call(capsys, "train", "--quiet", *options)
+    assert printed["data"].startswith("names, 4,395")
+    metrics = strict((tmp_path / "metrics.json").read_text())
+    assert metrics["test_accuracy"] > 0.79
+    assert 7.8 < metrics["epsilon"] <= 8
     assert printed["ε"].startswith(f"{metrics['epsilon']:.3f}") and "budget 2" in printed["ε"]
     assert printed["δ"] == "1e-05" and printed["accountant"].startswith("RDP")
     assert printed["noise multiplier"] == f"{metrics['noise_multiplier']:.4f}"
@@ -238,6 +248,7 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "wrong shape": (lambda d: [*SMALL, "--data", wrong_shape(d)], "got [6, 20]"),
     "unknown model": (lambda d: [*SMALL, "--model", "resnet"], "resnet"),
     "unknown clip": (lambda d: [*SMALL, "--clip", "none"], "none"),
+    "texts for an image model": (lambda d: ["train", "--data", "names"], "needs images"),
     "too small for the model": (lambda d: [*SMALL, "--model", "tanh-cnn"], "use tanh-mlp"),
     "negative epsilon": (lambda d: [*SMALL, "--epsilon", "-1"], "epsilon must be"),
     "no epsilon": (lambda d: [*SMALL, "--epsilon", "nan"], "epsilon must be"),

@@ -29,6 +29,7 @@ ROOMS = {
     "jaxdp.engine": 1,
     "jaxdp.per_sample": 2,
     "jaxdp.explanation": 3,
+    "jaxdp.validation": 3,
     "jaxdp.clipping": 3,
     "jaxdp.noise": 3,
     "jaxdp.accumulation": 3,
@@ -205,7 +206,9 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [jaxdp, jaxdp.accounting, jaxdp.training], ids=lambda module: module.__name__
+    "module",
+    [jaxdp, jaxdp.accounting, jaxdp.nn, jaxdp.training],
+    ids=lambda module: module.__name__,
 )
 def test_every_exported_name_has_a_docstring(module: Any) -> None:
     exported = [name for name in vars(module) if not name.startswith("_")]

