@@ -138,6 +138,11 @@ def test_train_writes_metrics_and_a_plot_and_prints_a_table(
     assert min(pixels.shape[:2]) > 300 and np.ptp(pixels[..., :3]) > 0.5
 
     assert printed["test accuracy"] == f"{metrics['test_accuracy']:.2%}"
+    assert printed["ε"].startswith(f"{metrics['epsilon']:.3f}") and "budget 2" in printed["ε"]
+    assert printed["δ"] == "1e-05" and printed["accountant"].startswith("RDP")
+    assert printed["noise multiplier"] == f"{metrics['noise_multiplier']:.4f}"
+    assert "added or removed" in printed["unit of privacy"] and "Poisson" in printed["sampling"]
+    assert str(out / "metrics.json") in printed["written"]
 
 
 def test_a_text_model_trains_on_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -148,11 +153,6 @@ def test_a_text_model_trains_on_names(capsys: pytest.CaptureFixture[str], tmp_pa
     metrics = strict((tmp_path / "metrics.json").read_text())
     assert metrics["test_accuracy"] > 0.79
     assert 7.8 < metrics["epsilon"] <= 8
-    assert printed["ε"].startswith(f"{metrics['epsilon']:.3f}") and "budget 2" in printed["ε"]
-    assert printed["δ"] == "1e-05" and printed["accountant"].startswith("RDP")
-    assert printed["noise multiplier"] == f"{metrics['noise_multiplier']:.4f}"
-    assert "added or removed" in printed["unit of privacy"] and "Poisson" in printed["sampling"]
-    assert str(out / "metrics.json") in printed["written"]
 
 
 @pytest.mark.slow
