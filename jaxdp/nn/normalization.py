@@ -54,7 +54,8 @@ def layer_norm(
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         _check_last("layer_norm", x, shape)
-        return _affine(params, _standardized(x, _last(shape), eps))
+        centred, inverse = _moments(x, _last(shape), eps)
+        return add_bias(params, _scaled(params, centred * inverse))
 
     return _normalization(apply, shape, elementwise_affine, elementwise_affine and bias)
 
@@ -92,7 +93,7 @@ def rms_norm(
         _check_last("rms_norm", x, shape)
         floor = jnp.finfo(x.dtype).eps if eps is None else eps
         square = jnp.mean(jnp.square(x), axis=_last(shape), keepdims=True)
-        return _affine(params, x * lax.rsqrt(square + floor))
+        return _scaled(params, x * lax.rsqrt(square + floor))
 
     return _normalization(apply, shape, elementwise_affine, False)
 
@@ -130,9 +131,10 @@ def group_norm(
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         check_input("group_norm", x, last=num_channels)
-        grouped = x.reshape(*x.shape[:-1], num_groups, num_channels // num_groups)
+        channels = (num_groups, num_channels // num_groups)
+        grouped = x.reshape(*x.shape[:-1], *channels)
         axes = (*range(x.ndim - 1), x.ndim)
-        return _affine(params, _standardized(grouped, axes, eps).reshape(x.shape))
+        return add_bias(params, _per_channel(params, grouped, channels, axes, eps).reshape(x.shape))
 
     return _normalization(apply, (num_channels,), affine, affine)
 
@@ -170,7 +172,8 @@ def instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False)
                 f"instance_norm needs more than one position, got shape {tuple(x.shape)}: with one "
                 "the result is zero whatever the input"
             )
-        return _affine(params, _standardized(x, tuple(range(x.ndim - 1)), eps))
+        positions = tuple(range(x.ndim - 1))
+        return add_bias(params, _per_channel(params, x, (num_features,), positions, eps))
 
     return _normalization(apply, (num_features,), affine, affine)
 
@@ -206,14 +209,26 @@ def _check_last(layer: str, x: jax.Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{layer} takes inputs whose last axes are {shape}, got {x.shape}")
 
 
-def _standardized(x: jax.Array, axes: tuple[int, ...], eps: float) -> jax.Array:
+def _moments(x: jax.Array, axes: tuple[int, ...], eps: float) -> tuple[jax.Array, jax.Array]:
+    """x minus its mean, and one over its standard deviation."""
     centred = x - jnp.mean(x, axis=axes, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
-    return centred * lax.rsqrt(variance + eps)
+    return centred, lax.rsqrt(variance + eps)
 
 
-def _affine(params: Params, x: jax.Array) -> jax.Array:
-    return add_bias(params, x * along_last(params["scale"], x) if "scale" in params else x)
+def _per_channel(
+    params: Params, x: jax.Array, channels: tuple[int, ...], axes: tuple[int, ...], eps: float
+) -> jax.Array:
+    """x `[*positions, *channels]`, standardised over some axes and scaled."""
+    centred, inverse = _moments(x, axes, eps)
+    if "scale" in params:
+        # Two small factors first: one pass over the activation less, in both directions.
+        inverse = inverse * along_last(params["scale"].reshape(channels), x)
+    return centred * inverse
+
+
+def _scaled(params: Params, x: jax.Array) -> jax.Array:
+    return x * along_last(params["scale"], x) if "scale" in params else x
 
 
 def _normalization(apply, shape: tuple[int, ...], scale: bool, bias: bool) -> Layer:
