@@ -52,9 +52,6 @@ from jaxdp.nn.composition import sequential as sequential
 from jaxdp.nn.convolution import conv1d as conv1d
 from jaxdp.nn.convolution import conv2d as conv2d
 from jaxdp.nn.convolution import conv3d as conv3d
-from jaxdp.nn.convolution import conv_transpose1d as conv_transpose1d
-from jaxdp.nn.convolution import conv_transpose2d as conv_transpose2d
-from jaxdp.nn.convolution import conv_transpose3d as conv_transpose3d
 from jaxdp.nn.embedding import embedding as embedding
 from jaxdp.nn.layer import Layer as Layer
 from jaxdp.nn.layer import TorchName as TorchName
@@ -72,3 +69,6 @@ from jaxdp.nn.recurrent import gru as gru
 from jaxdp.nn.recurrent import lstm as lstm
 from jaxdp.nn.recurrent import rnn as rnn
 from jaxdp.nn.state_dict import from_torch_state_dict as from_torch_state_dict
+from jaxdp.nn.transposed import conv_transpose1d as conv_transpose1d
+from jaxdp.nn.transposed import conv_transpose2d as conv_transpose2d
+from jaxdp.nn.transposed import conv_transpose3d as conv_transpose3d
