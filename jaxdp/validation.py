@@ -3,6 +3,7 @@
 print(jaxdp.validate(model_fn, params, example))
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +16,7 @@ from jaxdp.engine.walker import Equation, Program
 
 Kind = Literal["couples samples", "escapes clipping", "check"]
 
-# They move values between the program and the host. What a host function remembers from one call
-# to the next, no program shows.
-_HOST = {"pure_callback", "infeed"}
+# They send values to the host, and use what it answers not at all or not alone.
 _HOST_OUTPUT = {"io_callback", "debug_callback", "debug_print", "outfeed"}
 # Named axes in types, without any communication.
 _HARMLESS = {"axis_index", "pvary", "pcast", "pbroadcast"}
@@ -67,17 +66,18 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
 
     The model is traced on one example; nothing is computed. Reported are:
 
-    * statistics of a batch: a flax BatchNorm in training, and any communication over a named axis
-      (`lax.pmean` in a BatchNorm of haiku or equinox);
-    * host callbacks, which may remember other samples, print them, or send them away;
+    * statistics of a batch: a BatchNorm of flax.linen in training, and any communication over a
+      named axis (`lax.pmean` in a BatchNorm of haiku or equinox), in the gradient, too;
+    * host callbacks, which may remember other samples, print them, or send them away, and mutable
+      arrays that the function writes to;
     * parameters that come back changed by the example, such as running averages: written back,
       they would skip clipping and noise;
-    * arrays that the function closes over, to be checked: a table is fine, values computed from
-      the training data are not;
+    * arrays that the function closes over (scalars aside) and calls of foreign functions, to be
+      checked: a table is fine, values computed from the training data are not;
     * leaves that the output does not depend on, to be checked: they get noise and no gradient.
 
     A model without findings may still be trained wrongly: what happens outside of it, as the
-    preparation of the data, is not seen.
+    preparation of the data, is not seen, nor is what foreign functions do.
 
     Args:
       model_fn: `(params, example) -> output` of ONE example: a loss, logits, any pytree.
@@ -104,8 +104,24 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
                 jax.tree.unflatten(treedef, leaves), jax.tree.unflatten(structure, inputs)
             )
 
+    def gradient(leaves: list[Any], inputs: list[Any]) -> Any:
+        """Of all that the model returns, with respect to all parameters, as training takes it."""
+
+        def outputs(moving: list[Any]) -> list[jax.Array]:
+            rest = iter(moving)
+            return _floats(
+                flat([next(rest) if _is_float(leaf) else leaf for leaf in leaves], inputs)
+            )
+
+        values, pull_back = jax.vjp(outputs, _floats(leaves))
+        return pull_back(values)
+
     try:
         program, output = walker.trace(flat, leaves, inputs)
+        programs = [program]
+        # Callbacks have no gradient; they are findings enough.
+        if not any(_callback(eqn) for eqn in walker.equations(program)):
+            programs.append(walker.trace(gradient, leaves, inputs)[0])
     except NameError as error:
         if "axis name" not in str(error):
             raise
@@ -116,12 +132,25 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
     roots = _roots(program, len(leaves))
     paths = [path for path, _ in jax.tree.leaves_with_path(params)]
     findings = [
-        *_equations(program),
-        *_returned(output, roots, paths, leaves),
-        *_closed_over(program),
+        *(finding for each in programs for finding in _equations(each)),
+        *_returned(output, program, roots, treedef, params),
+        *(finding for each in programs for finding in _closed_over(each)),
         *_unused(roots, paths, leaves),
     ]
-    return Validation(tuple(findings))
+    return Validation(tuple(dict.fromkeys(findings)))  # both programs have the forward pass
+
+
+def _floats(output: Any) -> list[jax.Array]:
+    """What a gradient can be taken of."""
+    return [leaf for leaf in jax.tree.leaves(output) if _is_float(leaf)]
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def _callback(eqn: Equation) -> bool:
+    return "callback" in eqn.name or eqn.name in ("debug_print", "infeed", "outfeed")
 
 
 def _communication(where: str, what: str) -> Finding:
@@ -138,19 +167,26 @@ def _equations(program: Program) -> Iterator[Finding]:
     for eqn in walker.equations(program):
         if _named_axes(eqn):
             yield _communication(eqn.source, eqn.name)
-        elif eqn.name in _HOST:
-            yield Finding(
-                "couples samples",
-                eqn.source,
-                f"{eqn.name}, which may remember other samples",
-                "Prepare the example on the host, or write the function in JAX",
-            )
         elif eqn.name in _HOST_OUTPUT:
             yield Finding(
                 "escapes clipping",
                 eqn.source,
                 f"{eqn.name} shows the example outside of the program",
                 "Remove it before training on private data",
+            )
+        elif _callback(eqn):
+            yield Finding(
+                "couples samples",
+                eqn.source,
+                f"{eqn.name}, which may remember other samples",
+                "Prepare the example on the host, or write the function in JAX",
+            )
+        elif eqn.name == "ffi_call":
+            yield Finding(
+                "check",
+                eqn.source,
+                "a foreign function, which JAX cannot look into",
+                "Fine if it computes on its arguments and keeps nothing",
             )
 
 
@@ -176,43 +212,65 @@ def _roots(program: Program, parameters: int) -> list[frozenset[int]]:
 
 
 def _returned(
-    output: Any, roots: list[frozenset[int]], paths: list[Any], leaves: list[Any]
+    output: Any, program: Program, roots: list[frozenset[int]], structure: Any, params: Any
 ) -> Iterator[Finding]:
-    """Outputs that are named like a parameter and depend on the example."""
-    numbered = jax.tree.leaves_with_path(jax.tree.unflatten(output, range(len(roots))))
-    for returned, index in numbered:
-        depends = any(root >= len(leaves) for root in roots[index])
-        for path in paths:
-            if depends and _same_name(returned, path):
-                yield Finding(
-                    "escapes clipping",
-                    _name(path),
-                    "the parameter comes back changed by the example",
-                    "Take it from its gradient, or keep it fixed: written back as it is, it tells "
-                    "what the example was",
-                )
+    """Outputs that are a parameter, by name or by place, and depend on the example."""
+    leaves = jax.tree.leaves_with_path(params)
+    numbers = jax.tree.unflatten(output, range(len(roots)))
+    shapes = [aval.shape for aval in program.out_avals]
+    changed = [any(root >= len(leaves) for root in each) for each in roots]
+    found = {
+        path: None
+        for returned, index in jax.tree.leaves_with_path(numbers)
+        for path, leaf in leaves
+        if changed[index] and shapes[index] == leaf.shape and _same_name(returned, path)
+    }
+    # The parameters as a whole, alone or as one of several results.
+    parts = numbers if isinstance(numbers, tuple | list) else [numbers]
+    for part in parts:
+        if len(leaves) > 1 and jax.tree.structure(part) == structure:
+            pairs = list(zip(jax.tree.leaves(part), leaves, strict=True))
+            if all(shapes[index] == leaf.shape for index, (_, leaf) in pairs):
+                found |= {path: None for index, (path, _) in pairs if changed[index]}
+    for path in found:
+        yield Finding(
+            "escapes clipping",
+            _name(path),
+            "the parameter comes back changed by the example",
+            "Take it from its gradient, or keep it fixed: written back as it is, it tells what the "
+            "example was",
+        )
 
 
 def _same_name(returned: Any, path: Any) -> bool:
-    """Whether one path ends with the other, by more than a position in a sequence."""
+    """Whether a path ends with the whole path of a parameter, or that with two keys of it; places
+    in a sequence are no names."""
     common = min(len(returned), len(path))
     tails = [tuple(map(str, each[len(each) - common :])) for each in (returned, path)]
-    named = any(not isinstance(e, jax.tree_util.SequenceKey) for e in path[len(path) - common :])
-    return common > 0 and named and tails[0] == tails[1]
+    tail = path[len(path) - common :]
+    names = sum(not isinstance(entry, jax.tree_util.SequenceKey) for entry in tail)
+    return tails[0] == tails[1] and names >= (1 if common == len(path) else 2)
 
 
 def _closed_over(program: Program) -> Iterator[Finding]:
     for constant in walker.closed_over(program):
         dtype, shape = jnp.result_type(constant), jnp.shape(constant)
         where = f"{dtype}{list(shape)}"
-        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        if str(jax.typeof(constant)).startswith("Ref"):
+            yield Finding(
+                "couples samples",
+                where,
+                "a mutable array that the function closes over",
+                "Pass values in and out: what one sample writes another may read",
+            )
+        elif jnp.issubdtype(dtype, jax.dtypes.prng_key):
             yield Finding(
                 "check",
                 where,
                 "a random key that the function closes over: every sample draws the same numbers",
                 "Make a key for each sample part of the example",
             )
-        elif shape:
+        elif math.prod(shape) > 1:
             yield Finding(
                 "check",
                 where,
@@ -222,12 +280,10 @@ def _closed_over(program: Program) -> Iterator[Finding]:
             )
 
 
-def _unused(
-    roots: list[frozenset[int]], paths: list[Any], leaves: list[Any]
-) -> Iterator[Finding]:
+def _unused(roots: list[frozenset[int]], paths: list[Any], leaves: list[Any]) -> Iterator[Finding]:
     used = frozenset().union(*roots)
     for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        if index not in used and jnp.issubdtype(leaf.dtype, jnp.floating):
+        if index not in used and _is_float(leaf):
             yield Finding(
                 "check",
                 _name(path),

@@ -36,7 +36,10 @@ def flax_batch_norm(running: bool) -> jaxdp.Validation:
 
 
 def test_a_clean_model_has_no_findings() -> None:
-    model = nn.sequential(nn.linear(3, 4), nn.layer_norm(4), nn.gelu, nn.dropout(0.5))
+    pool = nn.function(lambda x: x[:, None])
+    model = nn.sequential(
+        nn.linear(3, 4), nn.layer_norm(4), nn.gelu, nn.dropout(0.5), pool, nn.adaptive_avg_pool(3)
+    )
     params = model.init(KEY)
 
     def loss(params: Any, example: Any) -> jax.Array:
@@ -119,9 +122,65 @@ def test_running_averages_that_come_back() -> None:
     # Unchanged, or changed by parameters alone, they tell nothing.
     assert jaxdp.validate(lambda p, x: (p["w"] @ x, p), W, X).ok
     assert jaxdp.validate(lambda p, x: (p["w"] @ x, {"w": 2 * p["w"]}), W, X).ok
-    # Another name, and a place in a sequence, are no parameter.
+    # Another name, another shape, and a single key of a longer path are no parameter.
     assert jaxdp.validate(lambda p, x: {"y": p["w"] * x}, W, X).ok
-    assert jaxdp.validate(lambda p, x: [p[0] * x], [X], X).ok
+    assert jaxdp.validate(lambda p, x: {"w": p["w"] @ x}, W, X).ok
+    assert jaxdp.validate(lambda p, x: {"mu": p["enc"]["mu"] * x}, {"enc": {"mu": X}}, X).ok
+
+
+def test_running_averages_without_a_name() -> None:
+    """Parameters in a list are known by their places."""
+    params = [{"w": X}, jnp.zeros(3)]
+
+    def model(params: Any, x: jax.Array) -> Any:
+        return params[0]["w"] @ x, [params[0], 0.9 * params[1] + 0.1 * x]
+
+    found = jaxdp.validate(model, params, X)
+    assert kinds(found) == ["escapes clipping"] and found.findings[0].where == "1"
+    assert jaxdp.validate(lambda p, x: [p[0] * x], [X], X).ok  # one array: any result looks so
+
+
+@jax.custom_vjp
+def synchronised(w: jax.Array) -> jax.Array:
+    return w
+
+
+synchronised.defvjp(lambda w: (w, None), lambda _, g: (jax.lax.pmean(g, "batch"),))
+
+
+@jax.custom_vjp
+def shown(w: jax.Array) -> jax.Array:
+    return w
+
+
+def shown_backward(_: None, g: jax.Array) -> tuple[jax.Array]:
+    jax.debug.print("{}", g)
+    return (g * jnp.asarray(TABLE)[0],)
+
+
+shown.defvjp(lambda w: (w, None), shown_backward)
+
+
+def test_the_backward_pass_is_looked_at() -> None:
+    found = jaxdp.validate(lambda p, x: synchronised(p["w"]) @ x, W, X)
+    assert kinds(found) == ["couples samples"] and "batch" in str(found)
+    found = jaxdp.validate(lambda p, x: shown(p["w"]) @ x, W, X)
+    assert kinds(found) == ["escapes clipping", "check"]
+    # Leaves and results without a derivative are in nobody's way.
+    mixed = {"w": X, "n": jnp.arange(3)}
+    found = jaxdp.validate(lambda p, x: (p["w"] @ x, jnp.argmax(x), p["n"][0]), mixed, X)
+    assert found.findings == ()
+
+
+def test_a_mutable_array_that_is_closed_over() -> None:
+    seen = jax.new_ref(jnp.zeros(3))
+
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        seen[...] = seen[...] + x
+        return params["w"] @ x
+
+    found = jaxdp.validate(model, W, X)
+    assert "couples samples" in kinds(found) and "mutable" in str(found)
 
 
 @pytest.mark.parametrize("wrap", [lambda fun: fun, in_a_loop])

@@ -27,7 +27,15 @@ from jax.nn import softmax as softmax
 from jax.nn import softplus as softplus
 from jax.numpy import tanh as tanh
 
-from jaxdp.nn.layer import Layer, Params, TorchName, along_last, check_sizes, deterministic
+from jaxdp.nn.layer import (
+    Layer,
+    Params,
+    TorchName,
+    along_last,
+    check_input,
+    check_sizes,
+    deterministic,
+)
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
@@ -43,7 +51,7 @@ def prelu(num_parameters: int = 1) -> Layer:
       A layer, shape kept. Parameters: slope `[num_parameters]`, a quarter.
 
     Raises:
-      ValueError: a size below 1.
+      ValueError: a size below 1; an input of other channels.
 
     Example:
       >>> layer = prelu()
@@ -58,6 +66,8 @@ def prelu(num_parameters: int = 1) -> Layer:
         return {"slope": jnp.full(num_parameters, 0.25)}
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
+        if num_parameters > 1:
+            check_input("prelu", x, last=num_parameters)
         return jnp.where(x > 0, x, along_last(params["slope"], x) * x)
 
     return deterministic(init, apply, {("slope",): (TorchName("weight"),)})

@@ -74,7 +74,8 @@ def multi_head_attention(
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
     """
-    kdim, vdim = kdim or embed_dim, vdim or embed_dim
+    kdim = embed_dim if kdim is None else kdim
+    vdim = embed_dim if vdim is None else vdim
     check_sizes(embed_dim=embed_dim, num_heads=num_heads, kdim=kdim, vdim=vdim)
     check_rate("dropout", dropout)
     if embed_dim % num_heads:

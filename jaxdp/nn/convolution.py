@@ -13,6 +13,7 @@ from jaxdp.nn.layer import (
     Params,
     add_bias,
     check_input,
+    check_output,
     check_sizes,
     deterministic,
     kernel_and_bias,
@@ -95,7 +96,8 @@ def conv2d(
 
     Raises:
       ValueError: a size below 1; channels that groups do not divide; an unknown padding or
-        padding_mode; "same" with a stride; an input of another shape.
+        padding_mode; "same" with a stride; an input of
+        another shape, or smaller than the window.
 
     Example:
       >>> layer = conv2d(3, 8, 3, stride=2, padding=1)
@@ -169,6 +171,7 @@ def _conv(
         check_input(f"conv{rank}d", x, last=in_channels, rank=rank + 1)
         edges = pads
         if padding_mode in _PAD_MODES and any(map(any, pads)):
+            _check_room(padding_mode, pads, x)
             x = jnp.pad(x, [*pads, (0, 0)], mode=_PAD_MODES[padding_mode])
             edges = [(0, 0)] * rank
         y = lax.conv_general_dilated(
@@ -180,6 +183,7 @@ def _conv(
             dimension_numbers=layout(rank),
             feature_group_count=groups,
         )
+        check_output(f"conv{rank}d", x, y[0])
         return add_bias(params, y[0])
 
     return deterministic(init, apply, kernel_and_bias_names(bias))
@@ -199,6 +203,17 @@ def _pads(
     if isinstance(padding, str):
         raise ValueError(f"padding must be 'same', 'valid' or numbers, got {padding!r}")
     return [(n, n) for n in sizes("padding", padding, len(window), least=0)]
+
+
+def _check_room(padding_mode: str, pads: list[tuple[int, int]], x: jax.Array) -> None:
+    """Mirrored or wrapped around, an axis fills at most its own length."""
+    for size, sides in zip(x.shape, pads, strict=False):
+        room = {"reflect": size - 1, "circular": size}.get(padding_mode, max(sides))
+        if max(sides) > room:
+            raise ValueError(
+                f"padding must be at most {room} with padding_mode {padding_mode!r} on an axis of "
+                f"{size}, got {max(sides)}"
+            )
 
 
 def check_channels(in_channels: int, out_channels: int, groups: int) -> None:

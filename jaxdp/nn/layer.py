@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +76,7 @@ def below(name: str, names: TorchNames) -> dict[tuple[str, ...], tuple[TorchName
 
 
 def uniform(key: jax.Array, shape: Sequence[int], bound: float) -> jax.Array:
-    """Of U(-bound, bound), float32."""
+    """Of U(-bound, bound)."""
     return jax.random.uniform(key, tuple(shape), minval=-bound, maxval=bound)
 
 
@@ -104,7 +105,7 @@ def add_bias(params: Params, x: jax.Array) -> jax.Array:
 def check_sizes(**sizes: int) -> None:
     """Raises unless all of them are positive integers."""
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
@@ -123,6 +124,20 @@ def check_input(layer: str, x: jax.Array, *, last: int, rank: int | None = None)
             f"{layer} takes one example of shape {wanted}, without a batch axis, got "
             f"{tuple(x.shape)}: channels come last, and jax.vmap adds the batch"
         )
+
+
+def check_output(layer: str, x: jax.Array, y: jax.Array) -> None:
+    """Raises if windows do not fit into x anywhere, so that y is empty."""
+    if y.size == 0 and x.size > 0:
+        raise ValueError(
+            f"{layer} needs an input as large as its window, padding included, got "
+            f"{tuple(x.shape)}, which leaves an output of {tuple(y.shape)}"
+        )
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """In float32 at least."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def split_key(key: jax.Array | None, count: int) -> Sequence[jax.Array | None]:

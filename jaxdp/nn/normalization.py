@@ -18,6 +18,7 @@ from jaxdp.nn.layer import (
     check_input,
     check_sizes,
     deterministic,
+    widened,
 )
 
 
@@ -41,7 +42,7 @@ def layer_norm(
       (zeros), `[*normalized_shape]`.
 
     Raises:
-      ValueError: a size below 1; an input whose last axes are others.
+      ValueError: a size below 1; an eps below 0; an input whose last axes are others.
 
     Example:
       >>> layer = layer_norm(4)
@@ -51,11 +52,12 @@ def layer_norm(
     Source: Ba, Kiros and Hinton 2016, "Layer Normalization".
     """
     shape = _shape(normalized_shape)
+    _check_eps(eps)
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         _check_last("layer_norm", x, shape)
         centred, inverse = _moments(x, _last(shape), eps)
-        return add_bias(params, _scaled(params, centred * inverse))
+        return add_bias(params, _scaled(params, (centred * inverse).astype(x.dtype)))
 
     return _normalization(apply, shape, elementwise_affine, elementwise_affine and bias)
 
@@ -70,7 +72,8 @@ def rms_norm(
 
     Args:
       normalized_shape: of the last axes of x.
-      eps: at least 0; None for the machine epsilon of x, as torch has it.
+      eps: at least 0; None for the machine epsilon of float32 (of x, if that is wider). With 0, a
+        row of zeros has no gradient: it is NaN.
       elementwise_affine: whether there is a scale.
 
     Returns:
@@ -88,12 +91,14 @@ def rms_norm(
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
     """
     shape = _shape(normalized_shape)
+    _check_eps(0.0 if eps is None else eps)
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         _check_last("rms_norm", x, shape)
-        floor = jnp.finfo(x.dtype).eps if eps is None else eps
-        square = jnp.mean(jnp.square(x), axis=_last(shape), keepdims=True)
-        return _scaled(params, x * lax.rsqrt(square + floor))
+        wide = widened(x)
+        floor = jnp.finfo(wide.dtype).eps if eps is None else eps
+        square = jnp.mean(jnp.square(wide), axis=_last(shape), keepdims=True)
+        return _scaled(params, (wide * lax.rsqrt(square + floor)).astype(x.dtype))
 
     return _normalization(apply, shape, elementwise_affine, False)
 
@@ -124,6 +129,7 @@ def group_norm(
     Source: Wu and He 2018, "Group Normalization".
     """
     check_sizes(num_groups=num_groups, num_channels=num_channels)
+    _check_eps(eps)
     if num_channels % num_groups:
         raise ValueError(
             f"num_channels must be a multiple of num_groups={num_groups}, got {num_channels}"
@@ -164,6 +170,7 @@ def instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False)
     Source: Ulyanov, Vedaldi and Lempitsky 2016, "Instance Normalization".
     """
     check_sizes(num_features=num_features)
+    _check_eps(eps)
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         check_input("instance_norm", x, last=num_features)
@@ -200,6 +207,11 @@ def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
+def _check_eps(eps: float) -> None:
+    if eps < 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+
+
 def _last(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(range(-len(shape), 0))
 
@@ -210,7 +222,9 @@ def _check_last(layer: str, x: jax.Array, shape: tuple[int, ...]) -> None:
 
 
 def _moments(x: jax.Array, axes: tuple[int, ...], eps: float) -> tuple[jax.Array, jax.Array]:
-    """x minus its mean, and one over its standard deviation."""
+    """x minus its mean, and one over its standard deviation; in float32 at least, where squares
+    neither overflow nor lose the small differences."""
+    x = widened(x)
     centred = x - jnp.mean(x, axis=axes, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
     return centred, lax.rsqrt(variance + eps)
@@ -223,8 +237,9 @@ def _per_channel(
     centred, inverse = _moments(x, axes, eps)
     if "scale" in params:
         # Two small factors first: one pass over the activation less, in both directions.
-        inverse = inverse * along_last(params["scale"].reshape(channels), x)
-    return centred * inverse
+        scale = params["scale"].reshape(channels).astype(inverse.dtype)
+        inverse = inverse * along_last(scale, x)
+    return (centred * inverse).astype(x.dtype)
 
 
 def _scaled(params: Params, x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxdp.nn.composition import function
-from jaxdp.nn.layer import Layer
+from jaxdp.nn.layer import Layer, check_output
 from jaxdp.nn.sizes import Size, sizes
 
 
@@ -29,7 +29,8 @@ def max_pool(
       A layer of `[*positions, C] -> [*fewer positions, C]`, without parameters.
 
     Raises:
-      ValueError: a size below 1; another count of sizes than axes; too much padding.
+      ValueError: a size below 1; another count of sizes than axes; too much padding; an input
+        smaller than the window.
 
     Example:
       >>> max_pool(2).apply({}, jnp.arange(4.0)[:, None])[:, 0].tolist()
@@ -95,7 +96,7 @@ def adaptive_avg_pool(output_size: Size) -> Layer:
 
     def pool(x: jax.Array) -> jax.Array:
         for axis, count in enumerate(sizes("output_size", output_size, x.ndim - 1)):
-            shares = jnp.asarray(_shares(x.shape[axis], count), x.dtype)
+            shares = _shares(x.shape[axis], count, x.dtype)
             x = jnp.moveaxis(jnp.tensordot(shares, x, (1, axis)), 0, axis)
         return x
 
@@ -116,7 +117,7 @@ def _reduce(
     pads = sizes("padding", padding, rank, least=0)
     if any(2 * pad > size for pad, size in zip(pads, window, strict=True)):
         raise ValueError(f"padding must be at most half of kernel_size={window}, got {padding}")
-    return lax.reduce_window(
+    y = lax.reduce_window(
         x,
         np.asarray(start, x.dtype),
         combine,
@@ -125,12 +126,13 @@ def _reduce(
         padding=[*((pad, pad) for pad in pads), (0, 0)],
         window_dilation=(*sizes("dilation", dilation, rank), 1),
     )
+    check_output("pooling", x, y)
+    return y
 
 
-def _shares(length: int, count: int) -> np.ndarray:
+def _shares(length: int, count: int, dtype: Any) -> jax.Array:
     """`[count, length]`: what each position is worth in each window's mean."""
-    shares = np.zeros((count, length))
-    for index in range(count):
-        start, stop = index * length // count, -(-(index + 1) * length // count)
-        shares[index, start:stop] = 1 / (stop - start)
-    return shares
+    windows, positions = jnp.arange(count)[:, None], jnp.arange(length)[None]
+    start, stop = windows * length // count, -(-(windows + 1) * length // count)
+    inside = (positions >= start) & (positions < stop)
+    return inside.astype(dtype) / (stop - start).astype(dtype)

@@ -234,7 +234,8 @@ def _recurrent(
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         check_input(cell.name, x, last=input_size, rank=2)
-        start = _start(cell, state, (num_layers * len(directions), hidden_size), x.dtype)
+        dtype = jnp.result_type(x, params["l0"]["recurrent"]["kernel"])
+        start = _start(cell, state, (num_layers * len(directions), hidden_size), dtype)
         _check_mask(mask, len(x))
         keys = split_key(key, num_layers)
         ends = []
@@ -275,6 +276,8 @@ def _run(
         kept = tuple(jnp.where(valid, a, b) for a, b in zip(new, state, strict=True))
         return kept, jnp.where(valid, new[0], jnp.zeros_like(new[0]))
 
+    if mask is not None:  # whatever padding holds, NaN included
+        x = jnp.where(mask[:, None], x, jnp.zeros_like(x))
     projected = add_bias(params["input"], x @ params["input"]["kernel"])
     if cell.adds:
         projected = add_bias(recurrent, projected)

@@ -32,6 +32,7 @@ def from_torch_state_dict(
     Raises:
       ValueError: a parameter that is not there, or has another shape; a name under the prefix
         that belongs to none (running statistics, for one); a layer without torch names.
+      TypeError: a value that NumPy cannot read, as torch's bfloat16.
 
     Example:
       >>> from jaxdp import nn
@@ -72,7 +73,13 @@ def from_torch_state_dict(
 
 
 def _converted(source: TorchName, value: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except TypeError as error:
+        raise TypeError(
+            f"{source.name} must be an array that NumPy can read, got {type(value).__name__} "
+            f"({error}): convert bfloat16 tensors with .float()"
+        ) from error
     try:
         converted = source.convert(array)
     except ValueError:  # of a reshape to sizes that do not fit

@@ -160,6 +160,15 @@ def _conv_transpose(
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         check_input(f"conv_transpose{rank}d", x, last=in_channels, rank=rank + 1)
+        lengths = [
+            (n - 1) * s + low + high - d * (k - 1) + 1
+            for n, s, k, d, (low, high) in zip(x.shape, steps, window, spread, pads, strict=False)
+        ]
+        if min(lengths) < 1:
+            raise ValueError(
+                f"conv_transpose{rank}d must have an output, got sizes {lengths} from an input of "
+                f"{tuple(x.shape)}: lower the padding"
+            )
         y = lax.conv_general_dilated(
             x[None],
             params["kernel"],

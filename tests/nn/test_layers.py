@@ -1,5 +1,6 @@
 """What every layer promises: gradients, recognition by the engine, any batch size, plain dicts."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,6 +16,12 @@ from tests.oracle import QUICK, Case, Reference, check_case, every_method
 
 # Their gradients are sums over positions, never larger than what they are added to or scale.
 VECTORS = ("bias", "scale", "slope")
+
+
+def thinned(names: Iterable[str]) -> list[Any]:
+    """Every third by default, the others slow."""
+    marks = [() if index % 3 == 0 else pytest.mark.slow for index, _ in enumerate(names)]
+    return [pytest.param(name, marks=mark) for name, mark in zip(names, marks, strict=True)]
 
 
 def one_at_a_time(case: Case) -> Reference:
@@ -34,7 +41,7 @@ def one_at_a_time(case: Case) -> Reference:
     return Reference([True] * len(stacked), stacked, losses, None)
 
 
-@pytest.mark.parametrize(("name", "method"), every_method(LAYERS))
+@pytest.mark.parametrize(("name", "method"), every_method(LAYERS, slow=("lstm_deep",)))
 def test_per_sample_gradients_are_those_of_a_loop(name: str, method: str) -> None:
     case = LAYERS[name].case()
     check_case(case, method, np.array([True, True, False, True, True]), one_at_a_time(case))
@@ -50,7 +57,7 @@ def test_the_engine_recognises_it(name: str) -> None:
         assert not materialized or leaf.leaf.rpartition("/")[2] in VECTORS, leaf
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", thinned(LAYERS))
 def test_any_batch_size(name: str) -> None:
     row = LAYERS[name]
     case = row.case(batch_size=4)
@@ -145,6 +152,8 @@ ERRORS: list[tuple[Any, type[Exception], str]] = [
         "one of tanh, relu, got 'gelu'",
     ),
     (lambda: nn.multi_head_attention(5, 2), ValueError, "embed_dim .* num_heads=2, got 5"),
+    (lambda: nn.multi_head_attention(4, 2, kdim=0), ValueError, "kdim .* got 0"),
+    (lambda: nn.layer_norm(3, eps=-1.0), ValueError, "eps must be at least 0, got -1.0"),
     (lambda: nn.dropout(-0.1), ValueError, r"rate must be in \[0, 1\], got -0.1"),
     (lambda: nn.sequential(nn.linear(2, 2), 3), TypeError, "Layer or a function, got 3"),  # pyright: ignore[reportArgumentType]
 ]
@@ -192,6 +201,24 @@ MISFITS: list[tuple[nn.Layer, Any, dict[str, Any], type[Exception], str]] = [
     ),
     (nn.max_pool(2, padding=2), jnp.ones((4, 1)), {}, ValueError, "at most half"),
     (nn.avg_pool((2, 2)), jnp.ones((4, 1)), {}, ValueError, r"kernel_size .* got \(2, 2\)"),
+    (nn.max_pool(5), jnp.ones((3, 1)), {}, ValueError, r"pooling .* got \(3, 1\)"),
+    (nn.conv2d(1, 2, 5), jnp.ones((3, 3, 1)), {}, ValueError, r"conv2d .* got \(3, 3, 1\)"),
+    (nn.conv_transpose1d(1, 1, 2, padding=3), jnp.ones((2, 1)), {}, ValueError, "transpose1d"),
+    (
+        nn.conv1d(1, 1, 2, padding=3, padding_mode="reflect"),
+        jnp.ones((3, 1)),
+        {},
+        ValueError,
+        "at most 2 .*'reflect' on an axis of 3, got 3",
+    ),
+    (
+        nn.conv1d(1, 1, 2, padding=4, padding_mode="circular"),
+        jnp.ones((3, 1)),
+        {},
+        ValueError,
+        "at most 3 .*'circular'",
+    ),
+    (nn.prelu(4), jnp.ones((5, 1)), {}, ValueError, r"prelu .* got \(5, 1\)"),
 ]
 
 
@@ -246,7 +273,7 @@ def test_padding_changes_nothing(make: Any, bidirectional: bool) -> None:
     layer = make(3, 4, num_layers=2, bidirectional=bidirectional)
     params = layer.init(KEY)
     short = jax.random.normal(KEY, (4, 3))
-    padded = jnp.concatenate([short, jnp.full((3, 3), 1e3)])
+    padded = jnp.concatenate([short, jnp.array([[1e38] * 3, [jnp.nan] * 3, [jnp.inf] * 3])])
 
     def loss(params: Any, x: jax.Array, mask: Any) -> tuple[jax.Array, Any]:
         y, state = layer.apply(params, x, mask=mask)
@@ -279,6 +306,36 @@ def test_a_query_that_may_attend_to_nothing_gets_the_bias() -> None:
     params["out"]["bias"] = jnp.arange(4.0)
     y = layer.apply(params, jnp.ones((3, 4)), mask=jnp.zeros((3, 3), bool))
     np.testing.assert_array_equal(y, np.tile(np.arange(4.0), (3, 1)))
+
+
+def test_norms_in_half_precision_take_their_moments_in_single() -> None:
+    """Squares of 500 overflow float16, and bfloat16 cannot tell 100.1 from 100.4."""
+    x = np.array([300.0, -400.0, 500.0, 100.0])
+    expected = (x - x.mean()) / x.std()
+    half = jnp.asarray(x, jnp.float16)
+    for layer, given, wanted in [
+        (nn.layer_norm(4, elementwise_affine=False), half, expected),
+        (nn.rms_norm(4, elementwise_affine=False), half, x / np.sqrt(np.mean(x**2))),
+        (nn.group_norm(1, 4, affine=False), half, expected),
+        (nn.instance_norm(1), half[:, None], expected[:, None]),
+    ]:
+        y = layer.apply({}, given)
+        assert y.dtype == jnp.float16
+        np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=3e-3)
+    wide = 100 + np.random.default_rng(0).normal(size=512)
+    given = np.asarray(jnp.asarray(wide, jnp.bfloat16), np.float64)
+    y = nn.layer_norm(512, elementwise_affine=False).apply({}, jnp.asarray(wide, jnp.bfloat16))
+    expected = (given - given.mean()) / given.std()
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=0.02)
+    # Torch's default eps is that of float32 here, too.
+    small = nn.rms_norm(3, elementwise_affine=False)
+    y = small.apply({}, jnp.array([0.01, 0.02, 0.03], jnp.bfloat16))
+    np.testing.assert_allclose(np.asarray(y, np.float64), [0.463, 0.926, 1.39], rtol=1e-2)
+
+
+def test_sizes_may_be_numpy_integers() -> None:
+    layer = nn.conv1d(np.int64(2), np.int32(3), np.int64(2))  # pyright: ignore[reportArgumentType]
+    assert layer.apply(layer.init(KEY), jnp.ones((4, 2))).shape == (3, 3)
 
 
 def test_an_id_outside_of_the_table_spoils_its_sample_and_no_other() -> None:

@@ -65,6 +65,15 @@ def test_what_does_not_fit_is_refused(layer: nn.Layer, given: Any, sentence: str
         nn.from_torch_state_dict(layer, given)
 
 
+def test_a_value_that_numpy_cannot_read_is_named() -> None:
+    class Unreadable:
+        def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+            raise TypeError("Got unsupported ScalarType BFloat16")
+
+    with pytest.raises(TypeError, match=r"0\.bias .*BFloat16.*\.float\(\)"):
+        nn.from_torch_state_dict(MODEL, weights() | {"0.bias": Unreadable()})
+
+
 def test_a_batch_norms_statistics_are_named() -> None:
     given = weights() | {"1.running_mean": np.ones(3), "1.num_batches_tracked": np.array(3)}
     with pytest.raises(ValueError, match="1.running_mean.*batch norm"):

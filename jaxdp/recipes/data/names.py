@@ -53,7 +53,8 @@ def _id(character: str) -> int:
 def _read(name: str, path: Path) -> list[str]:
     """The first word of each line: behind it stand frequencies."""
     try:
-        found = [line.split()[0] for line in path.read_text(encoding="ascii").splitlines() if line]
+        lines = path.read_text(encoding="ascii").splitlines()
+        found = [line.split()[0] for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name}: {path} cannot be read ({error}).") from error
     if not found:
