@@ -141,8 +141,8 @@ def main() -> None:
     speeds = measure(jax_steps() | torch_steps(), options.rounds)
     median = {name: statistics.median(values) for name, values in speeds.items()}
     table = Table(title="char-LSTM, batches of 512", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("", "names per second", "quartiles", "jaxdp is faster by"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", "names per second", "quartiles", "jaxdp in ratio"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     rows = {}
     for name, values in speeds.items():
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")

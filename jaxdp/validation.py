@@ -87,6 +87,9 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
     Returns:
       A `Validation`.
 
+    Raises:
+      Whatever the model or its gradient raises when it is traced.
+
     Example:
       >>> def model_fn(params, x):
       ...     return jax.lax.pmean(params["w"] * x, "batch")

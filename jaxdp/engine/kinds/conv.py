@@ -180,6 +180,12 @@ class Patches:
         """Of one sample: `[E, g, k, c/g, o/g]`."""
         padded, offsets = self.window.padded(widened(images)), self.window.offsets()
         shifts = [self.window.under(offset, padded, first_axis=2) for offset in offsets]
+        if self.groups == padded.shape[-1] == cotangents.shape[-1]:
+            # Depthwise: as products of one entry each, matrices would be slower.
+            v = widened(cotangents)
+            positions = tuple(range(1, v.ndim - 1))
+            entries = [jnp.sum(shift * v, axis=positions) for shift in shifts]
+            return jnp.stack(entries, axis=-1)[..., None, None]
         patches = jnp.stack(shifts, axis=-2)
         lead, k = patches.shape[0], len(offsets)
         u = patches.reshape(lead, -1, k, self.groups, patches.shape[-1] // self.groups)
