@@ -13,7 +13,6 @@ from jaxdp.nn.layer import (
     Params,
     TorchName,
     TorchNames,
-    add_bias,
     check_input,
     check_rate,
     check_sizes,
@@ -167,9 +166,8 @@ class _Cell(NamedTuple):
       name: of the layer, for messages.
       gates: columns of the kernels, in units of H.
       states: how many arrays are carried.
-      step: `(state, projected, product) -> state`. Together they are x_t W + b and h_{t-1} R + r.
-      adds: whether the step only adds the two, so that the bias r may be in either: it is cheaper
-        in the first, outside of the loop.
+      step: `(state, x_t W + b, h_{t-1} R + r) -> state`.
+      adds: whether the step only adds the two, so that b + r may be added once.
     """
 
     name: str
@@ -265,23 +263,29 @@ def _run(
     reverse: bool,
 ) -> tuple[State, jax.Array]:
     """One layer in one direction: the last state, and the outputs `[T, H]`."""
-    recurrent = params["recurrent"]
-
-    def step(state: State, now: tuple[jax.Array, jax.Array | None]) -> tuple[State, jax.Array]:
-        projected, valid = now
-        product = state[0] @ recurrent["kernel"]
-        new = cell.step(state, projected, product if cell.adds else add_bias(recurrent, product))
-        if valid is None:
-            return new, new[0]
-        kept = tuple(jnp.where(valid, a, b) for a, b in zip(new, state, strict=True))
-        return kept, jnp.where(valid, new[0], jnp.zeros_like(new[0]))
-
+    inputs, recurrent = (params[part]["kernel"] for part in ("input", "recurrent"))
+    b, r = (params[part].get("bias") for part in ("input", "recurrent"))
+    if cell.adds and b is not None:
+        b, r = b + r, None
     if mask is not None:  # whatever padding holds, NaN included
         x = jnp.where(mask[:, None], x, jnp.zeros_like(x))
-    projected = add_bias(params["input"], x @ params["input"]["kernel"])
-    if cell.adds:
-        projected = add_bias(recurrent, projected)
-    return lax.scan(step, start, (projected, mask), reverse=reverse)
+
+    # Both products are taken inside of the loop: for all steps at once, the first one would keep
+    # `[T, gates · H]` twice, which costs more than it saves.
+    def step(state: State, now: tuple[jax.Array, jax.Array | None]) -> tuple[State, jax.Array]:
+        x, valid = now
+        projected, product = x @ inputs, state[0] @ recurrent
+        new = cell.step(
+            state,
+            projected if b is None else projected + b,
+            product if r is None else product + r,
+        )
+        if valid is None:
+            return new, new[0]
+        kept = tuple(jnp.where(valid, *pair) for pair in zip(new, state, strict=True))
+        return kept, jnp.where(valid, new[0], jnp.zeros_like(new[0]))
+
+    return lax.scan(step, start, (x, mask), reverse=reverse)
 
 
 def _start(cell: _Cell, state: Any, shape: tuple[int, int], dtype: Any) -> State:
