@@ -16,13 +16,13 @@ from tests.oracle import QUICK
 
 # Of how many cases the default run takes one; `make slow` takes all.
 SAMPLED = {
-    "conv1d": 12,
-    "conv2d": 12,
-    "conv3d": 8,
-    "conv_transpose": 8,
-    "embedding": 2,
-    "recurrent": 4,
-    "attention": 3,
+    "conv1d": 24,
+    "conv2d": 16,
+    "conv3d": 12,
+    "conv_transpose": 12,
+    "embedding": 4,
+    "recurrent": 5,
+    "attention": 5,
 }
 PLAIN = ("linear", "conv1d", "conv2d", "conv3d", "padding_modes", "conv_transpose",
          "normalization", "pooling", "activations")  # fmt: skip

@@ -41,7 +41,37 @@ def one_at_a_time(case: Case) -> Reference:
     return Reference([True] * len(stacked), stacked, losses, None)
 
 
-@pytest.mark.parametrize(("name", "method"), every_method(LAYERS, slow=("lstm_deep",)))
+# At least one of each family; the others are slow.
+BY_DEFAULT = (
+    "linear",
+    "linear_sequence",
+    "conv1d_circular",
+    "conv2d",
+    "conv2d_depthwise",
+    "conv_transpose2d",
+    "embedding",
+    "embedding_options",
+    "layer_norm",
+    "rms_norm",
+    "group_norm",
+    "instance_norm",
+    "lstm",
+    "lstm_ragged",
+    "gru_ragged",
+    "rnn",
+    "attention_causal",
+    "attention_cross",
+    "sequence_bias",
+    "prelu",
+    "residual",
+    "dropout",
+    "cnn",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), every_method(LAYERS, slow=set(LAYERS) - set(BY_DEFAULT))
+)
 def test_per_sample_gradients_are_those_of_a_loop(name: str, method: str) -> None:
     case = LAYERS[name].case()
     check_case(case, method, np.array([True, True, False, True, True]), one_at_a_time(case))
@@ -73,7 +103,7 @@ def test_any_batch_size(name: str) -> None:
     np.testing.assert_allclose(single, many[:1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", thinned(LAYERS))
 def test_parameters_are_plain_dicts_that_follow_the_key(name: str) -> None:
     layer = LAYERS[name].layer
     init = jax.jit(layer.init, compiler_options=QUICK)
