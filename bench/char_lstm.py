@@ -1,6 +1,6 @@
 """Claim: the char-LSTM trains privately at several times the throughput of Opacus.
 
-    pip install '.[bench]' names && python bench/char_lstm.py
+    pip install '.[bench]' && python bench/char_lstm.py
 
 One model, one data set, one process, in turns: names of at most 16 characters → embedding of 64 →
 LSTM of 128 → two logits, flat clipping, Gaussian noise, SGD with momentum, batches of 512. jaxdp

@@ -153,7 +153,7 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _callback(eqn: Equation) -> bool:
-    return "callback" in eqn.name or eqn.name in ("debug_print", "infeed", "outfeed")
+    return "callback" in eqn.name or eqn.name in {"infeed", *_HOST_OUTPUT}
 
 
 def _communication(where: str, what: str) -> Finding:

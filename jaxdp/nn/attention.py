@@ -12,7 +12,7 @@ from jaxdp.nn.layer import (
     Params,
     TorchName,
     TorchNames,
-    add_bias,
+    affine,
     check_input,
     check_rate,
     check_sizes,
@@ -122,7 +122,7 @@ def multi_head_attention(
             )
         allowed = _allowed(len(queries), len(keys), num_heads, mask, key_mask, is_causal)
         q, k, v = (
-            add_bias(params[name], x @ params[name]["kernel"])
+            affine(params[name], x)
             for name, x in (("query", queries), ("key", keys), ("value", values))
         )
         if add_bias_kv:
@@ -136,7 +136,7 @@ def multi_head_attention(
             allowed = jnp.pad(allowed, ((0, 0), (0, 0), (0, added)), constant_values=True)
         weights = drop(_softmax(scores, allowed), dropout, key)
         mixed = jnp.einsum("hts,shd->thd", weights, v).reshape(len(q), embed_dim)
-        return add_bias(params["out"], mixed @ params["out"]["kernel"])
+        return affine(params["out"], mixed)
 
     return Layer(init, apply, _torch_names(embed_dim, bias, add_bias_kv))
 

@@ -102,6 +102,11 @@ def add_bias(params: Params, x: jax.Array) -> jax.Array:
     return x + along_last(params["bias"], x) if "bias" in params else x
 
 
+def affine(params: Params, x: jax.Array) -> jax.Array:
+    """x times the kernel along its last axis, plus the bias if there is one."""
+    return add_bias(params, x @ params["kernel"])
+
+
 def check_sizes(**sizes: int) -> None:
     """Raises unless all of them are positive integers."""
     for name, size in sizes.items():

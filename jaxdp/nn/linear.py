@@ -10,6 +10,7 @@ from jaxdp.nn.layer import (
     TorchName,
     TorchNames,
     add_bias,
+    affine,
     check_input,
     check_sizes,
     deterministic,
@@ -44,7 +45,7 @@ def linear(in_features: int, out_features: int, bias: bool = True) -> Layer:
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         check_input("linear", x, last=in_features)
-        return add_bias(params, x @ params["kernel"])
+        return affine(params, x)
 
     return deterministic(init, apply, kernel_and_bias_names(bias))
 
