@@ -85,14 +85,8 @@ def explain(
     options = Options(loss_fn, has_aux, method, memory_budget, microbatch_size, trainable)
     options.check()
     problem = options.problem(params, batch, mask, kwargs)
-    paths, _ = jax.tree.flatten_with_path(problem.params)
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for (path, _), group in zip(paths, problem.groups, strict=True)
-        if group is not None
-    ]
-    choice = problem.choice
-    leaves = explain_leaves(choice, names, problem.leaves, problem.batch)
+    choice = options.choice(problem)
+    leaves = explain_leaves(choice, problem.names, problem.leaves, problem.batch)
     return Explanation(choice.name, choice.microbatch_size, choice.reason, tuple(leaves))
 
 

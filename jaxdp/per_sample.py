@@ -14,17 +14,23 @@ from jax.extend.core import get_opaque_trace_state
 from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, Groups
-from jaxdp.coupling import refuse_batch_statistics
 from jaxdp.engine import batches, lowerings
 from jaxdp.engine.dense import Given
 from jaxdp.engine.lowerings import METHODS, Choice
-from jaxdp.engine.manual import vary, varying_axes
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, zero_sum
 from jaxdp.engine.rule import ClipRule, finite_rows, group_norms, sample_weights
-from jaxdp.trees import prefix_leaves
-
-LossFn = Callable[..., Any]
+from jaxdp.problem import (
+    LossFn,
+    Problem,
+    batch_size,
+    check_function,
+    checked_mask,
+    merged_tree,
+    pose,
+    trainable_groups,
+    with_gradient,
+)
 
 
 class Handle(Protocol):
@@ -72,12 +78,12 @@ class PerSampleGrads:
         Raises:
           TypeError, ValueError: the leaves are not arrays with one common leading axis B.
         """
-        count = _batch_size(grads, "per-sample gradients")
+        count = batch_size(grads, "per-sample gradients")
         grads = jax.tree.map(jnp.asarray, grads)
         params = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
-        groups = _trainable_groups(params, trainable=True)
-        rows = Rows(_with_gradient(jax.tree.leaves(grads), groups), None, None)
-        checked = _checked_mask(mask, count)
+        groups = trainable_groups(params, trainable=True)
+        rows = Rows(with_gradient(jax.tree.leaves(grads), groups), None, None)
+        checked = checked_mask(mask, count)
         handle = batches.Whole(Given(rows), Batch((), checked, jnp.arange(count)))
         return cls(handle, params, groups)
 
@@ -137,7 +143,7 @@ class PerSampleGrads:
     def clipped_sum(self, rule: ClipRule) -> Bounded:
         """Σ_i w_i g_i with the weights of the rule, as a `Bounded` of sensitivity C."""
         kept = rule._replace(groups=self._kept(rule.groups))
-        sizes = [leaf.size for leaf in _with_gradient(jax.tree.leaves(self.params), self._groups)]
+        sizes = [leaf.size for leaf in with_gradient(jax.tree.leaves(self.params), self._groups)]
         groups = tuple(group for group in kept.groups if group is not None)
         sums = self._reduce(Weigh(lambda squared, _: sample_weights(kept, squared, sizes), groups))
         value = self._tree(sums, zero_sum)
@@ -200,8 +206,7 @@ class PerSampleGrads:
     def _tree(self, moving: list[jax.Array], zeros: Callable[[Any], jax.Array]) -> Any:
         """Values of the leaves that have a gradient, and zeros for the others, as a pytree like
         the parameters."""
-        leaves, treedef = jax.tree.flatten(self.params)
-        return jax.tree.unflatten(treedef, _merged(leaves, self._groups, moving, zeros))
+        return merged_tree(self.params, self._groups, moving, zeros)
 
 
 def _refuse_to_flatten(_: PerSampleGrads) -> Any:
@@ -287,7 +292,7 @@ def per_sample_grads(
         params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any
     ) -> PerSampleGrads:
         problem = options.problem(params, batch, mask, kwargs)
-        choice = problem.choice
+        choice = options.choice(problem)
         if choice.microbatch_size is None:
             handle = batches.Whole(choice.lowering, problem.batch)
         else:
@@ -299,24 +304,6 @@ def per_sample_grads(
         return PerSampleGrads(handle, struct, problem.groups)
 
     return grads_fn
-
-
-class Problem(NamedTuple):
-    """What there is to differentiate, and how.
-
-    Attributes:
-      params: all parameters.
-      groups: 0 for each leaf that has a gradient, `None` for the others.
-      leaves: those that have a gradient.
-      batch: the samples.
-      choice: of the lowering.
-    """
-
-    params: Any
-    groups: Groups
-    leaves: list[jax.Array]
-    batch: Batch
-    choice: Choice
 
 
 class Options(NamedTuple):
@@ -331,10 +318,7 @@ class Options(NamedTuple):
 
     def check(self) -> None:
         """Raises on an argument that no batch could make sense of."""
-        if not callable(self.loss_fn):
-            raise TypeError(
-                f"loss_fn must be a function of (params, example), got {self.loss_fn!r}"
-            )
+        check_function(self.loss_fn)
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         for name in ("microbatch_size", "memory_budget"):
@@ -345,103 +329,17 @@ class Options(NamedTuple):
     def problem(
         self, params: Any, batch: Any, mask: jax.Array | None, kwargs: dict[str, Any]
     ) -> Problem:
-        """The arguments of `grads_fn`, checked, and the lowering chosen for them."""
-        checked = _checked_mask(mask, _batch_size(batch, "batch"))
-        rows = Batch(jax.tree.map(jnp.asarray, batch), checked, jnp.arange(checked.shape[0]))
-        params = jax.tree.map(jnp.asarray, params)
-        params, rows = vary((params, rows), varying_axes((params, rows)))
-        groups = _trainable_groups(params, self.trainable)
-        leaves, treedef = jax.tree.flatten(params)
+        """The arguments of `grads_fn`, checked."""
+        options = {"has_aux": self.has_aux, "trainable": self.trainable}
+        return pose(self.loss_fn, params, batch, mask, kwargs, **options)
 
-        def loss(moving: list[jax.Array], example: Any) -> tuple[jax.Array, Any]:
-            merged = _merged(leaves, groups, moving, lambda leaf: leaf)
-            with refuse_batch_statistics():
-                value = self.loss_fn(jax.tree.unflatten(treedef, merged), example, **kwargs)
-            return _checked_loss(value, self.has_aux)
-
-        moving = _with_gradient(leaves, groups)
-        choice = lowerings.choose(
+    def choice(self, problem: Problem) -> Choice:
+        """The lowering."""
+        return lowerings.choose(
             self.method,
-            loss,
-            moving,
-            rows,
+            problem.loss,
+            problem.leaves,
+            problem.batch,
             microbatch_size=self.microbatch_size,
             memory_budget=self.memory_budget,
         )
-        return Problem(params, groups, moving, rows, choice)
-
-
-def _with_gradient(leaves: list[Any], groups: Groups) -> list[Any]:
-    return [leaf for leaf, group in zip(leaves, groups, strict=True) if group is not None]
-
-
-def _merged(
-    leaves: list[Any], groups: Groups, moving: list[Any], fixed: Callable[[Any], Any]
-) -> list[Any]:
-    """The inverse of `_with_gradient`; a leaf without gradient becomes `fixed(leaf)`."""
-    remaining = iter(moving)
-    return [
-        fixed(leaf) if group is None else next(remaining)
-        for leaf, group in zip(leaves, groups, strict=True)
-    ]
-
-
-def _trainable_groups(params: Any, trainable: Any) -> Groups:
-    """0 for each leaf that has a gradient, None for integer and frozen leaves."""
-    flags = prefix_leaves("trainable", trainable, params)
-    groups = []
-    for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True):
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise TypeError(
-                "parameters must be real, got a complex leaf of shape "
-                f"{leaf.shape}: split it into its real and imaginary part"
-            )
-        groups.append(0 if flag and jnp.issubdtype(leaf.dtype, jnp.floating) else None)
-    if all(group is None for group in groups):
-        raise ValueError("params must have at least one trainable floating-point leaf, got none")
-    return tuple(groups)
-
-
-def _batch_size(batch: Any, name: str) -> int:
-    shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(batch)}
-    if not shapes or () in shapes:
-        raise ValueError(
-            f"every leaf of {name} must have a leading sample axis, got shapes {sorted(shapes)}"
-        )
-    sizes = {shape[0] for shape in shapes}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"all leaves of {name} must have the same leading axis, the samples, got sizes "
-            f"{sorted(sizes)}"
-        )
-    return sizes.pop()
-
-
-def _checked_mask(mask: jax.Array | None, count: int) -> jax.Array:
-    if mask is None:
-        return jnp.ones((count,), bool)
-    mask = jnp.asarray(mask)
-    if mask.dtype != bool:
-        raise TypeError(
-            f"mask must be boolean, got {mask.dtype}: it selects rows, it does not weigh them"
-        )
-    if mask.shape != (count,):
-        raise ValueError(f"mask must have shape ({count},), one per row, got {mask.shape}")
-    return mask
-
-
-def _checked_loss(value: Any, has_aux: bool) -> tuple[jax.Array, Any]:
-    if has_aux:
-        if not (isinstance(value, tuple) and len(value) == 2):
-            raise TypeError(f"loss_fn with has_aux must return (loss, aux), got {type(value)}")
-        loss, aux = value
-    else:
-        loss, aux = value, None
-    shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
-    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            "loss_fn must return one real scalar, the loss of ONE example, got "
-            f"{type(loss).__name__} of shape {shape}: drop the batch axis, or pass "
-            "has_aux=True if it returns a pair"
-        )
-    return loss, aux

@@ -27,18 +27,20 @@ ROOMS = {
     "jaxdp.nn": 0,
     "jaxdp.sampling": 1,
     "jaxdp.engine": 1,
-    "jaxdp.per_sample": 2,
-    "jaxdp.explanation": 3,
-    "jaxdp.validation": 3,
-    "jaxdp.clipping": 3,
-    "jaxdp.noise": 3,
-    "jaxdp.accumulation": 3,
-    "jaxdp.training": 4,
-    "jaxdp.recipes": 5,
-    "jaxdp.cli": 6,
+    "jaxdp.problem": 2,
+    "jaxdp.per_sample": 3,
+    "jaxdp.explanation": 4,
+    "jaxdp.validation": 4,
+    "jaxdp.clipping": 4,
+    "jaxdp.noise": 4,
+    "jaxdp.accumulation": 4,
+    "jaxdp.lipschitz": 4,
+    "jaxdp.training": 5,
+    "jaxdp.recipes": 6,
+    "jaxdp.cli": 7,
     # The two doors: the table of contents of the package, and `python -m jaxdp`.
-    "jaxdp": 7,
-    "jaxdp.__main__": 7,
+    "jaxdp": 8,
+    "jaxdp.__main__": 8,
 }
 WITHOUT_JAX = ("jaxdp.accounting", "jaxdp.sampling")
 
@@ -207,7 +209,7 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [jaxdp, jaxdp.accounting, jaxdp.nn, jaxdp.training],
+    [jaxdp, jaxdp.accounting, jaxdp.lipschitz, jaxdp.nn, jaxdp.training],
     ids=lambda module: module.__name__,
 )
 def test_every_exported_name_has_a_docstring(module: Any) -> None:

@@ -24,6 +24,8 @@ Program = Any  # core.ClosedJaxpr; from JAX 0.11 this is core.Jaxpr
 _NAMES = {"pjit": "jit", "remat2": "remat", "checkpoint": "remat"}
 # Primitives that only call a function: its equations count as those of the caller.
 _CALLS = {"jit", "closed_call", "core_call"}
+_OWN_DERIVATIVE = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_BODIES = ("call_jaxpr", "fun_jaxpr")
 
 
 class Scan(NamedTuple):
@@ -84,6 +86,23 @@ class Equation:
         return self.params["jaxpr" if "jaxpr" in self.params else "call_jaxpr"]
 
     @property
+    def function(self) -> str:
+        """The name of the function that this equation calls, or ""."""
+        return str(self.params.get("name", "")) if self.name in _CALLS else ""
+
+    @property
+    def branches(self) -> Sequence[Program]:
+        """What `lax.cond` or `lax.switch` chooses from by its first operand, or nothing."""
+        return self.params["branches"] if self.name == "cond" else ()
+
+    @property
+    def with_own_derivative(self) -> Program | None:
+        """The function, if it is one of `jax.custom_jvp` or `jax.custom_vjp`."""
+        if self.name not in _OWN_DERIVATIVE:
+            return None
+        return self.params[next(key for key in _BODIES if key in self.params)]
+
+    @property
     def scan(self) -> Scan | None:
         """The loop, if this equation is one of static length."""
         if self.name != "scan":
@@ -124,6 +143,7 @@ def evaluate(
     rule: Rule,
     *,
     lift: Callable[[Any], Any] = lambda constant: constant,
+    enter: Callable[[Equation], bool] = lambda eqn: True,
     path: Path = (),
 ) -> list[Any]:
     """The outputs of the program under a rule.
@@ -133,6 +153,7 @@ def evaluate(
       args: one value for each input.
       rule: `(path, equation, values of the operands) -> values of the outputs`.
       lift: turns a constant array into a value.
+      enter: which calls are entered; the others are given to the rule.
       path: of the equation that holds this program.
     """
     jaxpr = _open(program)
@@ -145,10 +166,11 @@ def evaluate(
     for index, eqn in enumerate(jaxpr.eqns):
         equation, here = Equation(eqn), (*path, index)
         operands = [read(atom) for atom in eqn.invars]
-        if equation.call is None:
-            outputs = rule(here, equation, operands)
+        if equation.call is not None and enter(equation):
+            body = equation.call
+            outputs = evaluate(body, operands, rule, lift=lift, enter=enter, path=here)
         else:
-            outputs = evaluate(equation.call, operands, rule, lift=lift, path=here)
+            outputs = rule(here, equation, operands)
         values |= zip(eqn.outvars, outputs, strict=True)
     return [read(atom) for atom in jaxpr.outvars]
 

@@ -36,7 +36,7 @@ def sequential(*layers: LayerLike, **named: LayerLike) -> Layer:
       >>> model.apply(params, jnp.ones(8), key=jax.random.key(1)).shape
       (2,)
     """
-    return _parts({**{str(k): layer for k, layer in enumerate(layers)}, **named}, _chained)
+    return combined({**{str(k): layer for k, layer in enumerate(layers)}, **named}, _chained)
 
 
 def residual(layer: LayerLike, shortcut: LayerLike = lambda x: x) -> Layer:
@@ -60,7 +60,7 @@ def residual(layer: LayerLike, shortcut: LayerLike = lambda x: x) -> Layer:
 
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition".
     """
-    return _parts({"layer": layer, "shortcut": shortcut}, _added)
+    return combined({"layer": layer, "shortcut": shortcut}, _added)
 
 
 def function(fun: Callable[[Any], Any]) -> Layer:
@@ -138,7 +138,7 @@ def as_layer(layer: LayerLike) -> Layer:
     return function(layer)
 
 
-def _parts(given: Mapping[str, LayerLike], combine: Callable[[list[Any], Any], Any]) -> Layer:
+def combined(given: Mapping[str, LayerLike], combine: Callable[[list[Any], Any], Any]) -> Layer:
     """A layer of named parts; `combine(parts as functions of x, x)` is its result."""
     parts = {name: as_layer(layer) for name, layer in given.items()}
 
@@ -157,10 +157,13 @@ def _parts(given: Mapping[str, LayerLike], combine: Callable[[list[Any], Any], A
         functions = [bound(*item, own) for item, own in zip(parts.items(), keys, strict=True)]
         return combine(functions, x)
 
+    def project(params: Params) -> Params:
+        return {name: parts[name].project(own) for name, own in params.items()}
+
     names: dict[tuple[str, ...], Any] = {}
     for name, layer in parts.items():
         names |= below(name, layer.torch_names)
-    return Layer(init, apply, names)
+    return Layer(init, apply, names, project)
 
 
 def _chained(functions: list[Callable[[Any], Any]], x: Any) -> Any:

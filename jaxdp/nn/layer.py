@@ -28,6 +28,10 @@ class TorchName(NamedTuple):
 TorchNames = Mapping[tuple[str, ...], Sequence[TorchName]]
 
 
+def _unconstrained(params: Params) -> Params:
+    return params
+
+
 class Layer(NamedTuple):
     """A pair of pure functions of ONE example: no shape has a batch axis, `jax.vmap` adds it.
 
@@ -36,6 +40,8 @@ class Layer(NamedTuple):
       apply: `(params, x, *, key=None) -> y`. A key turns dropout on; without one the layer is
         deterministic. Some layers take more arguments; their factories say which.
       torch_names: where `from_torch_state_dict` finds the parameters.
+      project: `params -> params`, the nearest that the layer allows; most allow all. For layers
+        with a Lipschitz constant (`jaxdp.lipschitz`), after every update.
 
     Example:
       >>> import jax
@@ -51,6 +57,7 @@ class Layer(NamedTuple):
     init: Callable[[jax.Array], Params]
     apply: Callable[..., Any]
     torch_names: TorchNames = {}
+    project: Callable[[Params], Params] = _unconstrained
 
 
 def deterministic(

@@ -1,0 +1,99 @@
+"""Projections of weights onto sets of small norm, and the transformation that applies them.
+
+A bound never rests on a projection: it is computed from the weights as they are. Projections keep
+it small.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdp.lipschitz.operator_norm import matrix_norm
+from jaxdp.schedules import checked
+
+_BJORCK_STEPS = 12
+
+
+def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
+    """The nearest array of L2 (Frobenius) norm at most `norm`.
+
+    Example:
+      >>> print(onto_ball(jnp.array([3.0, 4.0])))
+      [0.6 0.8]
+    """
+    checked("norm", norm)
+    size = jnp.sqrt(jnp.sum(jnp.square(array)))
+    return array * jnp.where(size > norm, norm / size, jnp.ones_like(size))
+
+
+def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
+    """The matrix `[m, n]`, scaled down where its largest singular value exceeds `norm`.
+
+    Example:
+      >>> print(onto_spectral_ball(jnp.diag(jnp.array([4.0, 1.0]))).round(3))
+      [[1.   0.  ]
+       [0.   0.25]]
+    """
+    checked("norm", norm)
+    size = matrix_norm(matrix)
+    return matrix * jnp.where(size > norm, norm / size, jnp.ones_like(size))
+
+
+def orthogonal(matrix: jax.Array) -> jax.Array:
+    r"""A matrix `[m, n]` near to this one whose singular values are near to one.
+
+    Björck's iteration $W \leftarrow \tfrac32 W - \tfrac12 W W^\top W$, which moves every singular
+    value in (0, √3) towards one, from the matrix divided by an upper bound on its norm. Singular
+    values that are tiny remain below one.
+
+    Example:
+      >>> near = orthogonal(jnp.array([[2.0, 1.0], [0.0, 1.0]]))
+      >>> print(jnp.linalg.svd(near, compute_uv=False).round(3))
+      [1. 1.]
+
+    Source: Björck and Bowie 1971, "An Iterative Algorithm for Computing the Best Estimate of an
+    Orthogonal Matrix"; Anil et al. 2019, "Sorting Out Lipschitz Function Approximation", section
+    4.2.
+    """
+    tall = matrix.shape[0] >= matrix.shape[1]
+    w = matrix if tall else matrix.T
+    w = w / jnp.maximum(matrix_norm(w), jnp.finfo(w.dtype).tiny)
+    for _ in range(_BJORCK_STEPS):
+        gram = jnp.matmul(w.T, w, precision=jax.lax.Precision.HIGHEST)
+        w = 1.5 * w - 0.5 * jnp.matmul(w, gram, precision=jax.lax.Precision.HIGHEST)
+    return w if tall else w.T
+
+
+def project(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Ends a chain: the updates that take the parameters to the projection of where they would be.
+
+    Args:
+      projection: `params -> params`, as `Layer.project`.
+
+    Returns:
+      A stateless transformation, to be put behind the optimizer. It is post-processing: noise was
+      added before.
+
+    Raises:
+      ValueError: (in `update`) no params are given.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(1.0), project(onto_ball))
+      >>> params = jnp.array([0.0, 0.0])
+      >>> updates, _ = tx.update(jnp.array([-3.0, -4.0]), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates))
+      [0.6 0.8]
+    """
+
+    def update(updates: Any, params: Any) -> Any:
+        if params is None:
+            raise ValueError(
+                "project needs the parameters, got None: call tx.update(updates, state, params)"
+            )
+        nearest = projection(optax.apply_updates(params, updates))
+        return jax.tree.map(jnp.subtract, nearest, params)
+
+    return optax.stateless(update)

@@ -1,0 +1,59 @@
+"""Look-ups."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.lax import GatherScatterMode
+
+from jaxdp.engine.walker import Equation
+from jaxdp.lipschitz.rules.registry import PullBack, register_bound_rule
+from jaxdp.lipschitz.value import Range, Value, scaled
+
+
+@register_bound_rule("gather")
+def _gather(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    x, index = values
+    fill = eqn.params["fill_value"]
+    if eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP and not (
+        fill is not None and math.isfinite(fill)
+    ):
+        raise NotImplementedError(
+            f"no bound is known for a look-up that gives NaN outside of the table ({eqn.source}): "
+            'use x.at[index].get(mode="clip"), or fill_value=0'
+        )
+    repeats = _repeats(eqn, x, index)
+    low, high = x.low, x.high
+    norm = repeats * x.norm
+    if fill is not None:
+        low, high = jnp.minimum(low, fill), jnp.maximum(high, fill)
+        norm += math.sqrt(eqn.outputs[0].size) * abs(fill)
+    elif x.array is not None:
+        norm = jnp.minimum(norm, math.sqrt(_windows(eqn)) * _longest_window(eqn, x.array))
+    return [Range(norm, low, high)], lambda cotangents: [scaled(cotangents[0], repeats), None]
+
+
+def _windows(eqn: Equation) -> int:
+    """How many windows are looked up."""
+    return eqn.outputs[0].size // max(math.prod(eqn.params["slice_sizes"]), 1)
+
+
+def _repeats(eqn: Equation, x: Value, index: Value) -> jax.Array:
+    """The root of how often an entry can be looked up: the operator norm of the look-up."""
+    if index.array is None:
+        return jnp.sqrt(jnp.float32(_windows(eqn)))
+    ones = jnp.ones(x.shape, jnp.float32)
+    found, transposed = jax.vjp(lambda table: eqn.bind([table, index.array])[0], ones)
+    (counts,) = transposed(jnp.ones_like(found))
+    return jnp.sqrt(jnp.max(counts, initial=0.0))
+
+
+def _longest_window(eqn: Equation, table: jax.Array) -> jax.Array:
+    """The largest norm of what is looked up at once, if that is all of some axes; else of all."""
+    sizes = eqn.params["slice_sizes"]
+    whole = tuple(axis for axis, size in enumerate(sizes) if size == table.shape[axis])
+    if any(size != 1 for axis, size in enumerate(sizes) if axis not in whole):
+        whole = tuple(range(table.ndim))
+    squares = jnp.sum(jnp.square(table.astype(jnp.float32)), whole)
+    return jnp.sqrt(jnp.max(squares, initial=0.0))

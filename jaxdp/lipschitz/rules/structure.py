@@ -1,0 +1,83 @@
+"""Primitives that move entries around, and change none of them."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxdp.engine.walker import Equation
+from jaxdp.lipschitz.rules.registry import PullBack, register_bound_rule
+from jaxdp.lipschitz.value import Range, Value, jointly, scaled
+
+
+@register_bound_rule(
+    "reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_p", "reduce_precision",
+    "slice", "dynamic_slice", "sharding_constraint", "pvary", "pcast",
+)  # fmt: skip
+def _same_entries(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    x, *where = values
+    return [x.range], lambda cotangents: [*cotangents, *(None for _ in where)]
+
+
+@register_bound_rule("optimization_barrier", "sort")
+def _each_alone(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    # A sort of several operands moves all of them as it orders the first.
+    return [value.range for value in values], lambda cotangents: cotangents
+
+
+@register_bound_rule("stop_gradient")
+def _stop_gradient(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    return [values[0].range], lambda cotangents: [None]
+
+
+@register_bound_rule("convert_element_type")
+def _convert(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    (x,) = values
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return [x.range], lambda cotangents: cotangents
+    image = Range(low=0, high=1) if x.dtype == bool else x.range
+    return [image], lambda cotangents: [None]
+
+
+@register_bound_rule("broadcast_in_dim")
+def _broadcast(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    x = values[0]
+    gain = math.sqrt(eqn.outputs[0].size / x.size) if x.size else 1.0
+    return [Range(gain * x.norm, x.low, x.high)], lambda cotangents: [scaled(cotangents[0], gain)]
+
+
+@register_bound_rule("concatenate", "stack")
+def _concatenate(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    return [side_by_side(values)], lambda cotangents: [cotangents[0] for _ in values]
+
+
+@register_bound_rule("split", "unstack")
+def _split(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    (x,) = values
+    return [x.range for _ in eqn.outputs], lambda cotangents: [jointly(cotangents)]
+
+
+@register_bound_rule("pad")
+def _pad(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    x, filling = values
+    added = max(eqn.outputs[0].size - x.size, 0)
+    if any(low < 0 or high < 0 for low, high, _ in eqn.params["padding_config"]):
+        added = eqn.outputs[0].size  # entries are cut away, others are added: at most all
+    gain = math.sqrt(added)
+    norm = jnp.hypot(x.norm, gain * filling.norm)
+    image = Range(norm, jnp.minimum(x.low, filling.low), jnp.maximum(x.high, filling.high))
+    return [image], lambda cotangents: [cotangents[0], scaled(cotangents[0], gain)]
+
+
+@register_bound_rule("dynamic_update_slice")
+def _update(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    x, update, *where = values
+    image = side_by_side([x, update])
+    return [image], lambda cotangents: [cotangents[0], cotangents[0], *(None for _ in where)]
+
+
+def side_by_side(values: Sequence[Value]) -> Range:
+    """Of arrays put together into one."""
+    norm = jnp.sqrt(sum((jnp.square(value.norm) for value in values), jnp.float32(0)))
+    low = jnp.min(jnp.stack([value.low for value in values]))
+    return Range(norm, low, jnp.max(jnp.stack([value.high for value in values])))

@@ -1,0 +1,171 @@
+"""What there is to differentiate: the arguments of a gradient function, checked once.
+
+Both roads begin here: per-sample gradients that will be clipped, and gradients that are bounded.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdp.bounded import Groups
+from jaxdp.coupling import refuse_batch_statistics
+from jaxdp.engine.manual import vary, varying_axes
+from jaxdp.engine.reduction import Batch
+from jaxdp.trees import prefix_leaves
+
+LossFn = Callable[..., Any]
+
+
+class Problem(NamedTuple):
+    """What there is to differentiate.
+
+    Attributes:
+      params: all parameters.
+      groups: 0 for each leaf that has a gradient, `None` for the others.
+      leaves: those that have a gradient.
+      batch: the samples.
+      loss: `(leaves, example) -> (loss, aux)`, of one example.
+    """
+
+    params: Any
+    groups: Groups
+    leaves: list[jax.Array]
+    batch: Batch
+    loss: Callable[[list[jax.Array], Any], tuple[jax.Array, Any]]
+
+    @property
+    def names(self) -> list[str]:
+        """Paths of the leaves that have a gradient, as in "body/kernel"."""
+        paths = jax.tree.leaves_with_path(self.params)
+        return [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for (path, _), group in zip(paths, self.groups, strict=True)
+            if group is not None
+        ]
+
+    def tree(self, moving: list[Any], fixed: Callable[[Any], Any]) -> Any:
+        """A pytree like the parameters: values of the leaves that have a gradient, and
+        `fixed(leaf)` of the others."""
+        return merged_tree(self.params, self.groups, moving, fixed)
+
+
+def pose(
+    loss_fn: LossFn,
+    params: Any,
+    batch: Any,
+    mask: jax.Array | None,
+    kwargs: dict[str, Any],
+    *,
+    has_aux: bool,
+    trainable: Any,
+) -> Problem:
+    """The problem, from arguments as `jaxdp.per_sample_grads` and what it returns take them.
+
+    Raises:
+      TypeError: `loss_fn` is no function or returns no real scalar; the mask is not bool.
+      ValueError: batch leaves disagree on B; mask of another shape; nothing to differentiate.
+    """
+    check_function(loss_fn)
+    mask = checked_mask(mask, batch_size(batch, "batch"))
+    rows = Batch(jax.tree.map(jnp.asarray, batch), mask, jnp.arange(mask.shape[0]))
+    params = jax.tree.map(jnp.asarray, params)
+    params, rows = vary((params, rows), varying_axes((params, rows)))
+    groups = trainable_groups(params, trainable)
+
+    def loss(moving: list[jax.Array], example: Any) -> tuple[jax.Array, Any]:
+        given = merged_tree(params, groups, moving, lambda leaf: leaf)
+        with refuse_batch_statistics():
+            return checked_loss(loss_fn(given, example, **kwargs), has_aux)
+
+    return Problem(params, groups, with_gradient(jax.tree.leaves(params), groups), rows, loss)
+
+
+def check_function(loss_fn: LossFn) -> None:
+    """Raises TypeError unless it can be called."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (params, example), got {loss_fn!r}")
+
+
+def with_gradient(leaves: list[Any], groups: Groups) -> list[Any]:
+    """The leaves that have a gradient."""
+    return [leaf for leaf, group in zip(leaves, groups, strict=True) if group is not None]
+
+
+def merged_tree(
+    params: Any, groups: Groups, moving: list[Any], fixed: Callable[[Any], Any]
+) -> Any:
+    """The inverse of `with_gradient`: a pytree like the parameters, where a leaf without gradient
+    is `fixed(leaf)`."""
+    leaves, treedef = jax.tree.flatten(params)
+    remaining = iter(moving)
+    filled = [
+        fixed(leaf) if group is None else next(remaining)
+        for leaf, group in zip(leaves, groups, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, filled)
+
+
+def trainable_groups(params: Any, trainable: Any) -> Groups:
+    """0 for each leaf that has a gradient, None for integer and frozen leaves."""
+    flags = prefix_leaves("trainable", trainable, params)
+    groups = []
+    for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                "parameters must be real, got a complex leaf of shape "
+                f"{leaf.shape}: split it into its real and imaginary part"
+            )
+        groups.append(0 if flag and jnp.issubdtype(leaf.dtype, jnp.floating) else None)
+    if all(group is None for group in groups):
+        raise ValueError("params must have at least one trainable floating-point leaf, got none")
+    return tuple(groups)
+
+
+def batch_size(batch: Any, name: str) -> int:
+    """B, which all leaves must have as their first axis."""
+    shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(batch)}
+    if not shapes or () in shapes:
+        raise ValueError(
+            f"every leaf of {name} must have a leading sample axis, got shapes {sorted(shapes)}"
+        )
+    sizes = {shape[0] for shape in shapes}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"all leaves of {name} must have the same leading axis, the samples, got sizes "
+            f"{sorted(sizes)}"
+        )
+    return sizes.pop()
+
+
+def checked_mask(mask: jax.Array | None, count: int) -> jax.Array:
+    """Bool `[count]`; all rows where there is none."""
+    if mask is None:
+        return jnp.ones((count,), bool)
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(
+            f"mask must be boolean, got {mask.dtype}: it selects rows, it does not weigh them"
+        )
+    if mask.shape != (count,):
+        raise ValueError(f"mask must have shape ({count},), one per row, got {mask.shape}")
+    return mask
+
+
+def checked_loss(value: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+    """What the loss of one example returned, as (loss, aux)."""
+    if has_aux:
+        if not (isinstance(value, tuple) and len(value) == 2):
+            raise TypeError(f"loss_fn with has_aux must return (loss, aux), got {type(value)}")
+        loss, aux = value
+    else:
+        loss, aux = value, None
+    shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            "loss_fn must return one real scalar, the loss of ONE example, got "
+            f"{type(loss).__name__} of shape {shape}: drop the batch axis, or pass "
+            "has_aux=True if it returns a pair"
+        )
+    return loss, aux
