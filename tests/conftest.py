@@ -11,8 +11,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import zlib  # noqa: E402
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,3 +27,13 @@ hypothesis.settings.load_profile("jaxdp")
 
 # Needs torch, which no test does.
 collect_ignore = ["golden/make.py"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a sweep one half runs with the oldest JAX and the other half with newer ones: the rest
+    is slow there. Halves by name, so that a new case moves no other."""
+    newer = jax.__version_info__ >= (0, 11)
+    for item in items:
+        if item.get_closest_marker("sweep") and zlib.crc32(item.name.encode()) % 2 != newer:
+            item.add_marker(pytest.mark.slow)

@@ -130,6 +130,7 @@ def test_unsampled_gaussians_match_the_closed_form(sigma, relation, epochs):
     assert exact <= loose <= exact * 1.25
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("sigma", "rate"), [(0.8, 0.02), (1.5, 0.3), (3.0, 0.1), (1.0, 1.0)])
 @pytest.mark.parametrize("relation", [ADD, REPLACE])
 def test_poisson_steps_match_numeric_integration(sigma, rate, relation):
@@ -232,6 +233,7 @@ def test_no_noise_and_no_steps(sampling, accountant):
     assert at(1e200, 3) < 1e-3
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("sigma", [0.05, 0.3])
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_little_noise_gets_a_large_answer_not_a_large_grid(sigma, accountant):
@@ -324,6 +326,7 @@ CALIBRATIONS: list[tuple[SamplingScheme, str, str]] = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("sampling", "accountant", "relation"), CALIBRATIONS)
 @pytest.mark.parametrize(
     "target",
@@ -391,6 +394,7 @@ def test_largest_count_is_exact_for_any_growth(answer, power, at_most):
     assert found == min(answer, at_most)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("accountant", "relation"), [("pld", ADD), ("pld", REPLACE), ("rdp", ADD)]
 )

@@ -486,6 +486,7 @@ def case_of(name: str) -> tuple[Case, Reference]:
     return case, differentiate(case)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("name", "method"), every_method(MODELS, SLOW))
 def test_model(name: str, method: str) -> None:
     case, reference = case_of(name)

@@ -53,6 +53,7 @@ def reference_of(name: str) -> Reference:
     return differentiate(PROGRAMS[name])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("name", "method"), every_method(PROGRAMS))
 def test_program(name: str, method: str) -> None:
     check_case(PROGRAMS[name], method, MASK, reference_of(name))

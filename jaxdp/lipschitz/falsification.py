@@ -170,17 +170,16 @@ def _starts(
 
     def sparse(own: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         kept, values = jax.random.split(own)
-        return jax.random.bernoulli(kept, 0.1, shape) * jax.random.normal(values, shape)
+        return jnp.where(jax.random.bernoulli(kept, 0.1, shape), jax.random.normal(values, shape), 0)
 
     def constant(own: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.ones(shape) * jax.random.rademacher(own, (shape[0], *(1,) * (len(shape) - 1)))
+        return jnp.ones(shape) * signs(own, (shape[0], *(1,) * (len(shape) - 1)))
 
     def impulse(own: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         size = int(np.prod(shape[1:]))
         place = jax.random.randint(own, (shape[0],), 0, size)
-        return jax.nn.one_hot(place, size).reshape(shape) * jax.random.rademacher(
-            own, (shape[0], *(1,) * (len(shape) - 1)), jnp.float32
-        )
+        sign = signs(own, (shape[0], *(1,) * (len(shape) - 1)))
+        return jax.nn.one_hot(place, size).reshape(shape) * sign
 
     def signs(own: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return jax.random.rademacher(own, shape, jnp.float32)

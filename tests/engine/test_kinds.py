@@ -147,6 +147,7 @@ def dot_site(numbers: Numbers, kernel: int) -> Site:
     return Site(apply, shapes[kernel], shapes[1 - kernel])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kernel", [0, 1])
 @pytest.mark.parametrize("name", list(PRODUCTS))
 def test_products(name: str, kernel: int) -> None:
@@ -282,6 +283,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))
 def test_convolutions(name: str) -> None:
     pointwise = "pointwise" in name and "groups" not in name
@@ -349,6 +351,7 @@ LOOK_UPS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", list(LOOK_UPS))
 def test_look_ups(name: str) -> None:
     check(LOOK_UPS[name])

@@ -21,6 +21,9 @@ from jax import lax
 import jaxdp
 from tests import helpers
 
+# Half of it for each end of the supported versions, see `make test`.
+pytestmark = pytest.mark.sweep
+
 METHODS = ("slots", "taps", "fused", "dense")
 ROWS = 24
 TOLERANCE = 1e-5

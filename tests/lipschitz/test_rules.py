@@ -14,6 +14,9 @@ from jaxdp.lipschitz.rules.registry import _RULES
 from jaxdp.lipschitz.value import Range, Value
 from tests.lipschitz.program_table import PROGRAMS, Program
 
+# Half of it for each end of the supported versions, see `make test`.
+pytestmark = pytest.mark.sweep
+
 BOUND = 3.0
 ROUNDING = 1 + 1e-5
 
@@ -43,7 +46,7 @@ def surrounded(program: Program) -> tuple[Any, Any]:
     }
 
     def loss_fn(params: Any, x: jax.Array) -> jax.Array:
-        return jnp.sum(params["above"] * program.fun(params["at"], params["below"] * x))
+        return jnp.vdot(params["above"], program.fun(params["at"], params["below"] * x))
 
     return loss_fn, params
 

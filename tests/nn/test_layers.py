@@ -69,6 +69,7 @@ BY_DEFAULT = (
 )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("name", "method"), every_method(LAYERS, slow=set(LAYERS) - set(BY_DEFAULT))
 )

@@ -1,0 +1,184 @@
+"""The losses: values against other derivations, gradients against their bounds."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdp import lipschitz
+
+CLASSES = 5
+SHARES = (0.5, 0.2, 0.15, 0.1, 0.05)
+
+
+class Loss(NamedTuple):
+    """A loss of (prediction, target), its target's kind, and the bound on its gradient where the
+    prediction is not bounded."""
+
+    fun: Callable[[Any, Any], jax.Array]
+    target: str
+    bound: float
+
+
+def kr_bound() -> float:
+    own, other = 1 / np.array(SHARES), 1 / (1 - np.array(SHARES))
+    rows = np.where(np.eye(CLASSES, dtype=bool), own, other)
+    return float(np.linalg.norm(rows, axis=1).max() / CLASSES)
+
+
+LOSSES: Mapping[str, Loss] = {
+    "softmax": Loss(lipschitz.softmax_cross_entropy, "label", 2**0.5),
+    "softmax, temperature": Loss(
+        lambda z, y: lipschitz.softmax_cross_entropy(z, y, temperature=7.0), "label", 2**0.5
+    ),
+    "binary": Loss(lipschitz.binary_cross_entropy, "numbers", CLASSES**-0.5),
+    "binary, temperature": Loss(
+        lambda z, y: lipschitz.binary_cross_entropy(z, y, temperature=0.3), "numbers", CLASSES**-0.5
+    ),
+    "hinge": Loss(lipschitz.multiclass_hinge, "label", (1 - 1 / CLASSES) ** 0.5),
+    "cosine": Loss(lipschitz.cosine_similarity, "numbers", 1.0),
+    "cosine, least norm": Loss(
+        lambda z, y: lipschitz.cosine_similarity(z, y, least_norm=0.2), "numbers", 5.0
+    ),
+    "absolute error": Loss(lipschitz.mean_absolute_error, "numbers", CLASSES**-0.5),
+    "kr": Loss(
+        lambda z, y: lipschitz.kantorovich_rubinstein(z, y, proportions=SHARES), "label", kr_bound()
+    ),
+    "hkr": Loss(
+        lambda z, y: lipschitz.hinge_kantorovich_rubinstein(
+            z, y, proportions=SHARES, alpha=3.0, margin=0.5
+        ),
+        "label",
+        kr_bound() + 3 * (1 - 1 / CLASSES) ** 0.5,
+    ),
+}
+
+
+def predictions(scale: float, count: int = 4000) -> tuple[jax.Array, dict[str, jax.Array]]:
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(count, CLASSES)) * scale * 10 ** rng.uniform(-2, 0, size=(count, 1))
+    z[::7] = 0
+    label = rng.integers(-1, CLASSES + 1, size=count)
+    numbers = rng.normal(size=(count, CLASSES)) * 2
+    targets = {"label": jnp.asarray(label), "numbers": jnp.asarray(numbers, jnp.float32)}
+    return jnp.asarray(z, jnp.float32), targets
+
+
+def bound_of(loss: Loss, limit: float) -> float:
+    """On the gradient of a bias whose values are the predictions."""
+    target = jnp.int32(0) if loss.target == "label" else jnp.zeros(CLASSES)
+    shift = jnp.zeros(CLASSES)
+    found = lipschitz.bounds(
+        lambda b, example: loss.fun(example[0] + b, example[1]),
+        shift,
+        (shift, target),
+        (limit, np.inf),
+    )
+    return float(found.total)
+
+
+@pytest.mark.parametrize("limit", [0.1, 1.0, 30.0, np.inf])
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_no_gradient_is_longer_than_its_bound(name: str, limit: float) -> None:
+    loss = LOSSES[name]
+    z, targets = predictions(min(limit, 1e4))
+    norms = jnp.linalg.norm(z, axis=1, keepdims=True)
+    z = z * jnp.minimum(1, limit / jnp.maximum(norms, 1e-9))
+    grads = jax.vmap(jax.grad(loss.fun))(z, targets[loss.target])
+    longest = np.linalg.norm(np.asarray(grads, np.float64), axis=1).max()
+    bound = bound_of(loss, limit)
+    assert longest <= bound * (1 + 1e-5)
+    if limit == np.inf:
+        assert bound == pytest.approx(loss.bound, rel=1e-4)
+        assert longest > 0.75 * bound
+
+
+def test_bounded_logits_make_the_cross_entropy_tighter() -> None:
+    # K = 10, τZ = 0.03: 0.964, against √2.
+    def loss_fn(shift: jax.Array, example: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return lipschitz.softmax_cross_entropy(example[0] + shift, example[1], temperature=0.03)
+
+    zero = jnp.zeros(10)
+    found = lipschitz.bounds(loss_fn, zero, (zero, jnp.int32(0)), 1.0)
+    assert float(found.total) == pytest.approx(0.9637, abs=1e-3)
+
+
+def test_values_are_those_of_other_libraries() -> None:
+    z, targets = predictions(3.0, 50)
+    label, numbers = jnp.clip(targets["label"], 0, CLASSES - 1), targets["numbers"]
+    theirs = optax.losses
+    pairs = [
+        (
+            jax.vmap(lipschitz.softmax_cross_entropy)(z, label),
+            theirs.softmax_cross_entropy_with_integer_labels(z, label),
+        ),
+        (
+            jax.vmap(lambda z, y: lipschitz.softmax_cross_entropy(z, y, temperature=2.0))(z, label),
+            theirs.softmax_cross_entropy_with_integer_labels(2 * z, label) / 2,
+        ),
+        (
+            jax.vmap(lipschitz.binary_cross_entropy)(z, jnp.clip(numbers, 0, 1)),
+            theirs.sigmoid_binary_cross_entropy(z, jnp.clip(numbers, 0, 1)).mean(1),
+        ),
+        (
+            jax.vmap(lambda z, t: lipschitz.cosine_similarity(z, t, least_norm=1e-6))(
+                z + 1, numbers
+            ),
+            -theirs.cosine_similarity(z + 1, numbers),
+        ),
+        (jax.vmap(lipschitz.mean_absolute_error)(z, numbers), jnp.abs(z - numbers).mean(1)),
+    ]
+    for ours, other in pairs:
+        np.testing.assert_allclose(ours, other, rtol=2e-5, atol=1e-6)
+
+
+def test_the_hinge_counts_margins_that_are_missed() -> None:
+    z = np.array([0.4, 1.0, 0.7, -2.0, 1.5])
+    expected = sum(max(0, 0.5 - z[1] + z[k]) for k in range(CLASSES) if k != 1) / CLASSES
+    found = lipschitz.multiclass_hinge(jnp.asarray(z, jnp.float32), 1, margin=0.5)
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_per_sample_kr_loss_has_the_mean_of_the_batch_one() -> None:
+    """Where the proportions are those of the batch."""
+    z, _ = predictions(1.0, 1000)
+    label = jnp.asarray(np.repeat(np.arange(CLASSES), (np.array(SHARES) * 1000).astype(int)))
+    mine = jax.vmap(
+        lambda z, y: lipschitz.kantorovich_rubinstein(z, y, proportions=SHARES)
+    )(z, label).mean()
+    per_class = [
+        float(z[label != k, k].mean() - z[label == k, k].mean()) for k in range(CLASSES)
+    ]
+    assert float(mine) == pytest.approx(np.mean(per_class), rel=1e-4, abs=1e-5)
+
+
+WRONG = {
+    "temperature": lambda z: lipschitz.softmax_cross_entropy(z, 0, temperature=0.0),
+    "margin": lambda z: lipschitz.multiclass_hinge(z, 0, margin=-1.0),
+    "least_norm": lambda z: lipschitz.cosine_similarity(z, z, least_norm=0.0),
+    "proportions": lambda z: lipschitz.kantorovich_rubinstein(z, 0, proportions=(0.5, 0.5)),
+    "proportions must be in": lambda z: lipschitz.kantorovich_rubinstein(
+        z, 0, proportions=(0.0, *SHARES[1:])
+    ),
+    "alpha": lambda z: lipschitz.hinge_kantorovich_rubinstein(
+        z, 0, proportions=SHARES, alpha=-1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("message", list(WRONG))
+def test_arguments_are_checked(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WRONG[message](jnp.zeros(CLASSES))
+
+
+def test_a_target_that_depends_on_parameters_is_refused() -> None:
+    def loss_fn(params: jax.Array, x: jax.Array) -> jax.Array:
+        return lipschitz.mean_absolute_error(params * x, params)
+
+    with pytest.raises(NotImplementedError, match="stop_gradient"):
+        lipschitz.bounds(loss_fn, jnp.ones(3), jnp.ones(3), 1.0)
