@@ -93,9 +93,7 @@ def with_gradient(leaves: list[Any], groups: Groups) -> list[Any]:
     return [leaf for leaf, group in zip(leaves, groups, strict=True) if group is not None]
 
 
-def merged_tree(
-    params: Any, groups: Groups, moving: list[Any], fixed: Callable[[Any], Any]
-) -> Any:
+def merged_tree(params: Any, groups: Groups, moving: list[Any], fixed: Callable[[Any], Any]) -> Any:
     """The inverse of `with_gradient`: a pytree like the parameters, where a leaf without gradient
     is `fixed(leaf)`."""
     leaves, treedef = jax.tree.flatten(params)

@@ -65,13 +65,12 @@ class Bounds(NamedTuple):
         return jnp.linalg.norm(jnp.stack(list(self.by_name.values())))
 
     def __str__(self) -> str:
-        leaves = [("leaf", "gradient")] + [
-            (name, f"{float(bound):.4g}") for name, bound in self.by_name.items()
-        ]
-        rows = [("layer", "input", "output", "cotangent", "source")]
+        leaves: list[tuple[str, ...]] = [("leaf", "gradient")]
+        leaves += [(name, f"{float(bound):.4g}") for name, bound in self.by_name.items()]
+        rows: list[tuple[str, ...]] = [("layer", "input", "output", "cotangent", "source")]
         for layer in self.layers:
-            numbers = (f"{float(bound):.4g}" for bound in layer[2:])
-            rows.append((layer.name, *numbers, layer.source))
+            numbers = (layer.input, layer.output, layer.cotangent)
+            rows.append((layer.name, *(f"{float(n):.4g}" for n in numbers), layer.source))
         total = f"whole gradient: at most {float(self.total):.4g} for one example"
         return "\n".join([*_table(leaves), total, "", *_table(rows)])
 
@@ -122,9 +121,8 @@ def bounds(
     algorithm 1; Xiao et al. 2023, "A Theory to Instruct Differentially-Private Learning via
     Clipping Bias Reduction", for bounds from public weights.
     """
-    batch = jax.tree.map(lambda leaf: jnp.zeros((1, *jnp.shape(leaf)), leaf.dtype), example)
-    problem = pose(loss_fn, params, batch, None, kwargs, has_aux=False, trainable=trainable)
-    found, layers = _bounds(problem, input_limits(input_bound, example))
+    problem = pose_one(loss_fn, params, example, kwargs, trainable)
+    found, layers = leaf_bounds(problem, input_limits(input_bound, example))
     tree = problem.tree(found, lambda leaf: jnp.zeros(()))
     return Bounds(tree, dict(zip(problem.names, found, strict=True)), layers)
 
@@ -175,7 +173,7 @@ def bounded_grads(
     def grads_fn(params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any) -> Any:
         problem = pose(loss_fn, params, batch, mask, kwargs, has_aux=False, trainable=trainable)
         limits = input_limits(input_bound, batch)
-        sensitivity, _ = _bounds(problem, limits)
+        sensitivity, _ = leaf_bounds(problem, limits)
         mask = problem.batch.mask
         examples, counted = admitted(problem.batch.examples, mask, limits)
 
@@ -221,7 +219,15 @@ def admitted(examples: Any, mask: jax.Array, limits: list[float]) -> tuple[Any, 
     return jax.tree.unflatten(treedef, kept), counted
 
 
-def _bounds(
+def pose_one(
+    loss_fn: LossFn, params: Any, example: Any, kwargs: dict[str, Any], trainable: Any
+) -> Problem:
+    """The problem of one example, of which only shapes matter."""
+    batch = jax.tree.map(lambda leaf: jnp.zeros((1, *jnp.shape(leaf)), leaf.dtype), example)
+    return pose(loss_fn, params, batch, None, kwargs, has_aux=False, trainable=trainable)
+
+
+def leaf_bounds(
     problem: Problem, limits: list[float]
 ) -> tuple[list[jax.Array], tuple[LayerBound, ...]]:
     """Δ of each leaf that has a gradient, and the layers."""

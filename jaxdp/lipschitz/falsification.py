@@ -1,20 +1,25 @@
 """Attacks on bounds: a bound counts only when an attack has failed to break it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.lipschitz.bounds import admitted, bounds, input_limits
+from jaxdp.lipschitz.bounds import admitted, input_limits, leaf_bounds, pose_one
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn
 
 _STEP = 0.3
 """Of the gradient ascent, relative to the norm of the input."""
 
+_UNBOUNDED = 1000.0
+"""The norm of inputs that may have any."""
+
 TOLERANCE = 1e-5
+"""What a ratio may exceed one by: norms are rounded, too."""
 
 
 class Attack(NamedTuple):
@@ -104,10 +109,13 @@ def falsify(
       >>> print(found.survived, round(found.attacks[""].ratio, 2))
       True 1.0
     """
-    found = bounds(loss_fn, params, example, input_bound, trainable=trainable, **kwargs)
     limits = input_limits(input_bound, example)
+    names = pose_one(loss_fn, params, example, kwargs, trainable).names
     grads_fn = per_sample_grads(loss_fn, trainable=trainable)
-    names = list(found.by_name)
+
+    @jax.jit
+    def found(params: Any) -> list[jax.Array]:
+        return leaf_bounds(pose_one(loss_fn, params, example, kwargs, trainable), limits)[0]
 
     @jax.jit
     def norms(batch: Any) -> jax.Array:
@@ -116,6 +124,7 @@ def falsify(
         ranks = iter(range(len(names)))
         return grads.norms(tuple(None if g is None else next(ranks) for g in grads.groups))
 
+    bounds = dict(zip(names, map(float, found(params)), strict=True))
     ascend = _ascent(norms, limits)
     ratios: dict[str, Attack] = {}
     for kind, batch in _starts(example, limits, classes, count, key).items():
@@ -126,10 +135,9 @@ def falsify(
         for by, candidates in contenders.items():
             largest = np.asarray(jnp.max(norms(candidates), axis=0))
             for name, norm in zip(names, largest, strict=True):
-                bound = float(found.by_name[name])
-                ratio = _ratio(float(norm), bound)
+                ratio = _ratio(float(norm), bounds[name])
                 if name not in ratios or not ratio <= ratios[name].ratio:
-                    ratios[name] = Attack(ratio, float(norm), bound, by)
+                    ratios[name] = Attack(ratio, float(norm), bounds[name], by)
     return Falsification({name: ratios[name] for name in names})
 
 
@@ -140,58 +148,61 @@ def _ratio(norm: float, bound: float) -> float:
 def _starts(
     example: Any, limits: list[float], classes: int, count: int, key: jax.Array
 ) -> dict[str, Any]:
-    """Kind of attack -> batch of examples."""
+    """Kind of attack -> batch of examples. On the host: nothing here is worth compiling."""
     leaves, treedef = jax.tree.flatten(example)
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
 
-    def batch(kind: int, shape_of: Callable[..., jax.Array]) -> Any:
-        filled = []
-        for index, (leaf, limit) in enumerate(zip(leaves, limits, strict=True)):
-            own = jax.random.fold_in(jax.random.fold_in(key, kind), index)
-            shape = (count, *jnp.shape(leaf))
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                filled.append(jax.random.split(own, count))
-            elif jnp.issubdtype(leaf.dtype, jnp.floating):
-                rows = shape_of(own, shape).reshape(count, -1)
-                radius = limit if np.isfinite(limit) else 1000.0
-                # Half of them on the sphere, the others within.
-                radii = radius * jnp.linspace(0, 2, count).clip(0, 1)[:, None]
-                sizes = jnp.linalg.norm(rows, axis=1, keepdims=True)
-                rows = radii * rows / jnp.maximum(sizes, 1e-30)
-                filled.append(rows.reshape(shape).astype(leaf.dtype))
-            elif jnp.issubdtype(leaf.dtype, jnp.integer):
-                values = jax.random.randint(own, shape, 0, classes, leaf.dtype)
-                # The last ones equal within the example: the most repeats of a token.
-                first = values.reshape(count, -1)[:, :1].reshape(count, *(1,) * (values.ndim - 1))
-                equal = jnp.arange(count).reshape(first.shape) % 2 == 0
-                filled.append(jnp.where(equal, first, values))
-            else:
-                filled.append(jax.random.bernoulli(own, 0.5, shape))
-        return jax.tree.unflatten(treedef, filled)
+    def leaf_of(leaf: Any, limit: float, directions: Callable[..., np.ndarray]) -> Any:
+        shape = (count, *jnp.shape(leaf))
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(rng.integers(2**32)), count)
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            rows = directions(rng, count, math.prod(shape[1:]))
+            # Half of them on the sphere, the others within.
+            radii = min(limit, _UNBOUNDED) * np.linspace(0, 2, count).clip(0, 1)
+            lengths = np.linalg.norm(rows, axis=1).clip(1e-30)
+            return jnp.asarray((rows * (radii / lengths)[:, None]).reshape(shape), leaf.dtype)
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            values = rng.integers(0, classes, (count, math.prod(shape[1:])))
+            values[::2] = values[::2, :1]  # the most repeats of a token
+            return jnp.asarray(values.reshape(shape), leaf.dtype)
+        return jnp.asarray(rng.random(shape) < 0.5)
 
-    def sparse(own: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        kept, values = jax.random.split(own)
-        return jnp.where(jax.random.bernoulli(kept, 0.1, shape), jax.random.normal(values, shape), 0)
-
-    def constant(own: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.ones(shape) * signs(own, (shape[0], *(1,) * (len(shape) - 1)))
-
-    def impulse(own: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        size = int(np.prod(shape[1:]))
-        place = jax.random.randint(own, (shape[0],), 0, size)
-        sign = signs(own, (shape[0], *(1,) * (len(shape) - 1)))
-        return jax.nn.one_hot(place, size).reshape(shape) * sign
-
-    def signs(own: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jax.random.rademacher(own, shape, jnp.float32)
-
-    kinds = {
-        "random": jax.random.normal,
-        "sparse": sparse,
-        "constant": constant,
-        "impulse": impulse,
-        "signs": signs,
+    return {
+        name: treedef.unflatten(
+            [leaf_of(*pair, directions) for pair in zip(leaves, limits, strict=True)]
+        )
+        for name, directions in _DIRECTIONS.items()
     }
-    return {name: batch(kind, make) for kind, (name, make) in enumerate(kinds.items())}
+
+
+def _random(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    return rng.normal(size=(count, size))
+
+
+def _sparse(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    return rng.normal(size=(count, size)) * (rng.random((count, size)) < 0.1)
+
+
+def _constant(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    return _signs(rng, count, 1) * np.ones(size)
+
+
+def _impulse(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    return _signs(rng, count, 1) * np.eye(size)[rng.integers(0, size, count)]
+
+
+def _signs(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    return rng.choice([-1.0, 1.0], size=(count, size))
+
+
+_DIRECTIONS: Mapping[str, Callable[[np.random.Generator, int, int], np.ndarray]] = {
+    "random": _random,
+    "sparse": _sparse,
+    "constant": _constant,
+    "impulse": _impulse,
+    "signs": _signs,
+}
 
 
 def _ascent(
@@ -221,7 +232,7 @@ def _ascent(
 
         floats = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
         floats, _ = jax.lax.scan(step, floats, None, length=steps)
-        finite = [jnp.minimum(limit, 1000.0) for limit in limits]
+        finite = [min(limit, _UNBOUNDED) for limit in limits]
         return admitted(rebuilt(floats), mask, finite)[0]
 
     return jax.jit(ascend, static_argnums=2)

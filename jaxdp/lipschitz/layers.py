@@ -119,7 +119,7 @@ def conv2d(
       >>> layer.apply(params, jnp.ones((8, 8, 1))).shape
       (6, 6, 4)
     """
-    steps = sizes("stride", stride, 2)
+    steps = tuple(sizes("stride", stride, 2))
 
     def projection(kernel: jax.Array) -> jax.Array:
         if constraint == "frobenius":

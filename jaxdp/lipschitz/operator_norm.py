@@ -4,6 +4,7 @@ Power iteration approaches a norm from below, and a bound that is too small is a
 here is an upper bound at any number of iterations; more of them only make it tighter.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ _POINTS_PER_DEGREE = 16
 """Frequencies per degree of a kernel: the bound is at most 1 % too large for each axis."""
 
 
+@jax.jit
 def matrix_norm(matrix: jax.Array) -> jax.Array:
     r"""An upper bound on the largest singular value.
 
@@ -60,8 +62,9 @@ def matrix_norm(matrix: jax.Array) -> jax.Array:
     return scale * jnp.sqrt(squared) * slack
 
 
+@functools.partial(jax.jit, static_argnames=("stride", "dilation", "groups"))
 def convolution_norm(
-    kernel: jax.Array, stride: Sequence[int], dilation: Sequence[int], groups: int
+    kernel: jax.Array, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
 ) -> jax.Array:
     r"""An upper bound on the operator norm of a convolution, with zero padding or none, on inputs
     of any size.

@@ -42,6 +42,7 @@ def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
     return matrix * jnp.where(size > norm, norm / size, jnp.ones_like(size))
 
 
+@jax.jit
 def orthogonal(matrix: jax.Array) -> jax.Array:
     r"""A matrix `[m, n]` near to this one whose singular values are near to one.
 
@@ -61,9 +62,12 @@ def orthogonal(matrix: jax.Array) -> jax.Array:
     tall = matrix.shape[0] >= matrix.shape[1]
     w = matrix if tall else matrix.T
     w = w / jnp.maximum(matrix_norm(w), jnp.finfo(w.dtype).tiny)
-    for _ in range(_BJORCK_STEPS):
+
+    def step(_: int, w: jax.Array) -> jax.Array:
         gram = jnp.matmul(w.T, w, precision=jax.lax.Precision.HIGHEST)
-        w = 1.5 * w - 0.5 * jnp.matmul(w, gram, precision=jax.lax.Precision.HIGHEST)
+        return 1.5 * w - 0.5 * jnp.matmul(w, gram, precision=jax.lax.Precision.HIGHEST)
+
+    w = jax.lax.fori_loop(0, _BJORCK_STEPS, step, w)
     return w if tall else w.T
 
 

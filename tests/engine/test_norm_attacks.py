@@ -21,7 +21,7 @@ from jax import lax
 import jaxdp
 from tests import helpers
 
-# Half of it for each end of the supported versions, see `make test`.
+# One half with the oldest JAX, the other half with newer ones (tests/conftest.py).
 pytestmark = pytest.mark.sweep
 
 METHODS = ("slots", "taps", "fused", "dense")

@@ -137,6 +137,14 @@ PROGRAMS: Mapping[str, Program] = {
     "sub": Program(lambda w, x: (w - x) - 2 * (x - w), normal(6)),
     "mul of inputs": unary(lambda x: x * jnp.flip(x, 0)),
     "mul by a scalar parameter": Program(lambda w, x: w * x + w, jnp.float32(1.5)),
+    "outer sum": Program(lambda w, x: w[:, None] + x[None], normal(4)),
+    "outer product": Program(lambda w, x: w[:, None] * x[None], normal(4)),
+    "outer product of inputs": unary(lambda x: x[0][:, None] * x[1][None]),
+    "outer quotient": Program(lambda w, x: w[:, None] / (9 + x[None]), normal(4)),
+    "outer quotient by a parameter": Program(lambda w, x: x[:, None] / (5 + w[None]), normal(4)),
+    "outer maximum": Program(lambda w, x: jnp.maximum(w[:, None], x[None]), normal(4)),
+    "outer choice": Program(lambda w, x: jnp.where(x[None] > 0, w[:, None], x[None]), normal(4)),
+    "outer clip": Program(lambda w, x: jnp.clip(x[None], w[:, None], 1 + w[:, None]), normal(4)),
     "divided by a parameter": Program(lambda w, x: x / w + 1 / w, jnp.float32(-0.7)),
     "divided by an input": unary(lambda x: x / (20 + x[0, 0])),
     "stop gradient": elementwise(lambda x: lax.stop_gradient(x) * x),
@@ -201,7 +209,9 @@ PROGRAMS: Mapping[str, Program] = {
     "switch by a known index": Program(
         lambda w, x: lax.switch(1, [lambda y: y, lambda y: 3 * y * w], x), normal(6)
     ),
-    "nested jit": Program(lambda w, x: jax.jit(lambda y: jax.jit(jnp.tanh)(y @ w))(x), normal(6, 5)),
+    "nested jit": Program(
+        lambda w, x: jax.jit(lambda y: jax.jit(jnp.tanh)(y @ w))(x), normal(6, 5)
+    ),
     "checkpoint": Program(jax.checkpoint(lambda w, x: jnp.tanh(x @ w)), normal(6, 5)),
     "custom jvp": elementwise(straight_through),
     "custom vjp": elementwise(halved_back),

@@ -55,7 +55,7 @@ LAYERS: Mapping[str, Case] = {
 def model_of(case: Case) -> tuple[Any, Any]:
     """A scale below the layer and a sum above it, so that both show its bounds."""
     layer = case.layer()
-    params = {"below": jnp.ones(case.shape), "layer": layer.init(KEY)}
+    params = {"below": jnp.ones(case.shape), "layer": jax.jit(layer.init)(KEY)}
     shape = jax.eval_shape(layer.apply, params["layer"], jnp.zeros(case.shape)).shape
     above = jax.random.normal(KEY, shape)
     params["above"] = above / jnp.linalg.norm(above)
@@ -66,6 +66,7 @@ def model_of(case: Case) -> tuple[Any, Any]:
     return loss_fn, params
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_the_bounds_of_a_layer_survive(name: str) -> None:
     loss_fn, params = model_of(LAYERS[name])
@@ -228,9 +229,9 @@ def test_a_clip_value_may_be_an_array_but_not_of_the_example() -> None:
         return 10 * jnp.sum(lipschitz.clip_gradient(params * x, clip))
 
     ones = jnp.ones(3)
-    found = jax.jit(
-        lambda clip: lipschitz.bounds(loss_fn, ones, ones, 1.0, clip=clip).total
-    )(jnp.float32(0.25))
+    found = jax.jit(lambda clip: lipschitz.bounds(loss_fn, ones, ones, 1.0, clip=clip).total)(
+        jnp.float32(0.25)
+    )
     assert float(found) == pytest.approx(0.25, rel=1e-4)
     with pytest.raises(NotImplementedError, match="depends on no example"):
         lipschitz.bounds(lambda p, x: loss_fn(p, x, x[0]), ones, ones, 1.0)
@@ -289,10 +290,8 @@ def test_the_bounds_of_a_model_survive_at_the_start_and_after_training(name: str
         return lipschitz.softmax_cross_entropy(logits, example[1], temperature=5.0)
 
     example = (jnp.zeros((14, 14, 1)), jnp.int32(0))
-    params = model.init(KEY)
-    tx = optax.chain(
-        jaxdp.add_noise(0.3, KEY), optax.sgd(0.3), lipschitz.project(model.project)
-    )
+    params = jax.jit(model.init)(KEY)
+    tx = optax.chain(jaxdp.add_noise(0.3, KEY), optax.sgd(0.3), lipschitz.project(model.project))
     grads_fn = lipschitz.bounded_grads(loss_fn, 1.0)
 
     @jax.jit

@@ -147,12 +147,10 @@ def test_the_per_sample_kr_loss_has_the_mean_of_the_batch_one() -> None:
     """Where the proportions are those of the batch."""
     z, _ = predictions(1.0, 1000)
     label = jnp.asarray(np.repeat(np.arange(CLASSES), (np.array(SHARES) * 1000).astype(int)))
-    mine = jax.vmap(
-        lambda z, y: lipschitz.kantorovich_rubinstein(z, y, proportions=SHARES)
-    )(z, label).mean()
-    per_class = [
-        float(z[label != k, k].mean() - z[label == k, k].mean()) for k in range(CLASSES)
-    ]
+    mine = jax.vmap(lambda z, y: lipschitz.kantorovich_rubinstein(z, y, proportions=SHARES))(
+        z, label
+    ).mean()
+    per_class = [float(z[label != k, k].mean() - z[label == k, k].mean()) for k in range(CLASSES)]
     assert float(mine) == pytest.approx(np.mean(per_class), rel=1e-4, abs=1e-5)
 
 
@@ -164,9 +162,7 @@ WRONG = {
     "proportions must be in": lambda z: lipschitz.kantorovich_rubinstein(
         z, 0, proportions=(0.0, *SHARES[1:])
     ),
-    "alpha": lambda z: lipschitz.hinge_kantorovich_rubinstein(
-        z, 0, proportions=SHARES, alpha=-1.0
-    ),
+    "alpha": lambda z: lipschitz.hinge_kantorovich_rubinstein(z, 0, proportions=SHARES, alpha=-1.0),
 }
 
 

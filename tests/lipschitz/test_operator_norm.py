@@ -123,17 +123,16 @@ CONVOLUTIONS = {
 KERNELS = {
     "normal": lambda shape: np.random.default_rng(1).normal(size=shape),
     "constant": np.ones,
-    "alternating": lambda shape: (-1.0) ** np.indices(shape[:-2]).sum(0)[..., None, None]
-    * np.ones(shape),
+    "alternating": lambda shape: (
+        (-1.0) ** np.indices(shape[:-2]).sum(0)[..., None, None] * np.ones(shape)
+    ),
 }
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("kind", list(KERNELS))
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))
-def test_a_convolution_norm_is_an_upper_bound_and_tight(
-    name: str, kind: str, padding: str
-) -> None:
+def test_a_convolution_norm_is_an_upper_bound_and_tight(name: str, kind: str, padding: str) -> None:
     conv = CONVOLUTIONS[name]
     kernel = jnp.asarray(KERNELS[kind](conv.kernel_shape), jnp.float32)
     true = largest_singular_value(conv.matrix(kernel, padding))
@@ -150,9 +149,7 @@ def test_a_convolution_norm_is_reached_on_a_large_input() -> None:
     assert true <= bound <= 1.03 * true
 
 
-@pytest.mark.parametrize(
-    "k, s, d", list(itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 2, 4)))
-)
+@pytest.mark.parametrize("k, s, d", list(itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 2, 4))))
 def test_patch_multiplicity_counts_windows_over_a_position(k: int, s: int, d: int) -> None:
     windows = range(20)
     covered = [p * s + tap * d for p in windows for tap in range(k)]

@@ -14,8 +14,7 @@ from jaxdp.lipschitz.rules.registry import _RULES
 from jaxdp.lipschitz.value import Range, Value
 from tests.lipschitz.program_table import PROGRAMS, Program
 
-# Half of it for each end of the supported versions, see `make test`.
-pytestmark = pytest.mark.sweep
+cases = pytest.mark.parametrize("name", list(PROGRAMS))
 
 BOUND = 3.0
 ROUNDING = 1 + 1e-5
@@ -51,7 +50,8 @@ def surrounded(program: Program) -> tuple[Any, Any]:
     return loss_fn, params
 
 
-@pytest.mark.parametrize("name", list(PROGRAMS))
+@pytest.mark.sweep
+@cases
 def test_values_stay_within_their_range(name: str) -> None:
     program = PROGRAMS[name]
     w, treedef = jax.tree.flatten(program.w)
@@ -68,15 +68,14 @@ def test_values_stay_within_their_range(name: str) -> None:
     assert y.min() >= float(output.low) - 1e-5 * abs(y.min())
 
 
-@pytest.mark.parametrize("name", list(PROGRAMS))
+@pytest.mark.sweep
+@cases
 def test_no_gradient_is_longer_than_its_bound(name: str) -> None:
     loss_fn, params = surrounded(PROGRAMS[name])
     x = inputs(PROGRAMS[name].shape)
     found = lipschitz.bounds(loss_fn, params, x[0], BOUND)
     grads = jax.vmap(jax.grad(loss_fn), (None, 0))(params, x)
-    for grad, bound in zip(
-        jax.tree.leaves(grads), jax.tree.leaves(found.sensitivity), strict=True
-    ):
+    for grad, bound in zip(jax.tree.leaves(grads), jax.tree.leaves(found.sensitivity), strict=True):
         norms = np.linalg.norm(np.asarray(grad, np.float64).reshape(len(x), -1), axis=1)
         assert np.isfinite(bound)
         assert norms.max() <= float(bound) * ROUNDING
@@ -90,7 +89,15 @@ def test_the_table_uses_every_rule() -> None:
         used |= {eqn.name for eqn in walker.equations(traced)}
     # Names of other versions, of the inside of transformations, and of what only some users do.
     rare = {"copy", "copy_p", "add_any", "pvary", "pcast", "sharding_constraint", "stack"}
-    rare |= {"expand_dims", "optimization_barrier", "reduce_precision", "unstack", "reduce_window_min", "sinh"}
+    rare |= {
+        "bitcast_convert_type",
+        "expand_dims",
+        "optimization_barrier",
+        "reduce_precision",
+        "unstack",
+        "reduce_window_min",
+        "sinh",
+    }
     assert set(_RULES) - used <= rare
 
 

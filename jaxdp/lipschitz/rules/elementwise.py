@@ -151,14 +151,18 @@ def _sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
 def _mul(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     x, y = values
     copies_x, copies_y = _copies(eqn, values)
-    norm = jnp.minimum(copies_x * x.norm * y.largest, copies_y * y.norm * x.largest)
+    one_by_other = jnp.minimum(copies_x * x.norm * y.largest, copies_y * y.norm * x.largest)
+    norm = jnp.minimum(one_by_other, x.norm * y.norm)
     low, high = _corners(x, y)
     if x is y:
         low = jnp.square(_least_size(x))
 
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
         (bound,) = cotangents
-        return [scaled(bound, _weighing(x, y)), scaled(bound, _weighing(y, x))]
+        return [
+            scaled(bound, _weighing(copies_x, y)),
+            scaled(bound, _weighing(copies_y, x)),
+        ]
 
     return [Range(norm, low, high)], pull_back
 
@@ -215,10 +219,16 @@ def _clamp(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pul
 @register_bound_rule("select_n")
 def _select(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     _, *cases = values
-    norm = jnp.sqrt(sum((jnp.square(case.norm) for case in cases), jnp.float32(0)))
+    copies = _copies(eqn, cases)
+    norms = [many * case.norm for many, case in zip(copies, cases, strict=True)]
+    norm = jnp.sqrt(sum(map(jnp.square, norms), jnp.float32(0)))
     low = jnp.min(jnp.stack([case.low for case in cases]))
     high = jnp.max(jnp.stack([case.high for case in cases]))
-    return [Range(norm, low, high)], lambda cotangents: [None, *(cotangents[0] for _ in cases)]
+
+    def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
+        return [None, *(scaled(cotangents[0], many) for many in copies)]
+
+    return [Range(norm, low, high)], pull_back
 
 
 def _least_size(x: Value) -> jax.Array:
@@ -234,11 +244,13 @@ def _corners(x: Value, y: Value) -> tuple[jax.Array, jax.Array]:
 
 
 def _copies(eqn: Equation, values: Sequence[Value]) -> list[float]:
-    """By how much the norm of each operand grows because a scalar meets every entry."""
+    """By how much the norm of each operand grows because its entries meet several others: scalars,
+    and axes of one, are not always broadcast by an equation of their own."""
     size = eqn.outputs[0].size
     return [math.sqrt(size / value.size) if value.size else 1.0 for value in values]
 
 
-def _weighing(x: Value, y: Value) -> jax.Array:
-    """How much a product with y lengthens the cotangent on its way to x."""
-    return y.norm if x.size < y.size else y.largest
+def _weighing(copies: float, other: Value) -> jax.Array:
+    """How much a product with another array lengthens the cotangent of an operand: entry by entry,
+    or, where one entry meets several, by what it meets (Cauchy-Schwarz)."""
+    return other.largest if copies == 1 else jnp.minimum(copies * other.largest, other.norm)

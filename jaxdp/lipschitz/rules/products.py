@@ -50,9 +50,9 @@ def _convolution(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range
     positions = [eqn.outputs[0].shape[axis] for axis in out_axes[2:]]
     # Zeros between the entries of the input lengthen nothing, but leave no stride to account for.
     spread = any(gap > 1 for gap in eqn.params["lhs_dilation"])
-    steps = [1] * len(window) if spread else stride
+    steps = (1,) * len(window) if spread else tuple(stride)
     ordered = kernel.array.transpose(*axes[2:], axes[1], axes[0])
-    norm = convolution_norm(ordered, steps, dilation, eqn.params["feature_group_count"])
+    norm = convolution_norm(ordered, steps, tuple(dilation), eqn.params["feature_group_count"])
     patches = math.sqrt(patch_multiplicity(window, stride, dilation, positions))
 
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:

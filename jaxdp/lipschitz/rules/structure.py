@@ -39,6 +39,12 @@ def _convert(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], P
     return [image], lambda cotangents: [None]
 
 
+@register_bound_rule("bitcast_convert_type")
+def _bits(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    # Of random bits, which become any number, and have no gradient.
+    return [Range()], lambda cotangents: [None]
+
+
 @register_bound_rule("broadcast_in_dim")
 def _broadcast(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     x = values[0]

@@ -1,0 +1,232 @@
+"""Gradients that need no clip: what they are, what they do with bad rows, how they are used."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxdp
+from jaxdp import lipschitz
+from tests import helpers
+
+KEY = jax.random.key(0)
+ROWS = 6
+
+
+def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
+    x, label = example
+    hidden = jnp.tanh(x @ params["body"]["w"] + params["body"]["b"])
+    return lipschitz.softmax_cross_entropy(hidden * params["head"], label)
+
+
+PARAMS = helpers.PARAMS
+BATCH = (0.3 * helpers.small_batch(ROWS)[0], jnp.arange(ROWS) % 2)
+GRADS_FN = jax.jit(lipschitz.bounded_grads(loss_fn, 1.0, with_losses=True))
+
+
+def summed(params: Any, batch: Any) -> Any:
+    """One gradient at a time."""
+    examples = [jax.tree.map(lambda leaf, i=i: leaf[i], batch) for i in range(len(batch[1]))]
+    grads = [jax.grad(loss_fn)(params, example) for example in examples]
+    return jax.tree.map(lambda *leaves: sum(leaves), *grads)
+
+
+def test_they_are_the_sum_of_ordinary_gradients() -> None:
+    bounded, losses = GRADS_FN(PARAMS, BATCH)
+    helpers.assert_trees_close(bounded.value, summed(PARAMS, BATCH), rtol=1e-5)
+    np.testing.assert_allclose(losses, jax.vmap(loss_fn, (None, 0))(PARAMS, BATCH), rtol=1e-6)
+
+
+def test_their_sensitivity_is_the_bound_of_each_leaf() -> None:
+    bounded, _ = GRADS_FN(PARAMS, BATCH)
+    found = lipschitz.bounds(loss_fn, PARAMS, jax.tree.map(lambda leaf: leaf[0], BATCH), 1.0)
+    assert list(found.by_name) == ["body/b", "body/w", "head"]
+    np.testing.assert_allclose(bounded.sensitivity, list(found.by_name.values()), rtol=1e-6)
+    assert bounded.groups == (0, 1, 2)
+    assert float(bounded.total_sensitivity) == pytest.approx(float(found.total), rel=1e-6)
+
+
+def moved(with_sample: Any, without: Any) -> list[float]:
+    """How far each leaf of a sum moves when a sample leaves."""
+    pairs = zip(jax.tree.leaves(with_sample), jax.tree.leaves(without), strict=True)
+    return [float(jnp.linalg.norm((a - b).reshape(-1))) for a, b in pairs]
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 1e4, 1e30, np.inf, np.nan])
+def test_no_sample_moves_the_sum_by_more_than_the_sensitivity(size: float) -> None:
+    x = BATCH[0].at[2].multiply(size)
+    present = jnp.ones(ROWS, bool)
+    bounded, _ = GRADS_FN(PARAMS, (x, BATCH[1]), present)
+    without, _ = GRADS_FN(PARAMS, (x, BATCH[1]), present.at[2].set(False))
+    for distance, bound in zip(
+        moved(bounded.value, without.value), bounded.sensitivity, strict=True
+    ):
+        assert distance <= float(bound)
+
+
+def test_a_mean_over_the_samples_that_came_would_move_by_more() -> None:
+    """Why the sum is divided by a constant: the test above rejects the mean."""
+    # One sample pulls one way, many pull the other: leaving, it moves what the others weigh.
+    x, labels = jnp.ones((ROWS, 3)) / 3**0.5, jnp.zeros(ROWS, jnp.int32).at[0].set(1)
+    present = jnp.ones(ROWS, bool)
+
+    def mean(mask: jax.Array) -> Any:
+        bounded, _ = GRADS_FN(PARAMS, (x, labels), mask)
+        return jax.tree.map(lambda leaf: leaf / jnp.sum(mask, dtype=jnp.float32), bounded.value)
+
+    one = summed(PARAMS, (x[:1], labels[:1]))
+    allowed = [norm / ROWS for norm in moved(one, jax.tree.map(jnp.zeros_like, one))]
+    distances = moved(mean(present), mean(present.at[0].set(False)))
+    assert max(d / a for d, a in zip(distances, allowed, strict=True)) > 1.5
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e38])
+def test_masked_rows_count_for_nothing_whatever_they_hold(garbage: float) -> None:
+    mask = jnp.arange(ROWS) < 3
+    x = jnp.where(mask[:, None], BATCH[0], garbage)
+    bounded, losses = GRADS_FN(PARAMS, (x, BATCH[1]), mask)
+    few = jax.tree.map(lambda leaf: leaf[:3], BATCH)
+    helpers.assert_trees_close(bounded.value, summed(PARAMS, few), rtol=1e-5)
+    assert losses[3:].tolist() == [0, 0, 0]
+
+
+def test_a_sample_that_is_not_finite_counts_for_nothing_and_says_so() -> None:
+    x = BATCH[0].at[0, 1].set(np.nan)
+    bounded, losses = GRADS_FN(PARAMS, (x, BATCH[1]))
+    rest = jax.tree.map(lambda leaf: leaf[1:], BATCH)
+    helpers.assert_trees_close(bounded.value, summed(PARAMS, rest), rtol=1e-5)
+    assert np.isnan(losses[0]) and np.all(np.isfinite(losses[1:]))
+
+
+def test_a_sample_that_is_too_long_is_scaled_down() -> None:
+    x = 100 * BATCH[0]
+    unit = x / jnp.linalg.norm(x, axis=1, keepdims=True)
+    bounded, _ = GRADS_FN(PARAMS, (x, BATCH[1]))
+    helpers.assert_trees_close(bounded.value, summed(PARAMS, (unit, BATCH[1])), rtol=1e-4)
+
+
+def test_an_empty_batch_is_zero_and_keeps_its_sensitivity() -> None:
+    bounded, losses = GRADS_FN(PARAMS, BATCH, jnp.zeros(ROWS, bool))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(bounded.value))
+    assert float(bounded.total_sensitivity) > 0
+    assert not np.any(losses)
+
+
+def test_frozen_and_integer_leaves_take_no_part() -> None:
+    params = {**PARAMS, "count": jnp.arange(3)}
+    frozen = {"body": {"b": False, "w": True}, "head": True, "count": True}
+    bounded = lipschitz.bounded_grads(loss_fn, 1.0, trainable=frozen)(params, BATCH)
+    # Leaves in order: body.b, body.w, count, head.
+    assert bounded.groups == (None, 0, None, 1)
+    assert not np.any(bounded.value["body"]["b"]) and not np.any(bounded.value["count"])
+    found = lipschitz.bounds(loss_fn, params, (BATCH[0][0], BATCH[1][0]), 1.0, trainable=frozen)
+    assert list(found.by_name) == ["body/w", "head"]
+    assert float(found.sensitivity["body"]["b"]) == 0
+
+
+@pytest.mark.parametrize("allocation", ["global", "per_layer", "optimal", (1.0, 2.0, 0.5)])
+def test_they_go_into_a_chain_without_a_clip(allocation: Any) -> None:
+    tx = optax.chain(jaxdp.add_noise(0.5, KEY, allocation), optax.sgd(0.1))
+    grads_fn = lipschitz.bounded_grads(loss_fn, 1.0)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        updates, state = tx.update(grads_fn(params, BATCH), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(PARAMS, tx.init(PARAMS))
+    assert helpers.structure(params) == helpers.structure(PARAMS)
+    assert not helpers.any_equal(params, PARAMS)
+
+
+def test_noise_follows_the_bound_of_the_weights_as_they_are() -> None:
+    tx = jaxdp.add_noise(1.0, KEY)
+    large = {**PARAMS, "head": 10 * PARAMS["head"]}
+
+    def noise(params: Any) -> jax.Array:
+        empty, _ = GRADS_FN(params, BATCH, jnp.zeros(ROWS, bool))
+        noised: Any = tx.update(empty, tx.init(params))[0]
+        return noised["body"]["w"]
+
+    def total(params: Any) -> jax.Array:
+        return GRADS_FN(params, BATCH)[0].total_sensitivity
+
+    ratio = total(large) / total(PARAMS)
+    assert float(ratio) > 3
+    np.testing.assert_allclose(noise(large), ratio * noise(PARAMS), rtol=1e-4)
+
+
+def test_physical_batches_add_up() -> None:
+    whole, _ = GRADS_FN(PARAMS, BATCH)
+    first, _ = GRADS_FN(PARAMS, BATCH, jnp.arange(ROWS) < 2)
+    rest, _ = GRADS_FN(PARAMS, BATCH, jnp.arange(ROWS) >= 2)
+    both = first + rest
+    helpers.assert_trees_close(both.value, whole.value, rtol=1e-5)
+    np.testing.assert_allclose(both.sensitivity, whole.sensitivity)
+
+
+def test_arguments_of_the_loss_are_public_constants() -> None:
+    def scaled(params: Any, example: Any, factor: Any) -> jax.Array:
+        return factor * loss_fn(params, example)
+
+    grads_fn = lipschitz.bounded_grads(scaled, 1.0)
+    once = grads_fn(PARAMS, BATCH, factor=1.0)
+    twice = jax.jit(grads_fn)(PARAMS, BATCH, factor=2.0)
+    np.testing.assert_allclose(twice.sensitivity, 2 * once.sensitivity, rtol=1e-5)
+    helpers.assert_trees_close(twice.value, jax.tree.map(lambda g: 2 * g, once.value), rtol=1e-4)
+
+
+def test_no_per_sample_gradient_is_materialised() -> None:
+    """The compiled step holds no array of batch times parameter."""
+    wide = {"w": jnp.ones((64, 48))}
+    grads_fn = lipschitz.bounded_grads(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])), 1.0)
+    text = jax.jit(grads_fn).lower(wide, jnp.ones((96, 64))).compile().as_text()
+    assert text is not None
+    assert "64,48]" in text and "96,64,48]" not in text and "96,48,64]" not in text
+
+
+WRONG = {
+    "a bound below zero": (lambda: (PARAMS, BATCH, -1.0), ValueError, "at least 0, got -1"),
+    "a bound that is NaN": (lambda: (PARAMS, BATCH, np.nan), ValueError, "at least 0, got nan"),
+    "bounds of another structure": (
+        lambda: (PARAMS, BATCH, {"x": 1.0}),
+        ValueError,
+        "input_bound must be a pytree prefix",
+    ),
+    "rows that disagree": (
+        lambda: (PARAMS, (BATCH[0], BATCH[1][1:]), 1.0),
+        ValueError,
+        "same leading axis",
+    ),
+    "half precision": (
+        lambda: (jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS), BATCH, 1.0),
+        TypeError,
+        "float32 at least.*body/b",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_arguments_are_checked(name: str) -> None:
+    make, error, message = WRONG[name]
+    params, batch, bound = make()
+    with pytest.raises(error, match=message):
+        lipschitz.bounded_grads(loss_fn, bound)(params, batch)
+
+
+def test_a_loss_that_is_no_function_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match="loss_fn must be a function"):
+        lipschitz.bounded_grads(3.0, 1.0)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_bounds_prints_names_leaves_and_layers() -> None:
+    text = str(lipschitz.bounds(loss_fn, PARAMS, (BATCH[0][0], BATCH[1][0]), 1.0))
+    lines = text.splitlines()
+    assert lines[0].split() == ["leaf", "gradient"]
+    assert [line.split()[0] for line in lines[1:4]] == ["body/b", "body/w", "head"]
+    assert "whole gradient: at most" in lines[4]
+    assert [line.split()[0] for line in lines[7:]] == ["dot_general", "add", "mul"]
+    assert all("test_bounded_grads.py" in line for line in lines[7:])
