@@ -312,7 +312,7 @@ def householder(features: int) -> Layer:
         return _householder(x, params["angle"])
 
     return Layer(
-        init=lambda key: {"angle": jnp.full(features // 2, math.pi / 2)},
+        init=lambda key: {"angle": math.pi / 2 * jnp.ones(features // 2)},
         apply=apply,
     )
 

@@ -63,7 +63,7 @@ def prelu(num_parameters: int = 1) -> Layer:
     check_sizes(num_parameters=num_parameters)
 
     def init(key: jax.Array) -> Params:
-        return {"slope": jnp.full(num_parameters, 0.25)}
+        return {"slope": 0.25 * jnp.ones(num_parameters)}
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         if num_parameters > 1:

@@ -99,6 +99,14 @@ def test_a_layer_lengthens_nothing(name: str) -> None:
     assert float(found.by_name["below"]) <= 2.0 * 1.001
 
 
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_parameters_have_a_dtype_of_their_own(name: str) -> None:
+    """Else the second step of a training loop compiles again."""
+    layer = LAYERS[name].layer()
+    params = jax.eval_shape(lambda key: layer.project(layer.init(key)), KEY)
+    assert all(leaf.dtype == jnp.float32 and not leaf.weak_type for leaf in jax.tree.leaves(params))
+
+
 def singular_values(matrix: jax.Array) -> np.ndarray:
     return np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
 
@@ -281,6 +289,7 @@ def ordinary() -> nn.Layer:
 MODELS = {"constrained": constrained, "ordinary": ordinary}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_bounds_of_a_model_survive_at_the_start_and_after_training(name: str) -> None:
     model = MODELS[name]()
