@@ -29,13 +29,29 @@ hypothesis.settings.load_profile("jaxdp")
 collect_ignore = ["golden/make.py"]
 
 
+# What sees JAX through its public functions only, if at all: one version of it is enough.
+ONCE = (
+    "jaxdp/accounting",
+    "jaxdp/recipes",
+    "jaxdp/sampling",
+    "jaxdp/training",
+    "tests/recipes",
+    "tests/test_accounting",
+    "tests/test_cli",
+    "tests/test_notebooks",
+    "tests/test_sampling",
+    "tests/training",
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the cases of a sweep one half runs with the oldest JAX and the other half with newer ones;
-    the rest is slow there. Halves by name, so that a new case moves no other."""
+    """Leaves some to the other end of the supported versions, where they are slow here: of the
+    cases of a sweep one half runs with the oldest JAX and the other half with newer ones; what
+    needs to run ONCE runs with newer ones. Halves by name, so that a new case moves no other."""
     newer = jax.__version_info__ >= (0, 11)
     for item in items:
-        if not (item.get_closest_marker("sweep") and hasattr(item, "callspec")):
-            continue
-        if zlib.crc32(item.name.encode()) % 2 != newer:
+        half = item.get_closest_marker("sweep") is not None and hasattr(item, "callspec")
+        elsewhere = half and zlib.crc32(item.name.encode()) % 2 != newer
+        if elsewhere or (item.nodeid.startswith(ONCE) and not newer):
             item.add_marker(pytest.mark.slow)

@@ -34,13 +34,13 @@ ROOMS = {
     "jaxdp.clipping": 4,
     "jaxdp.noise": 4,
     "jaxdp.accumulation": 4,
-    "jaxdp.lipschitz": 4,
-    "jaxdp.training": 5,
-    "jaxdp.recipes": 6,
-    "jaxdp.cli": 7,
+    "jaxdp.lipschitz": 5,
+    "jaxdp.training": 6,
+    "jaxdp.recipes": 7,
+    "jaxdp.cli": 8,
     # The two doors: the table of contents of the package, and `python -m jaxdp`.
-    "jaxdp": 8,
-    "jaxdp.__main__": 8,
+    "jaxdp": 9,
+    "jaxdp.__main__": 9,
 }
 WITHOUT_JAX = ("jaxdp.accounting", "jaxdp.sampling")
 

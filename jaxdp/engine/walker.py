@@ -24,8 +24,6 @@ Program = Any  # core.ClosedJaxpr; from JAX 0.11 this is core.Jaxpr
 _NAMES = {"pjit": "jit", "remat2": "remat", "checkpoint": "remat"}
 # Primitives that only call a function: its equations count as those of the caller.
 _CALLS = {"jit", "closed_call", "core_call"}
-_OWN_DERIVATIVE = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-_BODIES = ("call_jaxpr", "fun_jaxpr")
 
 
 class Scan(NamedTuple):
@@ -96,11 +94,14 @@ class Equation:
         return self.params["branches"] if self.name == "cond" else ()
 
     @property
-    def with_own_derivative(self) -> Program | None:
-        """The function, if it is one of `jax.custom_jvp` or `jax.custom_vjp`."""
-        if self.name not in _OWN_DERIVATIVE:
-            return None
-        return self.params[next(key for key in _BODIES if key in self.params)]
+    def custom_jvp(self) -> Program | None:
+        """The function, if it is one of `jax.custom_jvp`."""
+        return self.params["call_jaxpr"] if self.name == "custom_jvp_call" else None
+
+    @property
+    def custom_vjp(self) -> Program | None:
+        """The function, if it is one of `jax.custom_vjp`."""
+        return self.params["call_jaxpr"] if self.name == "custom_vjp_call" else None
 
     @property
     def scan(self) -> Scan | None:

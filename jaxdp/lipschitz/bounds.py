@@ -1,26 +1,20 @@
-r"""Gradients that are bounded by what the network is, so that nothing is clipped.
+r"""How large the gradient of one example can be, from the program of its loss.
 
-    grads_fn = lipschitz.bounded_grads(loss_fn, input_bound=1.0)
-    tx = optax.chain(jaxdp.add_noise(1.1, key), optax.scale(1 / 256), optax.adam(1e-3))
-    updates, state = tx.update(grads_fn(params, batch, mask), state, params)
+    print(lipschitz.bounds(loss_fn, params, example, input_bound=1.0))
 
 Bounds are computed from the weights as they are, which are private already: no weight has to obey
 a constraint for a bound to be true. Constraints (`lipschitz.project`) keep the bounds small.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxdp.bounded import Bounded
 from jaxdp.engine import walker
-from jaxdp.engine.numerics import select_rows, square_sums
 from jaxdp.lipschitz.propagation import propagate, pull_back
 from jaxdp.lipschitz.value import Range, Value
-from jaxdp.problem import LossFn, Problem, check_function, pose
+from jaxdp.problem import LossFn, Problem, pose
 from jaxdp.trees import prefix_leaves
 
 SLACK = 1 + 2.0**-16
@@ -127,98 +121,6 @@ def bounds(
     return Bounds(tree, dict(zip(problem.names, found, strict=True)), layers)
 
 
-def bounded_grads(
-    loss_fn: LossFn,
-    input_bound: Any,
-    *,
-    with_losses: bool = False,
-    trainable: Any = True,
-) -> Callable[..., Any]:
-    r"""Turns the loss of ONE example into a function that gives bounded gradients of a batch.
-
-    $$ \sum_i \nabla_\theta\, \ell(\theta, x_i), \qquad \Delta_k \text{ as in } \texttt{bounds} $$
-
-    computed by one ordinary gradient of the batch: nothing is clipped, no gradient of a single
-    example exists. Every floating-point leaf of an example that is longer than its bound is
-    scaled down to it first; an example that is not finite counts for nothing.
-
-    Args:
-      loss_fn: as for `jaxdp.per_sample_grads`.
-      input_bound: as for `bounds`.
-      with_losses: whether the losses are returned, too.
-      trainable: as for `per_sample_grads`.
-
-    Returns:
-      `grads_fn(params, batch, mask=None, **kwargs) -> Bounded`, with one group for each leaf; with
-      losses `(Bounded, losses [B])`. Losses are not private; they are zero in masked rows and NaN
-      for examples that are not finite.
-
-    Raises:
-      (when called) what `bounds` raises, and what `per_sample_grads` raises of batch and mask.
-
-    Example:
-      >>> import jaxdp, optax
-      >>> loss_fn = lambda params, x: jnp.tanh(params @ x)
-      >>> grads_fn = bounded_grads(loss_fn, input_bound=1.0)
-      >>> total = grads_fn(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.0, 0.5]]))
-      >>> print(total.value, total.sensitivity.round(3))
-      [0.6 1.3] [1.]
-      >>> tx = optax.chain(jaxdp.add_noise(1.0, jax.random.key(0)), optax.sgd(0.1))
-      >>> updates, _ = tx.update(total, tx.init(jnp.zeros(2)))
-
-    Source: as `bounds`.
-    """
-    check_function(loss_fn)
-
-    def grads_fn(params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any) -> Any:
-        problem = pose(loss_fn, params, batch, mask, kwargs, has_aux=False, trainable=trainable)
-        limits = input_limits(input_bound, batch)
-        sensitivity, _ = leaf_bounds(problem, limits)
-        mask = problem.batch.mask
-        examples, counted = admitted(problem.batch.examples, mask, limits)
-
-        def total(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-            losses, _ = jax.vmap(problem.loss, (None, 0))(leaves, examples)
-            losses = jnp.where(counted, losses, jnp.zeros_like(losses))
-            return jnp.sum(losses), losses
-
-        grads, losses = jax.grad(total, has_aux=True)(problem.leaves)
-        groups = iter(range(len(grads)))
-        bounded = Bounded(
-            problem.tree(grads, jnp.zeros_like),
-            jnp.stack(sensitivity),
-            [None if group is None else next(groups) for group in problem.groups],
-        )
-        return (bounded, jnp.where(mask & ~counted, jnp.nan, losses)) if with_losses else bounded
-
-    return grads_fn
-
-
-def admitted(examples: Any, mask: jax.Array, limits: list[float]) -> tuple[Any, jax.Array]:
-    """Examples as the bounds assume them: each floating-point leaf finite and no longer than its
-    limit, zero where there is no sample; and which rows count, bool `[B]`."""
-    leaves, treedef = jax.tree.flatten(examples)
-    floats = [_is_float(leaf) for leaf in leaves]
-    finite = [
-        jnp.all(jnp.isfinite(leaf.reshape(leaf.shape[0], -1)), axis=1)
-        for leaf, is_float in zip(leaves, floats, strict=True)
-        if is_float
-    ]
-    counted = functools.reduce(jnp.logical_and, finite, mask)
-
-    def fitted(leaf: jax.Array, limit: float) -> jax.Array:
-        leaf = select_rows(counted, leaf)
-        norms = jnp.sqrt(square_sums(leaf.reshape(leaf.shape[0], -1)))
-        factors = jnp.where(norms > limit, limit / norms, jnp.ones_like(norms))
-        return leaf * factors.reshape(-1, *(1,) * (leaf.ndim - 1)).astype(leaf.dtype)
-
-    kept = [
-        fitted(leaf, limit) if is_float else leaf
-        for leaf, limit, is_float in zip(leaves, limits, floats, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, kept), counted
-
-
 def pose_one(
     loss_fn: LossFn, params: Any, example: Any, kwargs: dict[str, Any], trainable: Any
 ) -> Problem:
@@ -243,7 +145,12 @@ def leaf_bounds(
     program, _ = walker.trace(lambda *args: problem.loss(*args)[0], problem.leaves, example)
     parameters = [Value.known(leaf, moves=True) for leaf in problem.leaves]
     inputs = [
-        Value(leaf.shape, leaf.dtype, range=Range(limit if _is_float(leaf) else Range().norm))
+        Value(
+            leaf.shape,
+            leaf.dtype,
+            range=Range(limit if is_float(leaf) else Range().norm),
+            per_sample=True,
+        )
         for leaf, limit in zip(jax.tree.leaves(example), limits, strict=True)
     ]
     outputs, tape = propagate(program, [*parameters, *inputs])
@@ -279,7 +186,8 @@ def input_limits(input_bound: Any, examples: Any) -> list[float]:
     return limits
 
 
-def _is_float(leaf: Any) -> bool:
+def is_float(leaf: Any) -> bool:
+    """Whether it has a norm."""
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 

@@ -23,7 +23,10 @@ def declare(fun: Callable[..., Any], rule: BoundRule) -> Callable[..., Any]:
     computes and differentiates as before, under every transformation.
 
     Nobody checks the declaration when it is used, and one that is too small is a leak: hold it
-    against `jaxdp.lipschitz.falsify`.
+    against `jaxdp.lipschitz.falsify`. The falsifier sees one example at a time. What it cannot see
+    concerns backward passes of your own (`jax.custom_vjp`): where the cotangent is zero the
+    gradient must be zero, and if it is not linear in the cotangent, the rule must refuse operands
+    that are not `per_sample`.
 
     Args:
       fun: of arrays, to one array or several. What it closes over must not be traced.

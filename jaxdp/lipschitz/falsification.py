@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.lipschitz.bounds import admitted, input_limits, leaf_bounds, pose_one
+from jaxdp.lipschitz.bounds import input_limits, leaf_bounds, pose_one
+from jaxdp.lipschitz.gradients import admitted
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn
 

@@ -18,14 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
 from jaxdp.lipschitz.operator_norm import convolution_norm
 from jaxdp.lipschitz.projections import onto_ball, onto_spectral_ball, orthogonal
 from jaxdp.lipschitz.rules.registry import PullBack
-from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
+from jaxdp.lipschitz.value import Range, Value, scaled
 from jaxdp.nn.composition import LayerLike, combined, function
 from jaxdp.nn.convolution import conv2d as nn_conv2d
 from jaxdp.nn.layer import Layer, Params, add_bias, check_input, check_sizes
@@ -169,51 +168,6 @@ def bias(features: int, *, max_norm: float = 1.0) -> Layer:
         apply=apply,
         project=lambda params: {"bias": onto_ball(params["bias"], max_norm)},
     )
-
-
-def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
-    r"""x; on the way back, the cotangent g of this one example is $g \min(1, C/\lVert g\rVert_2)$.
-
-    So the bound on all gradients below becomes small, at the price of a bias where it acts. C is
-    in the unit of one example's gradient: under `jax.vmap`, as here, each example is clipped
-    alone, and no mean divides it before.
-
-    Args:
-      x: any shape.
-      clip_value: C ≥ 0, a scalar that depends on no example; it may be traced.
-
-    Returns:
-      x.
-
-    Example:
-      >>> loss_fn = lambda x: 10 * jnp.sum(clip_gradient(x, 1.0))
-      >>> print(jax.grad(loss_fn)(jnp.ones(4)))
-      [0.5 0.5 0.5 0.5]
-
-    Source: Béthune et al. 2023, "DP-SGD Without Clipping", section 3.3 (gradient clipping of the
-    loss), with C per sample.
-    """
-    return _clip_gradient(x, jnp.asarray(clip_value, x.dtype))
-
-
-def gradient_clip(clip_value: float) -> Layer:
-    """`clip_gradient` as a layer.
-
-    Args:
-      clip_value: C > 0.
-
-    Returns:
-      A layer, shape kept, without parameters.
-
-    Raises:
-      ValueError: C is not positive and finite.
-
-    Example:
-      >>> print(gradient_clip(1.0).apply({}, jnp.ones(2)))
-      [1. 1.]
-    """
-    checked("clip_value", clip_value)
-    return function(lambda x: clip_gradient(x, clip_value))
 
 
 def residual(
@@ -457,41 +411,6 @@ def _l2_norm_pool(window: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
         return [Range(values[0].norm, low=0)], lambda bounds: bounds
 
     return declare(l2_norm_pool, rule)
-
-
-@jax.custom_vjp
-def _clipping_identity(x: jax.Array, clip_value: jax.Array) -> jax.Array:
-    return x
-
-
-def _identity_forward(x: jax.Array, clip_value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return x, clip_value
-
-
-def _clipped_cotangent(clip_value: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    norm = jnp.sqrt(jnp.sum(jnp.square(cotangent)))
-    factor = jnp.where(norm > clip_value, clip_value / norm, jnp.ones_like(norm))
-    return factor * cotangent, jnp.zeros_like(clip_value)
-
-
-_clipping_identity.defvjp(_identity_forward, _clipped_cotangent)
-
-
-def _clip_rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
-    x, clip_value = values
-    if clip_value.array is None:
-        raise NotImplementedError(
-            f"clip_gradient needs a clip_value that depends on no example ({eqn.source})"
-        )
-
-    def pull_back(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
-        (bound,) = bounds
-        return [None if bound is None else jnp.minimum(bound, clip_value.high), None]
-
-    return [x.range], pull_back
-
-
-_clip_gradient = declare(_clipping_identity, _clip_rule)
 
 
 def _reflected_pairs(x: jax.Array, angle: jax.Array) -> jax.Array:

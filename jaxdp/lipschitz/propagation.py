@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from jaxdp.engine import walker
 from jaxdp.engine.walker import Equation, Program
+from jaxdp.lipschitz.dataflow import row_for_each_sample, vanishing
 from jaxdp.lipschitz.declaration import declared_rule, shown_name
 from jaxdp.lipschitz.rules.registry import PullBack, rule_of
 from jaxdp.lipschitz.rules.structure import side_by_side
-from jaxdp.lipschitz.value import Cotangent, Range, Value, added, jointly, largest
+from jaxdp.lipschitz.value import SHARED, Cotangent, Range, Value, added, jointly, largest
 
 
 class Step(NamedTuple):
@@ -87,17 +88,19 @@ def _evaluate(
             return _unrolled(scan, eqn, values, tape, path)
         if (remat := eqn.remat) is not None:
             return _evaluate(remat.body, values, tape, path)
-        ranges, pull = _rule(eqn, values, path)
+        found = _found(eqn, values, path)
         if known:
             arrays = eqn.bind([value.array for value in values])
             outputs = [Value.known(array, moves=moves) for array in arrays]
         else:
             outputs = [
-                Value(aval.shape, aval.dtype, range=Range(*range), moves=moves)
-                for aval, range in zip(eqn.outputs, ranges, strict=True)
+                Value(aval.shape, aval.dtype, range=Range(*range), moves=moves, per_sample=rows)
+                for aval, range, rows in zip(
+                    eqn.outputs, found.ranges, found.per_sample, strict=True
+                )
             ]
         if any(output.moves for output in outputs):
-            tape.append(Step(shown_name(eqn), eqn.source, values, outputs, pull))
+            tape.append(Step(shown_name(eqn), eqn.source, values, outputs, found.pull_back))
         return outputs
 
     return walker.evaluate(
@@ -110,23 +113,36 @@ def _evaluate(
     )
 
 
-def _rule(
-    eqn: Equation, values: Sequence[Value], path: walker.Path
-) -> tuple[Sequence[Range], PullBack]:
+class _Found(NamedTuple):
+    """What is known of the outputs of an equation, see `Value`, and how cotangents go back."""
+
+    ranges: Sequence[Range]
+    pull_back: PullBack
+    per_sample: Sequence[bool]
+
+
+def _found(eqn: Equation, values: Sequence[Value], path: walker.Path) -> _Found:
+    rows = [value.per_sample for value in values]
     if (declared := declared_rule(eqn)) is not None:
-        return declared(eqn, values)
+        return _Found(*declared(eqn, values), row_for_each_sample(eqn.call, rows))
     if eqn.branches:
         return _branches(eqn, values, path)
-    if eqn.with_own_derivative is not None:
-        return _own_derivative(eqn, values, path)
-    if not any(jnp.issubdtype(aval.dtype, jnp.floating) for aval in eqn.outputs):
+    if (body := eqn.custom_jvp or eqn.custom_vjp) is not None:
+        return _own_derivative(body, eqn, values, path)
+    same = [any(rows)] * len(eqn.outputs)
+    if not any(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in eqn.outputs):
         # Numbers to count and to compare with have no gradient, and any value.
-        return [Range() for _ in eqn.outputs], lambda bounds: [None] * len(values)
-    return rule_of(eqn)(eqn, values)
+        return _Found([Range() for _ in eqn.outputs], lambda bounds: [None] * len(values), same)
+    return _Found(*rule_of(eqn)(eqn, values), same)
 
 
 def _check_precision(eqn: Equation) -> None:
     for aval in eqn.outputs:
+        if jnp.issubdtype(aval.dtype, jnp.complexfloating):
+            raise NotImplementedError(
+                f"no bound is known for complex numbers, as {eqn.name} gives ({eqn.source}): clip "
+                "instead (jaxdp.clip_flat)"
+            )
         if jnp.issubdtype(aval.dtype, jnp.floating) and jnp.finfo(aval.dtype).bits < 32:
             raise TypeError(
                 f"bounds need at least float32, got {aval.dtype} ({eqn.source}): half precision "
@@ -171,20 +187,20 @@ def _rows(value: Value, length: int, eqn: Equation, tape: Tape) -> list[Value]:
 def _stacked(parts: list[Value], aval: Any, eqn: Equation, tape: Tape) -> Value:
     moves = any(part.moves for part in parts)
     if all(part.array is not None for part in parts):
-        rows = [jnp.asarray(part.array)[None] for part in parts]
+        slices = [jnp.asarray(part.array)[None] for part in parts]
         empty = jnp.zeros((0, *aval.shape[1:]), aval.dtype)
-        whole = Value.known(jnp.concatenate([empty, *rows]), moves=moves)
+        whole = Value.known(jnp.concatenate([empty, *slices]), moves=moves)
     else:
-        whole = Value(aval.shape, aval.dtype, range=side_by_side(parts), moves=moves)
+        rows = any(part.per_sample for part in parts)
+        joint = side_by_side(parts)
+        whole = Value(aval.shape, aval.dtype, range=joint, moves=moves, per_sample=rows)
     if moves:
         count = len(parts)
         tape.append(Step(eqn.name, eqn.source, parts, [whole], lambda bounds: [*bounds] * count))
     return whole
 
 
-def _branches(
-    eqn: Equation, values: Sequence[Value], path: walker.Path
-) -> tuple[Sequence[Range], PullBack]:
+def _branches(eqn: Equation, values: Sequence[Value], path: walker.Path) -> _Found:
     """Whatever the branch."""
     operands = values[1:]
     runs: list[tuple[list[Value], Tape]] = []
@@ -206,15 +222,24 @@ def _branches(
         found = [pull_back(tape, outputs, bounds) for outputs, tape in runs]
         return [None, *(largest([each[operand] for each in found]) for operand in operands)]
 
-    return ranges, back
+    rows = [
+        all(output.per_sample for output in outputs)
+        for outputs in zip(*(outputs for outputs, _ in runs), strict=True)
+    ]
+    return _Found(ranges, back, rows)
 
 
 def _own_derivative(
-    eqn: Equation, values: Sequence[Value], path: walker.Path
-) -> tuple[Sequence[Range], PullBack]:
+    body: Program, eqn: Equation, values: Sequence[Value], path: walker.Path
+) -> _Found:
     """Of `jax.custom_jvp` and `jax.custom_vjp`: their body says nothing about their gradient, so
     the program of the gradient itself is bounded, with its cotangent as one more input."""
-    outputs = _evaluate(eqn.with_own_derivative, values, [], path)
+    outputs = _evaluate(body, values, [], path)
+    if eqn.custom_vjp is not None and not all(output.per_sample for output in outputs):
+        raise NotImplementedError(
+            f"the gradient of {eqn.name} ({eqn.source}) need not be linear in the cotangent, and "
+            f"{SHARED}: use jax.custom_jvp, or declare the function (jaxdp.lipschitz.declare)"
+        )
     moving = [index for index, value in enumerate(values) if value.moves]
 
     def transposed(arrays: list[jax.Array], cotangents: list[jax.Array]) -> list[jax.Array]:
@@ -231,18 +256,27 @@ def _own_derivative(
         shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]
         outs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in eqn.outputs]
         program, _ = walker.trace(transposed, shapes, outs)
+        if not all(vanishing(program, [False] * len(shapes) + [True] * len(outs))):
+            raise NotImplementedError(
+                f"the gradient of {eqn.name} ({eqn.source}) is not known to be zero where its "
+                "cotangent is, so that rows without a sample might count: multiply it by the "
+                "cotangent, or declare the function (jaxdp.lipschitz.declare)"
+            )
         upstream = [
-            Value(aval.shape, aval.dtype, range=Range(0 if bound is None else bound))
+            Value(
+                aval.shape, aval.dtype, range=Range(0 if bound is None else bound), per_sample=True
+            )
             for aval, bound in zip(outs, bounds, strict=True)
         ]
         still = [_unmoved(value) for value in values]
         found = iter(_evaluate(program, [*still, *upstream], [], path))
         return [next(found).norm if index in moving else None for index in range(len(values))]
 
-    return [output.range for output in outputs], back
+    rows = [output.per_sample for output in outputs]
+    return _Found([output.range for output in outputs], back, rows)
 
 
 def _unmoved(value: Value) -> Value:
     if value.array is not None:
         return Value.known(value.array)
-    return Value(value.shape, value.dtype, range=value.range)
+    return Value(value.shape, value.dtype, range=value.range, per_sample=value.per_sample)

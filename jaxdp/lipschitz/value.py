@@ -13,6 +13,9 @@ from jax.typing import ArrayLike
 Cotangent = jax.Array | None
 """Bound on the L2 norm of a cotangent, a scalar; None where the cotangent is zero."""
 
+SHARED = "the cotangents of samples that share a value are added up before"
+"""Why a backward pass that is not linear has no bound on a value without a row for each sample."""
+
 
 class Range(NamedTuple):
     r"""Bounds on an array x that hold for every example: float32 scalars, possibly traced.
@@ -48,6 +51,8 @@ class Value:
       range: bounds on it; not needed where the array is known.
       array: the result itself, if it depends on no example.
       moves: whether it depends on a parameter, so that its cotangent matters.
+      per_sample: whether `jax.vmap` certainly gives it a row for each sample. What has none is
+        shared: the cotangents of all samples arrive there as one sum.
     """
 
     def __init__(
@@ -58,10 +63,12 @@ class Value:
         range: Range | None = None,
         array: Any = None,
         moves: bool = False,
+        per_sample: bool = False,
     ):
         self.shape = tuple(shape)
         self.dtype = dtype
         self.array = array
+        self.per_sample = per_sample
         self.moves = moves and jnp.issubdtype(dtype, jnp.floating)
         self._range = Range() if range is None else range
 

@@ -87,9 +87,11 @@ def make_step(
     """Compiles one training step: per-sample gradients, then the chain, then the update.
 
     Args:
-      grads_fn: from `jaxdp.per_sample_grads`.
+      grads_fn: from `jaxdp.per_sample_grads`, or from `jaxdp.lipschitz.bounded_grads` with
+        `with_losses=True`.
       tx: the optax chain: a clip, then `jaxdp.add_noise` (inside `jaxdp.accumulate` where logical
-        batches may overflow the physical batch), then any optimizer.
+        batches may overflow the physical batch), then any optimizer. Bounded gradients need no
+        clip.
       example_keys: give the loss a fresh key for each sample: its example is then the pair
         `(example, key)`.
 
@@ -123,14 +125,13 @@ def make_step(
         state: TrainState, batch: Any, mask: jax.Array, is_last: ArrayLike
     ) -> tuple[TrainState, StepMetrics]:
         key, rows_key = jax.random.split(state.key)
-        grads = grads_fn(state.params, with_keys(batch, rows_key), mask)
-        updates, opt_state = chain.update(grads, state.opt_state, state.params, is_last=is_last)
-        params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(
-            loss_sum=jnp.sum(grads.losses),
-            samples=jnp.sum(mask, dtype=jnp.int32),
-            nonfinite=grads.nonfinite,
+        found = grads_fn(state.params, with_keys(batch, rows_key), mask)
+        updates, opt_state = chain.update(
+            _grads(found), state.opt_state, state.params, is_last=is_last
         )
+        params = optax.apply_updates(state.params, updates)
+        losses, nonfinite = _seen(found, mask)
+        metrics = StepMetrics(jnp.sum(losses), jnp.sum(mask, dtype=jnp.int32), nonfinite)
         step = state.step + jnp.asarray(is_last, jnp.int32)
         return TrainState(step, params, opt_state, key), metrics
 
@@ -138,8 +139,8 @@ def make_step(
         # The chain itself, on an empty batch, says what it is about to release: a second
         # definition could disagree with the noise. All else is dead code to the compiler.
         row = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:1]), batch)
-        grads = grads_fn(state.params, with_keys(row, state.key), jnp.zeros((1,), bool))
-        _, opt_state = chain.update(grads, state.opt_state, state.params, is_last=True)
+        found = grads_fn(state.params, with_keys(row, state.key), jnp.zeros((1,), bool))
+        _, opt_state = chain.update(_grads(found), state.opt_state, state.params, is_last=True)
         released = executed_noise_multipliers(opt_state)
         if not released:
             raise ValueError(
@@ -149,3 +150,17 @@ def make_step(
         return jnp.stack(released)
 
     return Step(jax.jit(run, donate_argnums=0), jax.jit(noise_multipliers))
+
+
+def _grads(found: Any) -> Any:
+    """What goes into the chain: a handle, or a `Bounded` beside its losses."""
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _seen(found: Any, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Losses `[B]`, and how many samples are not finite. Of a handle to be asked after the chain,
+    whose pass it remembers."""
+    if not isinstance(found, tuple):
+        return found.losses, found.nonfinite
+    _, losses = found
+    return losses, jnp.sum(mask & ~jnp.isfinite(losses), dtype=jnp.int32)

@@ -200,6 +200,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("how", list(SPOILED))
 def test_a_sample_that_is_not_finite_counts_for_nothing(method: str, how: str) -> None:

@@ -230,3 +230,52 @@ def test_what_bounds_prints_names_leaves_and_layers() -> None:
     assert "whole gradient: at most" in lines[4]
     assert [line.split()[0] for line in lines[7:]] == ["dot_general", "add", "mul"]
     assert all("test_bounded_grads.py" in line for line in lines[7:])
+
+
+LOOSE = {"body": {"b": np.inf, "w": 0.02}, "head": 0.05}
+
+
+def test_loose_leaves_are_clipped_and_the_others_are_not() -> None:
+    mixed = lipschitz.bounded_grads(loss_fn, 1.0, thresholds=LOOSE)(PARAMS, BATCH)
+    plain, _ = GRADS_FN(PARAMS, BATCH)
+    grads = jax.vmap(jax.grad(loss_fn), (None, 0))(PARAMS, BATCH)
+
+    def clipped(leaf: jax.Array, threshold: float) -> np.ndarray:
+        rows = np.asarray(leaf, np.float64).reshape(ROWS, -1)
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        assert (norms > threshold).any()
+        return (rows * np.minimum(1, threshold / norms)).sum(0).reshape(leaf.shape[1:])
+
+    expected = {
+        "body": {"b": plain.value["body"]["b"], "w": clipped(grads["body"]["w"], 0.02)},
+        "head": clipped(grads["head"], 0.05),
+    }
+    helpers.assert_trees_close(mixed.value, expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        mixed.sensitivity, [float(plain.sensitivity[0]), 0.02, 0.05], rtol=1e-6
+    )
+
+
+def test_a_threshold_above_the_bound_changes_nothing() -> None:
+    mixed = lipschitz.bounded_grads(loss_fn, 1.0, thresholds=100.0)(PARAMS, BATCH)
+    plain, _ = GRADS_FN(PARAMS, BATCH)
+    helpers.assert_trees_close(mixed.value, plain.value, rtol=1e-5)
+    np.testing.assert_allclose(mixed.sensitivity, plain.sensitivity, rtol=1e-6)
+
+
+def test_a_loose_leaf_with_an_infinite_bound_trains() -> None:
+    def unbounded(params: Any, example: Any) -> jax.Array:
+        return loss_fn(params, example) + 1e-3 * jnp.log(jnp.abs(jnp.sum(params["head"])))
+
+    # The logarithm may be of zero for all that intervals know.
+    shifted = {**PARAMS, "head": PARAMS["head"] + 1}
+    found = lipschitz.bounds(unbounded, shifted, (BATCH[0][0], BATCH[1][0]), 1.0)
+    mixed = lipschitz.bounded_grads(unbounded, 1.0, thresholds=LOOSE)(shifted, BATCH)
+    assert float(found.by_name["head"]) > 0.05
+    assert np.all(np.isfinite(mixed.sensitivity))
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, np.nan])
+def test_a_threshold_must_be_above_zero(threshold: float) -> None:
+    with pytest.raises(ValueError, match="thresholds must be"):
+        lipschitz.bounded_grads(loss_fn, 1.0, thresholds=threshold)(PARAMS, BATCH)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxdp import lipschitz, nn
-from jaxdp.lipschitz.layers import _clip_rule
+from jaxdp.lipschitz.gradient_clipping import _clip_rule
 from jaxdp.lipschitz.rules import elementwise, products, registry
 
 KEY = jax.random.key(0)

@@ -91,6 +91,7 @@ PRESERVING = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", PRESERVING)
 def test_a_layer_lengthens_nothing(name: str) -> None:
     loss_fn, params = model_of(LAYERS[name])
@@ -241,7 +242,7 @@ def test_a_clip_value_may_be_an_array_but_not_of_the_example() -> None:
         jnp.float32(0.25)
     )
     assert float(found) == pytest.approx(0.25, rel=1e-4)
-    with pytest.raises(NotImplementedError, match="depends on no example"):
+    with pytest.raises(NotImplementedError, match="threshold that depends on no example"):
         lipschitz.bounds(lambda p, x: loss_fn(p, x, x[0]), ones, ones, 1.0)
 
 

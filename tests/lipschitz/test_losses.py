@@ -81,6 +81,7 @@ def bound_of(loss: Loss, limit: float) -> float:
     return float(found.total)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("limit", [0.1, 1.0, 30.0, np.inf])
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_no_gradient_is_longer_than_its_bound(name: str, limit: float) -> None:

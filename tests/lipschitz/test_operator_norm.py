@@ -129,6 +129,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("kind", list(KERNELS))
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))

@@ -12,7 +12,7 @@ from jaxdp.engine import walker
 from jaxdp.lipschitz.propagation import propagate
 from jaxdp.lipschitz.rules.registry import _RULES
 from jaxdp.lipschitz.value import Range, Value
-from tests.lipschitz.program_table import PROGRAMS, Program
+from tests.lipschitz.program_table import PROGRAMS, Program, halved_back
 
 cases = pytest.mark.parametrize("name", list(PROGRAMS))
 
@@ -143,7 +143,20 @@ def test_an_unknown_primitive_on_public_values_needs_no_rule() -> None:
     assert float(lipschitz.bounds(loss_fn, jnp.ones(3), jnp.ones(3), 1.0).total) > 0
 
 
+@jax.custom_vjp
+def pulled_to_zero(x: jax.Array) -> jax.Array:
+    """Its gradient has a part that no loss asked for, in rows without a sample, too."""
+    return x
+
+
+pulled_to_zero.defvjp(lambda x: (x, x), lambda x, ct: (ct + jnp.tanh(x),))
+
 REFUSED = {
+    "a gradient without a cotangent": (
+        lambda w, x: pulled_to_zero(w * x),
+        NotImplementedError,
+        "rows without a sample might count",
+    ),
     "while": (
         lambda w, x: jax.lax.while_loop(lambda y: jnp.sum(y) < 9, lambda y: 2 * y, w * x),
         NotImplementedError,
@@ -168,6 +181,29 @@ REFUSED = {
         lambda w, x: jax.lax.reduce_window(w * x, -jnp.inf, jax.lax.max, (2,), (1,), [(2, 0)]),
         NotImplementedError,
         "padding alone",
+    ),
+    "a window in a hole": (
+        lambda w, x: jax.lax.reduce_window(
+            w * x, -jnp.inf, jax.lax.max, (1,), (1,), "VALID", base_dilation=(2,)
+        ),
+        NotImplementedError,
+        "padding alone",
+    ),
+    "complex numbers": (lambda w, x: jnp.abs(jnp.fft.fft(w * x)), NotImplementedError, "complex"),
+    "a norm of complex numbers": (
+        lambda w, x: jnp.abs((w * x).astype(jnp.complex64)),
+        NotImplementedError,
+        "complex",
+    ),
+    "rounded to few bits": (
+        lambda w, x: jax.lax.reduce_precision(w * x, 5, 2),
+        NotImplementedError,
+        "reduce_precision",
+    ),
+    "a backward pass of its own on what samples share": (
+        lambda w, x: x * halved_back(w),
+        NotImplementedError,
+        "added up before",
     ),
     "a negative power": (lambda w, x: (w * x) ** -2, NotImplementedError, "division"),
 }

@@ -78,6 +78,7 @@ def test_per_sample_gradients_are_those_of_a_loop(name: str, method: str) -> Non
     check_case(case, method, np.array([True, True, False, True, True]), one_at_a_time(case))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_engine_recognises_it(name: str) -> None:
     case = LAYERS[name].case()
@@ -88,6 +89,7 @@ def test_the_engine_recognises_it(name: str) -> None:
         assert not materialized or leaf.leaf.rpartition("/")[2] in VECTORS, leaf
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", thinned(LAYERS))
 def test_any_batch_size(name: str) -> None:
     row = LAYERS[name]
@@ -297,6 +299,7 @@ def test_dropout_between_layers_is_drawn_for_every_step_anew() -> None:
     np.testing.assert_allclose(kept[~zeros], 2 * whole[~zeros], rtol=1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("make", [nn.lstm, nn.gru, nn.rnn])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_padding_changes_nothing(make: Any, bidirectional: bool) -> None:

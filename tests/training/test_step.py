@@ -220,3 +220,20 @@ def test_init_makes_a_state_of_stable_shapes() -> None:
     assert jax.tree.structure(state) == jax.tree.structure(after)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
+
+
+def test_bounded_gradients_train_without_a_clip() -> None:
+    tx = optax.chain(
+        jaxdp.accumulate(jaxdp.add_noise(1.5, KEY, "per_layer")), optax.sgd(0.1)
+    )
+    grads_fn = jaxdp.lipschitz.bounded_grads(
+        lambda params, x: jnp.tanh(loss_fn(params, x)), 2.0, with_losses=True
+    )
+    step = training.make_step(grads_fn, tx)
+    state = training.init(new_params(), tx)
+    examples = np.where(np.arange(6)[:, None] == 1, np.nan, EXAMPLES).astype(np.float32)
+    sigmas = step.noise_multipliers(state, examples)
+    assert sigmas.tolist() == pytest.approx([1.5 / 2**0.5])
+    state, metrics = step.run(state, examples, mask(0, 1, 2), True)
+    assert (int(metrics.samples), int(metrics.nonfinite), int(state.step)) == (3, 1, 1)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.params))

@@ -43,9 +43,13 @@ def _window_sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range]
 def _window_extremum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     (x,) = values
     pads = [max(pair) for pair in eqn.params["padding"]]
-    dilations = [*eqn.params["window_dilation"], *eqn.params["base_dilation"]]
     windows = zip(pads, eqn.params["window_dimensions"], strict=True)
-    if any(pads) and (any(gap > 1 for gap in dilations) or any(pad >= k for pad, k in windows)):
+    holes = any(gap > 1 for gap in eqn.params["window_dilation"]) and any(pads)
+    if (
+        holes
+        or any(gap > 1 for gap in eqn.params["base_dilation"])
+        or any(pad >= width for pad, width in windows)
+    ):
         raise NotImplementedError(
             f"no bound is known for {eqn.name} with windows that may lie in the padding alone "
             f"({eqn.source}): pad by less than the window, without dilation"

@@ -11,7 +11,7 @@ from jaxdp.lipschitz.value import Range, Value, jointly, scaled
 
 
 @register_bound_rule(
-    "reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_p", "reduce_precision",
+    "reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_p",
     "slice", "dynamic_slice", "sharding_constraint", "pvary", "pcast",
 )  # fmt: skip
 def _same_entries(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:

@@ -1,0 +1,132 @@
+"""How the gradients of a batch compare with their bounds. NOT private: for the operator's eyes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdp.lipschitz.bounds import input_limits, leaf_bounds
+from jaxdp.lipschitz.gradients import admitted
+from jaxdp.per_sample import per_sample_grads
+from jaxdp.problem import LossFn, pose
+
+
+class SignalToNoise(NamedTuple):
+    """Gradients beside their bounds, to which noise is proportional. NOT private.
+
+    Attributes:
+      ratios: path of each leaf -> norm over bound.
+      norms: path -> norm.
+      bounds: path -> Δ, which alone is private.
+    """
+
+    ratios: dict[str, jax.Array]
+    norms: dict[str, jax.Array]
+    bounds: dict[str, jax.Array]
+
+
+def signal_to_noise_average(
+    loss_fn: LossFn,
+    params: Any,
+    batch: Any,
+    input_bound: Any,
+    *,
+    mask: jax.Array | None = None,
+    trainable: Any = True,
+    **kwargs: Any,
+) -> SignalToNoise:
+    r"""Of the mean gradient: $\lVert \frac1n \sum_i g_{ik} \rVert_2 / \Delta_k$. NOT private.
+
+    The noise of a step is σ Δ/n per entry (times what the allocation says), so that the signal of
+    leaf k stands out where the ratio is large against σ√(entries)/n.
+
+    Args:
+      loss_fn, input_bound, trainable: as for `lipschitz.bounded_grads`.
+      params: the parameters.
+      batch: pytree of `[B, ...]`.
+      mask: bool `[B]`; rows that are False count for nothing.
+
+    Returns:
+      Ratios, norms and bounds, scalars, for each leaf that has a gradient.
+
+    Raises:
+      What `lipschitz.bounded_grads` raises.
+
+    Example:
+      >>> loss_fn = lambda params, x: params["w"] @ x
+      >>> x = jnp.array([[0.6, 0.8], [-0.6, -0.8], [0.6, 0.8]])
+      >>> found = signal_to_noise_average(loss_fn, {"w": jnp.ones(2)}, x, 1.0)
+      >>> print(found.ratios["w"].round(3))
+      0.333
+    """
+
+    def mean(weighted_sum: Callable[[jax.Array], Any], counted: jax.Array) -> list[jax.Array]:
+        count = jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1)
+        sums = jax.tree.leaves(weighted_sum(counted.astype(jnp.float32)))
+        return [jnp.linalg.norm(leaf.reshape(-1)) / count for leaf in sums]
+
+    return _compared(
+        lambda grads: mean(grads.weighted_sum, grads.counted),
+        loss_fn, params, batch, input_bound, mask, trainable, kwargs,
+    )  # fmt: skip
+
+
+def signal_to_noise_elementwise(
+    loss_fn: LossFn,
+    params: Any,
+    batch: Any,
+    input_bound: Any,
+    *,
+    mask: jax.Array | None = None,
+    trainable: Any = True,
+    **kwargs: Any,
+) -> SignalToNoise:
+    r"""Of each sample: $\lVert g_{ik} \rVert_2 / \Delta_k$, how tight the bounds are on data.
+    NOT private.
+
+    Args:
+      loss_fn, params, batch, input_bound, mask, trainable: as for `signal_to_noise_average`.
+
+    Returns:
+      Ratios and norms `[B]`, zero in masked rows, and bounds, scalars, for each leaf that has a
+      gradient.
+
+    Raises:
+      What `lipschitz.bounded_grads` raises.
+
+    Example:
+      >>> loss_fn = lambda params, x: params["w"] @ x
+      >>> x = jnp.array([[0.6, 0.8], [0.0, 0.5]])
+      >>> found = signal_to_noise_elementwise(loss_fn, {"w": jnp.ones(2)}, x, 1.0)
+      >>> print(found.ratios["w"].round(3))
+      [1.  0.5]
+    """
+
+    def each(grads: Any) -> list[jax.Array]:
+        groups = tuple(range(len(grads.groups)))
+        norms = jnp.where(grads.counted[:, None], grads.norms(groups), 0)
+        return list(norms.T)
+
+    return _compared(each, loss_fn, params, batch, input_bound, mask, trainable, kwargs)
+
+
+def _compared(
+    norms_of: Callable[[Any], list[jax.Array]],
+    loss_fn: LossFn,
+    params: Any,
+    batch: Any,
+    input_bound: Any,
+    mask: jax.Array | None,
+    trainable: Any,
+    kwargs: dict[str, Any],
+) -> SignalToNoise:
+    problem = pose(loss_fn, params, batch, mask, kwargs, has_aux=False, trainable=trainable)
+    limits = input_limits(input_bound, batch)
+    bounds, _ = leaf_bounds(problem, limits)
+    examples, counted = admitted(problem.batch.examples, problem.batch.mask, limits)
+    grads_fn = per_sample_grads(lambda leaves, example: problem.loss(leaves, example)[0])
+    norms = norms_of(grads_fn(problem.leaves, examples, counted))
+    ratios = [norm / bound for norm, bound in zip(norms, bounds, strict=True)]
+    tables = (dict(zip(problem.names, column, strict=True)) for column in (ratios, norms, bounds))
+    return SignalToNoise(*tables)

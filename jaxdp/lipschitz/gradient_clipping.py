@@ -1,0 +1,231 @@
+r"""Clips of the cotangent on its way back, so that all bounds below them become small.
+
+The threshold is fixed (`clip_gradient`, `gradient_clip`), or follows a quantile of the norms that
+it meets (`adaptive_gradient_clip`). What following it releases is one more leaf of the gradient:
+it gets noise and is charged to the ledger as every other.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from jaxdp.engine.walker import Equation
+from jaxdp.lipschitz.declaration import declare
+from jaxdp.lipschitz.rules.registry import PullBack
+from jaxdp.lipschitz.value import SHARED, Cotangent, Range, Value
+from jaxdp.nn.composition import function
+from jaxdp.nn.layer import Layer, Params
+from jaxdp.schedules import checked
+
+
+def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
+    r"""x; on the way back, the cotangent g of this one example is $g \min(1, C/\lVert g\rVert_2)$.
+
+    So the bound on all gradients below becomes small, at the price of a bias where it acts. C is
+    in the unit of one example's gradient: under `jax.vmap`, as here, each example is clipped
+    alone, and no mean divides it before.
+
+    Args:
+      x: any shape; a value that depends on the example, for which there is no bound else.
+      clip_value: C ≥ 0, a scalar that depends on no example; it may be traced.
+
+    Returns:
+      x.
+
+    Example:
+      >>> loss_fn = lambda x: 10 * jnp.sum(clip_gradient(x, 1.0))
+      >>> print(jax.grad(loss_fn)(jnp.ones(4)))
+      [0.5 0.5 0.5 0.5]
+
+    Source: Béthune et al. 2023, "DP-SGD Without Clipping", section 3.3 (gradient clipping of the
+    loss), with C per sample.
+    """
+    return _clip_gradient(x, jnp.asarray(clip_value, x.dtype))
+
+
+def gradient_clip(clip_value: float) -> Layer:
+    """`clip_gradient` as a layer.
+
+    Args:
+      clip_value: C > 0.
+
+    Returns:
+      A layer, shape kept, without parameters.
+
+    Raises:
+      ValueError: C is not positive and finite.
+
+    Example:
+      >>> print(gradient_clip(1.0).apply({}, jnp.ones(2)))
+      [1. 1.]
+    """
+    checked("clip_value", clip_value)
+    return function(lambda x: clip_gradient(x, clip_value))
+
+
+def adaptive_gradient_clip(initial: float = 1.0) -> Layer:
+    r"""`clip_gradient` at a threshold C that is a parameter, for `track_quantile` to move.
+
+    The gradient of C for a sample is ½ where its cotangent was not clipped and -½ where it was;
+    zero where there is none. It is no derivative: it is what must be known to move C towards a
+    quantile, and its bound of ½ is the sensitivity of counting.
+
+    Args:
+      initial: C at the start, > 0.
+
+    Returns:
+      A layer, shape kept. Parameters: clip_value, a scalar. Where it falls below zero it counts as
+      zero.
+
+    Raises:
+      ValueError: C is not positive and finite.
+
+    Example:
+      >>> layer = adaptive_gradient_clip(0.5)
+      >>> params = layer.init(jax.random.key(0))
+      >>> loss_fn = lambda params, x: jnp.sum(layer.apply(params, x))
+      >>> counts, clipped = jax.grad(loss_fn, argnums=(0, 1))(params, jnp.ones(4))
+      >>> print(counts["clip_value"], clipped)
+      -0.5 [0.25 0.25 0.25 0.25]
+
+    Source: Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", for the
+    count, here of cotangents.
+    """
+    checked("initial", initial)
+
+    def apply(params: Params, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        return _counted_clip(x, params["clip_value"])
+
+    return Layer(init=lambda key: {"clip_value": initial * jnp.ones(())}, apply=apply)
+
+
+def track_quantile(
+    quantile: float = 0.5, *, learning_rate: float = 0.2, expected_batch_size: float
+) -> optax.GradientTransformation:
+    r"""The optimizer of the thresholds of `adaptive_gradient_clip`:
+
+    $$ C \leftarrow C \exp(-\eta (\tilde b - \gamma)), \qquad
+       \tilde b = \tfrac12 + \tfrac1B \Bigl( \sum_i (b_i - \tfrac12) + \text{noise} \Bigr) $$
+
+    with b_i whether sample i was not clipped.
+
+    Args:
+      quantile: γ in (0, 1), of the norms, where C is to be.
+      learning_rate: η > 0.
+      expected_batch_size: B.
+
+    Returns:
+      A transformation from noised sums, which `jaxdp.add_noise` gives, to updates. Put it on the
+      thresholds alone, by `optax.partition`.
+
+    Raises:
+      ValueError: an argument outside of its range; (in `update`) no params are given.
+
+    Example:
+      >>> import jaxdp
+      >>> labels = lambda params: {"clip": "clip", "w": "weights"}
+      >>> tx = optax.chain(
+      ...     jaxdp.add_noise(1.0, jax.random.key(0), allocation="per_layer"),
+      ...     optax.partition({
+      ...         "clip": track_quantile(0.9, expected_batch_size=256.0),
+      ...         "weights": optax.chain(optax.scale(1 / 256), optax.sgd(0.1)),
+      ...     }, labels),
+      ... )
+
+    Source: as `adaptive_gradient_clip`, algorithm 1.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile must be in (0, 1), got {quantile}")
+    checked("learning_rate", learning_rate)
+    checked("expected_batch_size", expected_batch_size)
+
+    def update(updates: Any, params: Any) -> Any:
+        if params is None:
+            raise ValueError(
+                "track_quantile needs the parameters, got None: call "
+                "tx.update(updates, state, params)"
+            )
+
+        def moved(count: jax.Array, clip_value: jax.Array) -> jax.Array:
+            kept = 0.5 + count / expected_batch_size
+            return clip_value * jnp.expm1(-learning_rate * (kept - quantile))
+
+        return jax.tree.map(moved, updates, params)
+
+    return optax.stateless(update)
+
+
+@jax.custom_vjp
+def _clipping_identity(x: jax.Array, clip_value: jax.Array) -> jax.Array:
+    return x
+
+
+def _identity_forward(x: jax.Array, clip_value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, clip_value
+
+
+def _clipped_cotangent(clip_value: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    norm = jnp.sqrt(jnp.sum(jnp.square(cotangent)))
+    factor = jnp.where(norm > clip_value, clip_value / norm, jnp.ones_like(norm))
+    return factor * cotangent, jnp.zeros_like(clip_value)
+
+
+_clipping_identity.defvjp(_identity_forward, _clipped_cotangent)
+
+
+def _clip_rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    x, clip_value = values
+    if clip_value.array is None:
+        raise NotImplementedError(
+            f"a clip of gradients needs a threshold that depends on no example ({eqn.source})"
+        )
+    if not x.per_sample:
+        raise NotImplementedError(
+            "a clip of gradients needs a value that depends on the example "
+            f"({eqn.source}): {SHARED}"
+        )
+
+    def pull_back(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
+        (bound,) = bounds
+        return [
+            None if bound is None else jnp.minimum(bound, jnp.maximum(clip_value.high, 0)),
+            None,
+        ]
+
+    return [x.range], pull_back
+
+
+_clip_gradient = declare(_clipping_identity, _clip_rule)
+
+
+@jax.custom_vjp
+def _counting_identity(x: jax.Array, clip_value: jax.Array) -> jax.Array:
+    return x
+
+
+def _counted_cotangent(clip_value: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    clip_value = jnp.maximum(clip_value, 0)
+    clipped, _ = _clipped_cotangent(clip_value, cotangent)
+    norm = jnp.sqrt(jnp.sum(jnp.square(cotangent)))
+    within = jnp.where(norm <= clip_value, 0.5, -0.5).astype(clip_value.dtype)
+    # A row without a sample has the cotangent zero, and must not be counted.
+    return clipped, jnp.where(norm > 0, within, 0)
+
+
+_counting_identity.defvjp(_identity_forward, _counted_cotangent)
+
+
+def _count_rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+    ranges, clipped = _clip_rule(eqn, values)
+
+    def pull_back(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
+        return [clipped(bounds)[0], None if bounds[0] is None else jnp.float32(0.5)]
+
+    return ranges, pull_back
+
+
+_counted_clip = declare(_counting_identity, _count_rule)

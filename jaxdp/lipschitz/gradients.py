@@ -1,0 +1,165 @@
+r"""Gradients that are bounded by what the network is, so that nothing is clipped.
+
+grads_fn = lipschitz.bounded_grads(loss_fn, input_bound=1.0)
+tx = optax.chain(jaxdp.add_noise(1.1, key), optax.scale(1 / 256), optax.adam(1e-3))
+updates, state = tx.update(grads_fn(params, batch, mask), state, params)
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdp.bounded import Bounded
+from jaxdp.clipping import clip_per_layer
+from jaxdp.engine.numerics import select_rows, square_sums
+from jaxdp.engine.reduction import Batch
+from jaxdp.lipschitz.bounds import input_limits, is_float, leaf_bounds
+from jaxdp.per_sample import per_sample_grads
+from jaxdp.problem import LossFn, Problem, check_function, pose, with_gradient
+from jaxdp.schedules import checked
+from jaxdp.trees import prefix_leaves
+
+
+def bounded_grads(
+    loss_fn: LossFn,
+    input_bound: Any,
+    *,
+    thresholds: Any = math.inf,
+    with_losses: bool = False,
+    trainable: Any = True,
+) -> Callable[..., Any]:
+    r"""Turns the loss of ONE example into a function that gives bounded gradients of a batch.
+
+    $$ \sum_i \nabla_\theta\, \ell(\theta, x_i), \qquad \Delta_k \text{ as in } \texttt{bounds} $$
+
+    computed by one ordinary gradient of the batch: nothing is clipped, no gradient of a single
+    example exists. Every floating-point leaf of an example that is longer than its bound is
+    scaled down to it first; an example that is not finite counts for nothing.
+
+    Args:
+      loss_fn: as for `jaxdp.per_sample_grads`.
+      input_bound: as for `bounds`.
+      thresholds: C > 0 for leaves whose bound is too loose to be of use: a pytree prefix of the
+        parameters. Their gradients are clipped to min(C, Δ) for each sample, at the price of
+        clipping; leaves with `math.inf`, the default, are not.
+      with_losses: whether the losses are returned, too.
+      trainable: as for `per_sample_grads`.
+
+    Returns:
+      `grads_fn(params, batch, mask=None, **kwargs) -> Bounded`, with one group for each leaf; with
+      losses `(Bounded, losses [B])`. Losses are not private; they are zero in masked rows and NaN
+      for examples that are not finite.
+
+    Raises:
+      TypeError: `loss_fn` is no function.
+      (when called) what `bounds` raises, and what `per_sample_grads` raises of batch and mask; a
+        threshold that is not positive, ValueError.
+
+    Example:
+      >>> import jaxdp, optax
+      >>> loss_fn = lambda params, x: jnp.tanh(params @ x)
+      >>> grads_fn = bounded_grads(loss_fn, input_bound=1.0)
+      >>> total = grads_fn(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.0, 0.5]]))
+      >>> print(total.value, total.sensitivity.round(3))
+      [0.6 1.3] [1.]
+      >>> tx = optax.chain(jaxdp.add_noise(1.0, jax.random.key(0)), optax.sgd(0.1))
+      >>> updates, _ = tx.update(total, tx.init(jnp.zeros(2)))
+
+    Source: as `bounds`.
+    """
+    check_function(loss_fn)
+
+    def grads_fn(params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any) -> Any:
+        problem = pose(loss_fn, params, batch, mask, kwargs, has_aux=False, trainable=trainable)
+        limits = input_limits(input_bound, batch)
+        bounds, _ = leaf_bounds(problem, limits)
+        caps = with_gradient(_caps(thresholds, problem.params), problem.groups)
+        # A clip needs a threshold above zero, which a bound is not where a leaf is not used.
+        least = jnp.finfo(jnp.float32).tiny
+        sensitivity = [
+            bound if cap == math.inf else jnp.clip(bound, least, cap)
+            for bound, cap in zip(bounds, caps, strict=True)
+        ]
+        examples, counted = admitted(problem.batch.examples, problem.batch.mask, limits)
+        given = problem._replace(batch=Batch(examples, counted, problem.batch.positions))
+        loose = [cap < math.inf for cap in caps]
+        sums, losses = _summed(given, loose)
+        if any(loose):
+            # Either is zero where the other is not.
+            sums = list(map(jnp.add, sums, _clipped(given, loose, sensitivity)))
+        groups = iter(range(len(sums)))
+        bounded = Bounded(
+            problem.tree(sums, jnp.zeros_like),
+            jnp.stack(sensitivity),
+            [None if group is None else next(groups) for group in problem.groups],
+        )
+        lost = problem.batch.mask & ~counted
+        return (bounded, jnp.where(lost, jnp.nan, losses)) if with_losses else bounded
+
+    return grads_fn
+
+
+def admitted(examples: Any, mask: jax.Array, limits: Sequence[float]) -> tuple[Any, jax.Array]:
+    """Examples as the bounds assume them: each floating-point leaf finite and no longer than its
+    limit, zero where there is no sample; and which rows count, bool `[B]`."""
+    leaves, treedef = jax.tree.flatten(examples)
+    finite = [
+        jnp.all(jnp.isfinite(leaf.reshape(leaf.shape[0], -1)), axis=1)
+        for leaf in leaves
+        if is_float(leaf)
+    ]
+    counted = functools.reduce(jnp.logical_and, finite, mask)
+
+    def fitted(leaf: jax.Array, limit: float) -> jax.Array:
+        leaf = select_rows(counted, leaf)
+        norms = jnp.sqrt(square_sums(leaf.reshape(leaf.shape[0], -1)))
+        factors = jnp.where(norms > limit, limit / norms, jnp.ones_like(norms))
+        return leaf * factors.reshape(-1, *(1,) * (leaf.ndim - 1)).astype(leaf.dtype)
+
+    kept = [
+        fitted(leaf, limit) if is_float(leaf) else leaf
+        for leaf, limit in zip(leaves, limits, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, kept), counted
+
+
+def _summed(problem: Problem, skipped: Sequence[bool]) -> tuple[list[jax.Array], jax.Array]:
+    """The ordinary gradient of the summed loss, zero for leaves that are skipped; and losses."""
+
+    def total(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        held = [
+            jax.lax.stop_gradient(leaf) if skip else leaf
+            for leaf, skip in zip(leaves, skipped, strict=True)
+        ]
+        losses, _ = jax.vmap(problem.loss, (None, 0))(held, problem.batch.examples)
+        losses = select_rows(problem.batch.mask, losses)
+        return jnp.sum(losses), losses
+
+    return jax.grad(total, has_aux=True)(problem.leaves)
+
+
+def _clipped(
+    problem: Problem, clipped: Sequence[bool], thresholds: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Sums of per-sample gradients, clipped leaf by leaf; zero for the other leaves."""
+
+    def loss_fn(leaves: list[jax.Array], example: Any) -> jax.Array:
+        return problem.loss(leaves, example)[0]
+
+    grads_fn = per_sample_grads(loss_fn, trainable=list(clipped))
+    grads = grads_fn(problem.leaves, problem.batch.examples, problem.batch.mask)
+    clip = clip_per_layer(list(thresholds))
+    bounded, _ = clip.update(grads, clip.init(problem.leaves))  # pyright: ignore[reportArgumentType]
+    return bounded.value  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _caps(thresholds: Any, params: Any) -> list[float]:
+    caps = prefix_leaves("thresholds", thresholds, params)
+    for cap in caps:
+        if cap != math.inf:
+            checked("thresholds", cap)
+    return caps
