@@ -112,8 +112,8 @@ def bounds(
       [1.0, 2.0]
 
     Source: Béthune et al. 2023, "DP-SGD Without Clipping: The Lipschitz Neural Network Way",
-    algorithm 1; Xiao et al. 2023, "A Theory to Instruct Differentially-Private Learning via
-    Clipping Bias Reduction", for bounds from public weights.
+    algorithm 1; Barczewski and Ramon 2023, "DP-SGD with Weight Clipping", for bounds from the
+    weights as they are.
     """
     problem = pose_one(loss_fn, params, example, kwargs, trainable)
     found, layers = leaf_bounds(problem, input_limits(input_bound, example))

@@ -41,8 +41,8 @@ def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
       >>> print(jax.grad(loss_fn)(jnp.ones(4)))
       [0.5 0.5 0.5 0.5]
 
-    Source: Béthune et al. 2023, "DP-SGD Without Clipping", section 3.3 (gradient clipping of the
-    loss), with C per sample.
+    Source: Béthune et al. 2023, "DP-SGD Without Clipping: The Lipschitz Neural Network Way", with
+    C per sample.
     """
     return _clip_gradient(x, jnp.asarray(clip_value, x.dtype))
 

@@ -254,8 +254,7 @@ def householder(features: int) -> Layer:
       >>> print(layer.apply(params, jnp.array([1.0, 2.0])).round(3))
       [2. 1.]
 
-    Source: Singla et al. 2022, "Improved Deterministic l2 Robustness on CIFAR-10 and CIFAR-100",
-    section 4.
+    Source: Singla et al. 2022, "Improved Deterministic l2 Robustness on CIFAR-10 and CIFAR-100".
     """
     check_sizes(features=features)
     if features % 2:

@@ -5,7 +5,7 @@ number of classes, and n the number of outputs:
 
 | loss                           | bound                                     |
 |--------------------------------|-------------------------------------------|
-| softmax_cross_entropy          | min(√2, √(1 − 1/K) + τZ/2)                |
+| softmax_cross_entropy          | √2, less where τZ is small: see there     |
 | binary_cross_entropy           | min(1/√n, (√n/2 + τZ/4)/n)                |
 | multiclass_hinge               | √((K − 1)/K)                              |
 | cosine_similarity              | 1/ρ                                       |
@@ -37,8 +37,13 @@ def softmax_cross_entropy(
 ) -> jax.Array:
     r"""$-\frac1\tau \log \mathrm{softmax}(\tau z)_y$.
 
-    Its gradient is softmax(τz) - e_y, of norm at most √2. Where ‖z‖ ≤ Z it is nearer to that at
-    zero, √(1 - 1/K), than the softmax, which is ½-Lipschitz, can bring it in τZ.
+    Its gradient is p - e_y with p = softmax(τz), of norm at most √2. Where ‖z‖ ≤ Z it is also at
+    most
+
+    * √(1 - 1/K) + τZ/2: what it is at zero, and the softmax is ½-Lipschitz;
+    * $\sqrt{q^2 + q\,p_{\max}}$, since the other entries are at most p_max and their sum is at
+      most q, where $q = 1 - 1/(1 + (K-1)e^{\sqrt2 \tau Z})$ and, by Jensen's inequality,
+      $p_{\max} = 1/(1 + (K-1)e^{-\tau Z\sqrt{K/(K-1)}})$.
 
     Args:
       logits: z, `[K]`.
@@ -53,9 +58,8 @@ def softmax_cross_entropy(
       >>> print(softmax_cross_entropy(jnp.zeros(4), 1).round(3))
       1.386
 
-    Source: the norm of the softmax's Jacobian, Gao and Pavel 2017, "On the Properties of the
-    Softmax Function with Application in Game Theory and Reinforcement Learning", proposition 4
-    (with ½ for the 2-norm).
+    Source: Béthune et al. 2023, "DP-SGD Without Clipping: The Lipschitz Neural Network Way". The
+    Jacobian of the softmax is diag(p) - pp', whose rows have absolute sums 2p(1 - p) ≤ ½.
     """
     checked("temperature", temperature)
     return _softmax_cross_entropy(temperature)(logits, jnp.asarray(label))
@@ -170,7 +174,7 @@ def kantorovich_rubinstein(
       -1.0
 
     Source: Serrurier et al. 2021, "Achieving Robustness in Classification Using Optimal Transport
-    With Hinge Regularization", equation 8, per sample.
+    With Hinge Regularization", per sample.
     """
     return _kantorovich_rubinstein(_public(proportions, logits))(logits, jnp.asarray(label))
 
@@ -201,7 +205,7 @@ def hinge_kantorovich_rubinstein(
       >>> print(hinge_kantorovich_rubinstein(jnp.array([1.0, 0.0]), 0, proportions=half, alpha=2.0))
       -1.0
 
-    Source: as `kantorovich_rubinstein`, equation 11.
+    Source: as `kantorovich_rubinstein`.
     """
     checked("alpha", alpha)
     hinge = multiclass_hinge(logits, label, margin=margin)
@@ -238,8 +242,16 @@ def _softmax_cross_entropy(temperature: float) -> Callable[..., jax.Array]:
         return -jnp.sum(log_shares, where=_is_label(logits, label)) / temperature
 
     def slope(logits: Value) -> jax.Array:
-        at_zero = math.sqrt(1 - 1 / max(logits.size, 1))
-        return jnp.minimum(math.sqrt(2), at_zero + temperature * logits.norm / 2)
+        classes = logits.size
+        if classes < 2:
+            return jnp.zeros(())  # the only class there is has probability one
+        reach = temperature * logits.norm
+        near_zero = math.sqrt(1 - 1 / classes) + reach / 2
+        missing = 1 - 1 / (1 + (classes - 1) * jnp.exp(math.sqrt(2) * reach))
+        spread = math.sqrt(classes / (classes - 1))
+        most = 1 / (1 + (classes - 1) * jnp.exp(-spread * reach))
+        bounded = jnp.sqrt(jnp.square(missing) + missing * most)
+        return jnp.minimum(jnp.minimum(near_zero, bounded), math.sqrt(2))
 
     return _declared(softmax_cross_entropy, slope)
 

@@ -39,7 +39,7 @@ def matrix_norm(matrix: jax.Array) -> jax.Array:
       4.0
 
     Source: Delattre et al. 2023, "Efficient Bound of Lipschitz Constant for Convolutional Layers
-    by Gram Iteration", theorem 1.
+    by Gram Iteration".
     """
     rows, columns = matrix.shape[-2:]
     if 0 in matrix.shape[-2:]:

@@ -58,7 +58,7 @@ def test_values_stay_within_their_range(name: str) -> None:
     traced, _ = walker.trace(
         lambda leaves, x: program.fun(treedef.unflatten(leaves), x), w, jnp.zeros(program.shape)
     )
-    x = Value(program.shape, jnp.float32, range=Range(BOUND))
+    x = Value(program.shape, jnp.float32, range=Range(BOUND), per_sample=True)
     (output,), _ = propagate(traced, [*(Value.known(leaf, moves=True) for leaf in w), x])
     y = np.asarray(jax.vmap(program.fun, (None, 0))(program.w, inputs(program.shape)), np.float64)
     assert y.shape[1:] == output.shape
