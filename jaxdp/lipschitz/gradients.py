@@ -29,6 +29,7 @@ def bounded_grads(
     input_bound: Any,
     *,
     thresholds: Any = math.inf,
+    enforce_input_bound: bool = True,
     with_losses: bool = False,
     trainable: Any = True,
 ) -> Callable[..., Any]:
@@ -38,7 +39,8 @@ def bounded_grads(
 
     computed by one ordinary gradient of the batch: nothing is clipped, no gradient of a single
     example exists. Every floating-point leaf of an example that is longer than its bound is
-    scaled down to it first; an example that is not finite counts for nothing.
+    scaled down to it first; an example that is not finite, or whose squared norm is not, counts for
+    nothing.
 
     Args:
       loss_fn: as for `jaxdp.per_sample_grads`.
@@ -46,6 +48,9 @@ def bounded_grads(
       thresholds: C > 0 for leaves whose bound is too loose to be of use: a pytree prefix of the
         parameters. Their gradients are clipped to min(C, Δ) for each sample, at the price of
         clipping; leaves with `math.inf`, the default, are not.
+      enforce_input_bound: False for data that was prepared so: then the caller guarantees that
+        every row, masked ones included, is finite and within its bound, and no pass over the
+        batch is spent on it.
       with_losses: whether the losses are returned, too.
       trainable: as for `per_sample_grads`.
 
@@ -84,7 +89,9 @@ def bounded_grads(
             bound if cap == math.inf else jnp.clip(bound, least, cap)
             for bound, cap in zip(bounds, caps, strict=True)
         ]
-        examples, counted = admitted(problem.batch.examples, problem.batch.mask, limits)
+        examples, counted = problem.batch.examples, problem.batch.mask
+        if enforce_input_bound:
+            examples, counted = admitted(examples, counted, limits)
         given = problem._replace(batch=Batch(examples, counted, problem.batch.positions))
         loose = [cap < math.inf for cap in caps]
         sums, losses = _summed(given, loose)
@@ -107,22 +114,21 @@ def admitted(examples: Any, mask: jax.Array, limits: Sequence[float]) -> tuple[A
     """Examples as the bounds assume them: each floating-point leaf finite and no longer than its
     limit, zero where there is no sample; and which rows count, bool `[B]`."""
     leaves, treedef = jax.tree.flatten(examples)
-    finite = [
-        jnp.all(jnp.isfinite(leaf.reshape(leaf.shape[0], -1)), axis=1)
+    squared = [
+        square_sums(leaf.reshape(leaf.shape[0], -1)) if is_float(leaf) else jnp.zeros(mask.shape)
         for leaf in leaves
-        if is_float(leaf)
     ]
-    counted = functools.reduce(jnp.logical_and, finite, mask)
+    # Where a square overflows, the row is lost with those that are not finite.
+    counted = functools.reduce(jnp.logical_and, map(jnp.isfinite, squared), mask)
 
-    def fitted(leaf: jax.Array, limit: float) -> jax.Array:
-        leaf = select_rows(counted, leaf)
-        norms = jnp.sqrt(square_sums(leaf.reshape(leaf.shape[0], -1)))
-        factors = jnp.where(norms > limit, limit / norms, jnp.ones_like(norms))
-        return leaf * factors.reshape(-1, *(1,) * (leaf.ndim - 1)).astype(leaf.dtype)
+    def fitted(leaf: jax.Array, squared: jax.Array, limit: float) -> jax.Array:
+        factors = jnp.where(squared > limit**2, limit * jax.lax.rsqrt(squared), 1)
+        factors = factors.reshape(-1, *(1,) * (leaf.ndim - 1)).astype(leaf.dtype)
+        return select_rows(counted, leaf * factors)
 
     kept = [
-        fitted(leaf, limit) if is_float(leaf) else leaf
-        for leaf, limit in zip(leaves, limits, strict=True)
+        fitted(leaf, sums, limit) if is_float(leaf) else leaf
+        for leaf, sums, limit in zip(leaves, squared, limits, strict=True)
     ]
     return jax.tree.unflatten(treedef, kept), counted
 

@@ -108,6 +108,17 @@ def test_a_sample_that_is_too_long_is_scaled_down() -> None:
     helpers.assert_trees_close(bounded.value, summed(PARAMS, (unit, BATCH[1])), rtol=1e-4)
 
 
+def test_data_that_was_prepared_is_taken_as_it_is() -> None:
+    grads_fn = lipschitz.bounded_grads(loss_fn, 1.0, enforce_input_bound=False)
+    mask = jnp.arange(ROWS) < 4
+    enforced, _ = GRADS_FN(PARAMS, BATCH, mask)
+    trusted = jax.jit(grads_fn)(PARAMS, BATCH, mask)
+    helpers.assert_trees_close(trusted.value, enforced.value, rtol=1e-5)
+    np.testing.assert_allclose(trusted.sensitivity, enforced.sensitivity)
+    longer = jax.jit(grads_fn)(PARAMS, (100 * BATCH[0], BATCH[1]), mask)
+    assert not np.allclose(longer.value["head"], trusted.value["head"])
+
+
 def test_an_empty_batch_is_zero_and_keeps_its_sensitivity() -> None:
     bounded, losses = GRADS_FN(PARAMS, BATCH, jnp.zeros(ROWS, bool))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(bounded.value))
