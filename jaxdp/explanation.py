@@ -9,6 +9,7 @@ import jax
 
 from jaxdp.engine.explanation import LeafExplanation, explain_leaves
 from jaxdp.per_sample import LossFn, Options
+from jaxdp.tables import aligned
 
 _HEADER = ("leaf", "shape", "sites", "method", "MFLOP", "KiB", "reason")
 
@@ -29,9 +30,7 @@ class Explanation(NamedTuple):
     leaves: tuple[LeafExplanation, ...]
 
     def __str__(self) -> str:
-        rows = [_HEADER, *map(_cells, self.leaves)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines = aligned([_HEADER, *map(_cells, self.leaves)])
         at_once = f", {self.microbatch_size} samples at a time" if self.microbatch_size else ""
         return "\n".join([f"method {self.method} ({self.reason}){at_once}", *lines])
 

@@ -15,6 +15,7 @@ from jaxdp.engine import walker
 from jaxdp.lipschitz.propagation import propagate, pull_back
 from jaxdp.lipschitz.value import Range, Value
 from jaxdp.problem import LossFn, Problem, pose
+from jaxdp.tables import aligned
 from jaxdp.trees import prefix_leaves
 
 SLACK = 1 + 2.0**-16
@@ -66,7 +67,7 @@ class Bounds(NamedTuple):
             numbers = (layer.input, layer.output, layer.cotangent)
             rows.append((layer.name, *(f"{float(n):.4g}" for n in numbers), layer.source))
         total = f"whole gradient: at most {float(self.total):.4g} for one example"
-        return "\n".join([*_table(leaves), total, "", *_table(rows)])
+        return "\n".join([*aligned(leaves), total, "", *aligned(rows)])
 
 
 def bounds(
@@ -190,7 +191,3 @@ def is_float(leaf: Any) -> bool:
     """Whether it has a norm."""
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -12,6 +12,7 @@ from jaxdp.lipschitz.bounds import input_limits, leaf_bounds, pose_one
 from jaxdp.lipschitz.gradients import admitted
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn
+from jaxdp.tables import aligned
 
 _STEP = 0.3
 """Of the gradient ascent, relative to the norm of the input."""
@@ -57,13 +58,12 @@ class Falsification(NamedTuple):
         )
 
     def __str__(self) -> str:
-        rows = [("leaf", "largest", "bound", "ratio", "attack")]
+        rows: list[tuple[str, ...]] = [("leaf", "largest", "bound", "ratio", "attack")]
         for name, attack in self.attacks.items():
             numbers = (f"{attack.norm:.4g}", f"{attack.bound:.4g}", f"{attack.ratio:.3f}")
             rows.append((name, *numbers, attack.by))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, "survived" if self.survived else "BROKEN: a bound is false"])
+        verdict = "survived" if self.survived else "BROKEN: a bound is false"
+        return "\n".join([*aligned(rows), verdict])
 
 
 def falsify(
@@ -136,10 +136,15 @@ def falsify(
         for by, candidates in contenders.items():
             largest = np.asarray(jnp.max(norms(candidates), axis=0))
             for name, norm in zip(names, largest, strict=True):
-                ratio = _ratio(float(norm), bounds[name])
-                if name not in ratios or not ratio <= ratios[name].ratio:
-                    ratios[name] = Attack(ratio, float(norm), bounds[name], by)
+                attack = Attack(_ratio(float(norm), bounds[name]), float(norm), bounds[name], by)
+                if name not in ratios or _worse(attack, ratios[name]):
+                    ratios[name] = attack
     return Falsification({name: ratios[name] for name in names})
+
+
+def _worse(attack: Attack, best: Attack) -> bool:
+    """NaN is the worst of all, and stays."""
+    return not np.isnan(best.ratio) and not attack.ratio <= best.ratio
 
 
 def _ratio(norm: float, bound: float) -> float:

@@ -177,8 +177,12 @@ def _rows(value: Value, length: int, eqn: Equation, tape: Tape) -> list[Value]:
     if value.array is not None:
         parts = [Value.known(value.array[k], moves=value.moves) for k in range(length)]
     else:
-        shape, range_ = value.shape[1:], value.range
-        parts = [Value(shape, value.dtype, range=range_, moves=value.moves) for _ in range(length)]
+        known_of_each = {
+            "range": value.range,
+            "moves": value.moves,
+            "per_sample": value.per_sample,
+        }
+        parts = [Value(value.shape[1:], value.dtype, **known_of_each) for _ in range(length)]
     if value.moves:
         tape.append(Step(eqn.name, eqn.source, [value], parts, lambda bounds: [jointly(bounds)]))
     return parts

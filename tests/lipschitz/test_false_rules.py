@@ -229,3 +229,13 @@ def test_every_kind_of_example_can_be_attacked() -> None:
     assert found.survived
     assert found.attacks["table"].ratio > 0.99
     assert set(map(len, str(found).splitlines()[0].split())) == {4, 7, 5, 6}
+
+
+def test_a_gradient_that_is_not_a_number_is_not_forgotten() -> None:
+    """Whatever attacks follow on the one that found it: only inputs with a zero do here."""
+    spoiled = lipschitz.declare(
+        lambda p, x: jnp.where(x[0] == 0, jnp.nan, 1.0) * jnp.sum(p * x),
+        lambda eqn, values: ([lipschitz.Range()], lambda bounds: [bounds[0], None]),
+    )
+    found = attack(spoiled, jnp.ones(3), jnp.zeros(3))
+    assert not found.survived and np.isnan(found.attacks[""].ratio)

@@ -128,6 +128,20 @@ def test_a_value_that_only_seems_to_depend_on_the_example_is_refused(hidden: str
         lipschitz.bounds(loss_fn, jnp.ones(3), jnp.ones(()), 1.0)
 
 
+def test_a_clip_may_stand_in_a_loop_over_the_example() -> None:
+    def loss_fn(params: jax.Array, rows: jax.Array) -> jax.Array:
+        def step(total: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+            return total + 5 * jnp.sum(lipschitz.clip_gradient(params * row, 0.1)), None
+
+        return jax.lax.scan(step, jnp.zeros(()), rows)[0]
+
+    ones, rows = jnp.ones(3), jnp.ones((4, 3))
+    # Four steps, each with an input of norm one at most, and a cotangent of 0.1.
+    assert float(lipschitz.bounds(loss_fn, ones, rows, 1.0).total) == pytest.approx(0.4, rel=1e-3)
+    attack = lipschitz.falsify(loss_fn, ones, rows, 1.0, key=KEY, count=16, steps=5)
+    assert attack.survived, str(attack)
+
+
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="initial must be"):
         lipschitz.adaptive_gradient_clip(0.0)
