@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxdp.lipschitz.bounds import input_limits, leaf_bounds
 from jaxdp.lipschitz.gradients import admitted
-from jaxdp.per_sample import per_sample_grads
+from jaxdp.per_sample import PerSampleGrads, per_sample_grads
 from jaxdp.problem import LossFn, pose
 
 
@@ -61,15 +61,13 @@ def signal_to_noise_average(
       0.333
     """
 
-    def mean(weighted_sum: Callable[[jax.Array], Any], counted: jax.Array) -> list[jax.Array]:
-        count = jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1)
-        sums = jax.tree.leaves(weighted_sum(counted.astype(jnp.float32)))
+    def mean(grads: PerSampleGrads) -> list[jax.Array]:
+        weights = grads.counted.astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(weights), 1)
+        sums = jax.tree.leaves(grads.weighted_sum(weights))
         return [jnp.linalg.norm(leaf.reshape(-1)) / count for leaf in sums]
 
-    return _compared(
-        lambda grads: mean(grads.weighted_sum, grads.counted),
-        loss_fn, params, batch, input_bound, mask, trainable, kwargs,
-    )  # fmt: skip
+    return _compared(mean, loss_fn, params, batch, input_bound, mask, trainable, kwargs)
 
 
 def signal_to_noise_elementwise(
@@ -103,7 +101,7 @@ def signal_to_noise_elementwise(
       [1.  0.5]
     """
 
-    def each(grads: Any) -> list[jax.Array]:
+    def each(grads: PerSampleGrads) -> list[jax.Array]:
         groups = tuple(range(len(grads.groups)))
         norms = jnp.where(grads.counted[:, None], grads.norms(groups), 0)
         return list(norms.T)
@@ -112,7 +110,7 @@ def signal_to_noise_elementwise(
 
 
 def _compared(
-    norms_of: Callable[[Any], list[jax.Array]],
+    norms_of: Callable[[PerSampleGrads], list[jax.Array]],
     loss_fn: LossFn,
     params: Any,
     batch: Any,

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.lipschitz.bounds import input_limits, leaf_bounds, pose_one
+from jaxdp.lipschitz.bounds import input_limits, is_float, leaf_bounds, pose_one
 from jaxdp.lipschitz.gradients import admitted
 from jaxdp.per_sample import per_sample_grads
-from jaxdp.problem import LossFn
+from jaxdp.problem import LossFn, merged_tree, with_gradient
 from jaxdp.tables import aligned
 
 _STEP = 0.3
@@ -130,7 +130,7 @@ def falsify(
     ratios: dict[str, Attack] = {}
     for kind, batch in _starts(example, limits, classes, count, key).items():
         contenders = {kind: batch}
-        if any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(batch)):
+        if any(map(is_float, jax.tree.leaves(batch))):
             for index, name in enumerate(names):
                 contenders[f"{kind}, ascent on {name}"] = ascend(batch, index, steps)
         for by, candidates in contenders.items():
@@ -162,7 +162,7 @@ def _starts(
         shape = (count, *jnp.shape(leaf))
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.split(jax.random.key(rng.integers(2**32)), count)
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
+        if is_float(leaf):
             rows = directions(rng, count, math.prod(shape[1:]))
             # Half of them on the sphere, the others within.
             radii = min(limit, _UNBOUNDED) * np.linspace(0, 2, count).clip(0, 1)
@@ -217,16 +217,12 @@ def _ascent(
     """`(batch, leaf, steps) -> batch`: inputs that make the gradient of that leaf longer."""
 
     def ascend(batch: Any, index: jax.Array, steps: int) -> Any:
-        leaves, treedef = jax.tree.flatten(batch)
-        moving = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+        leaves = jax.tree.leaves(batch)
+        groups = tuple(0 if is_float(leaf) else None for leaf in leaves)
         mask = jnp.ones(leaves[0].shape[0], bool)
 
         def rebuilt(floats: list[jax.Array]) -> Any:
-            rest = iter(floats)
-            filled = [
-                next(rest) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True)
-            ]
-            return jax.tree.unflatten(treedef, filled)
+            return merged_tree(batch, groups, floats, lambda leaf: leaf)
 
         def size(floats: list[jax.Array]) -> jax.Array:
             return jnp.sum(norms(rebuilt(floats))[:, index])
@@ -236,8 +232,7 @@ def _ascent(
                 _moved(*pair) for pair in zip(floats, jax.grad(size)(floats), strict=True)
             ], None
 
-        floats = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
-        floats, _ = jax.lax.scan(step, floats, None, length=steps)
+        floats, _ = jax.lax.scan(step, with_gradient(leaves, groups), None, length=steps)
         finite = [min(limit, _UNBOUNDED) for limit in limits]
         return admitted(rebuilt(floats), mask, finite)[0]
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
-from jaxdp.lipschitz.operator_norm import convolution_norm
+from jaxdp.lipschitz.operator_norm import convolution_norm, patch_multiplicity
 from jaxdp.lipschitz.projections import onto_ball, onto_spectral_ball, orthogonal
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import Range, Value, scaled
@@ -123,7 +123,7 @@ def conv2d(
     def projection(kernel: jax.Array) -> jax.Array:
         if constraint == "frobenius":
             window = kernel.shape[:2]
-            patches = math.prod(-(-k // s) for k, s in zip(window, steps, strict=True))
+            patches = patch_multiplicity(window, steps, (1, 1), positions=window)
             return onto_ball(kernel, patches**-0.5)
         if constraint == "orthogonal":
             kernel = orthogonal(kernel.reshape(-1, kernel.shape[-1])).reshape(kernel.shape)

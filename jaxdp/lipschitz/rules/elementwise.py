@@ -140,11 +140,7 @@ def _sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
         image = Range(norm, x.low - y.high, x.high - y.low)
     else:
         image = Range(norm, x.low + y.low, x.high + y.high)
-
-    def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
-        return [scaled(cotangents[0], copies_x), scaled(cotangents[0], copies_y)]
-
-    return [image], pull_back
+    return [image], _as_often_as_met([copies_x, copies_y])
 
 
 @register_bound_rule("mul")
@@ -179,9 +175,8 @@ def _div(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
 
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
         (bound,) = cotangents
-        above = math.sqrt(eqn.outputs[0].size / max(x.size, 1))
         below = copies_y * jnp.square(inverse) * x.largest
-        return [scaled(bound, above * inverse), scaled(bound, below)]
+        return [scaled(bound, copies_x * inverse), scaled(bound, below)]
 
     return [Range(copies_x * x.norm * inverse, low, high)], pull_back
 
@@ -193,11 +188,7 @@ def _extremum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], 
     choose = jnp.maximum if eqn.name == "max" else jnp.minimum
     norm = jnp.hypot(copies_x * x.norm, copies_y * y.norm)
     image = Range(norm, choose(x.low, y.low), choose(x.high, y.high))
-
-    def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
-        return [scaled(cotangents[0], copies_x), scaled(cotangents[0], copies_y)]
-
-    return [image], pull_back
+    return [image], _as_often_as_met([copies_x, copies_y])
 
 
 @register_bound_rule("clamp")
@@ -208,12 +199,7 @@ def _clamp(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pul
     low = jnp.clip(x.low, least.low, most.low)
     high = jnp.clip(x.high, least.high, most.high)
 
-    def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
-        (bound,) = cotangents
-        ends = [math.sqrt(x.size / max(end.size, 1)) for end in (least, most)]
-        return [scaled(bound, ends[0]), bound, scaled(bound, ends[1])]
-
-    return [Range(norm, low, high)], pull_back
+    return [Range(norm, low, high)], _as_often_as_met(_copies(eqn, values))
 
 
 @register_bound_rule("select_n")
@@ -248,6 +234,11 @@ def _copies(eqn: Equation, values: Sequence[Value]) -> list[float]:
     and axes of one, are not always broadcast by an equation of their own."""
     size = eqn.outputs[0].size
     return [math.sqrt(size / value.size) if value.size else 1.0 for value in values]
+
+
+def _as_often_as_met(copies: Sequence[float]) -> PullBack:
+    """The cotangent of the output to every operand, as often as its entries meet others."""
+    return lambda cotangents: [scaled(cotangents[0], many) for many in copies]
 
 
 def _weighing(copies: float, other: Value) -> jax.Array:
