@@ -6,11 +6,12 @@ updates, state = tx.update(grads, state)   # tx begins with one of jaxdp's clips
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, Groups
@@ -18,8 +19,9 @@ from jaxdp.engine import batches, lowerings
 from jaxdp.engine.dense import Given
 from jaxdp.engine.lowerings import METHODS, Choice
 from jaxdp.engine.numerics import select_rows
-from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, zero_sum
+from jaxdp.engine.reduction import Batch, Handle, Reduction, Rows, Weigh, zero_sum
 from jaxdp.engine.rule import ClipRule, finite_rows, group_norms, sample_weights
+from jaxdp.engine.sharded import Sharded, row_sharding
 from jaxdp.problem import (
     LossFn,
     Problem,
@@ -28,20 +30,10 @@ from jaxdp.problem import (
     checked_mask,
     merged_tree,
     pose,
+    taken_apart,
     trainable_groups,
     with_gradient,
 )
-
-
-class Handle(Protocol):
-    """A lowering applied to one batch (`engine.batches`)."""
-
-    @property
-    def mask(self) -> jax.Array: ...
-
-    def reduce(self, weigh: Weigh | None) -> Reduction: ...
-
-    def rows(self) -> Rows: ...
 
 
 class PerSampleGrads:
@@ -84,7 +76,7 @@ class PerSampleGrads:
         groups = trainable_groups(params, trainable=True)
         rows = Rows(with_gradient(jax.tree.leaves(grads), groups), None, None)
         checked = checked_mask(mask, count)
-        handle = batches.Whole(Given(rows), Batch((), checked, jnp.arange(count)))
+        handle = batches.Whole(Given(rows), Batch((), checked, jnp.zeros(count)))
         return cls(handle, params, groups)
 
     @property
@@ -95,7 +87,7 @@ class PerSampleGrads:
     @property
     def mask(self) -> jax.Array:
         """Bool `[B]`: which rows hold a sample."""
-        return self._handle.mask
+        return self._handle.batch.mask
 
     @property
     def groups(self) -> Groups:
@@ -145,7 +137,11 @@ class PerSampleGrads:
         kept = rule._replace(groups=self._kept(rule.groups))
         sizes = [leaf.size for leaf in with_gradient(jax.tree.leaves(self.params), self._groups)]
         groups = tuple(group for group in kept.groups if group is not None)
-        sums = self._reduce(Weigh(lambda squared, _: sample_weights(kept, squared, sizes), groups))
+
+        def weigh(squared: jax.Array, thresholds: jax.Array, _: jax.Array) -> jax.Array:
+            return sample_weights(kept._replace(thresholds=thresholds), squared, sizes)
+
+        sums = self._reduce(self._handle, Weigh(weigh, groups, rule.thresholds))
         value = self._tree(sums, zero_sum)
         return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups)
 
@@ -158,12 +154,13 @@ class PerSampleGrads:
         if weights.shape != self.mask.shape:
             raise ValueError(f"weights must have shape {self.mask.shape}, got {weights.shape}")
 
-        def weigh(squared: jax.Array, rows: jax.Array) -> jax.Array:
-            counted = select_rows(finite_rows(squared), weights[rows])
+        def weigh(squared: jax.Array, _: Any, weights: jax.Array) -> jax.Array:
+            counted = select_rows(finite_rows(squared), weights)
             return jnp.broadcast_to(counted[:, None], squared.shape)
 
         groups = (0,) * sum(group is not None for group in self._groups)
-        return self._tree(self._reduce(Weigh(weigh, groups)), zero_sum)
+        handle = self._handle._replace(batch=self._handle.batch._replace(given=weights))
+        return self._tree(self._reduce(handle, Weigh(weigh, groups)), zero_sum)
 
     def materialize(self) -> Any:
         """The per-sample gradients themselves: a pytree of `[B, *param.shape]`.
@@ -181,8 +178,8 @@ class PerSampleGrads:
     def __repr__(self) -> str:
         return f"PerSampleGrads(batch_size={self.batch_size})"
 
-    def _reduce(self, weigh: Weigh) -> list[jax.Array]:
-        reduction = self._handle.reduce(weigh)
+    def _reduce(self, handle: Handle, weigh: Weigh) -> list[jax.Array]:
+        reduction = handle.reduce(weigh)
         self._seen = (get_opaque_trace_state(), reduction._replace(sums=[]))
         return reduction.sums
 
@@ -230,6 +227,7 @@ def per_sample_grads(
     memory_budget: int | None = None,
     microbatch_size: int | None = None,
     trainable: Any = True,
+    sharding: NamedSharding | None = None,
 ) -> Callable[..., PerSampleGrads]:
     r"""Turns the loss of ONE example into a function that gives per-sample gradients of a batch.
 
@@ -260,6 +258,10 @@ def per_sample_grads(
       trainable: bool, or a pytree prefix of the parameters of bools: leaves under False are
         frozen. They are not differentiated, get no noise, and their updates are zero. Integer
         leaves are always frozen.
+      sharding: of the rows of the batch, where these lie on several devices under `jit`. Numbers
+        are right without it; with it every device computes from its own rows, and all that devices
+        exchange is one sum of gradients. A mesh with explicit axes, as `jax.make_mesh` makes them,
+        says by itself where the rows are.
 
     Returns:
       `grads_fn(params, batch, mask=None, **kwargs) -> PerSampleGrads`. `batch` is any pytree of
@@ -269,7 +271,8 @@ def per_sample_grads(
     Raises:
       TypeError: `loss_fn` does not return a real scalar; the mask is not bool.
       ValueError: batch leaves disagree on B; mask of another shape; nothing to differentiate;
-        a budget that one sample exceeds; a flax module that computes batch statistics.
+        a budget that one sample exceeds; a flax module that computes batch statistics; rows that
+        do not divide among the devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -285,23 +288,17 @@ def per_sample_grads(
     Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1, line
     "compute gradient". The methods: see `jaxdp.engine`.
     """
-    options = Options(loss_fn, has_aux, method, memory_budget, microbatch_size, trainable)
+    options = Options(loss_fn, has_aux, method, memory_budget, microbatch_size, trainable, sharding)
     options.check()
 
     def grads_fn(
         params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any
     ) -> PerSampleGrads:
         problem = options.problem(params, batch, mask, kwargs)
-        choice = options.choice(problem)
-        if choice.microbatch_size is None:
-            handle = batches.Whole(choice.lowering, problem.batch)
-        else:
-            size = choice.microbatch_size
-            handle = batches.Microbatched(choice.lowering, problem.batch, problem.leaves, size)
         struct = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), problem.params
         )
-        return PerSampleGrads(handle, struct, problem.groups)
+        return PerSampleGrads(options.handle(problem, kwargs), struct, problem.groups)
 
     return grads_fn
 
@@ -315,6 +312,7 @@ class Options(NamedTuple):
     memory_budget: int | None
     microbatch_size: int | None
     trainable: Any
+    sharding: NamedSharding | None = None
 
     def check(self) -> None:
         """Raises on an argument that no batch could make sense of."""
@@ -343,3 +341,23 @@ class Options(NamedTuple):
             microbatch_size=self.microbatch_size,
             memory_budget=self.memory_budget,
         )
+
+    def handle(self, problem: Problem, kwargs: dict[str, Any]) -> Handle:
+        """The lowering applied to the batch, on each device where its rows lie on several."""
+        rows_at = row_sharding(problem.batch.examples, self.sharding)
+        if rows_at is None:
+            return self.local_handle(problem)
+        arrays, problem_of = taken_apart(problem, kwargs, self.problem)
+
+        def handle_of(arrays: Any, part: Batch) -> Handle:
+            return self.local_handle(problem_of(arrays, part))
+
+        return Sharded(handle_of, arrays, problem.leaves, problem.batch, rows_at)
+
+    def local_handle(self, problem: Problem) -> Handle:
+        """The same on this device."""
+        choice = self.choice(problem)
+        if choice.microbatch_size is None:
+            return batches.Whole(choice.lowering, problem.batch)
+        size = choice.microbatch_size
+        return batches.Microbatched(choice.lowering, problem.batch, problem.leaves, size)

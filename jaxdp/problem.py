@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdp.bounded import Groups
 from jaxdp.coupling import refuse_batch_statistics
@@ -69,9 +70,9 @@ def pose(
     """
     check_function(loss_fn)
     mask = checked_mask(mask, batch_size(batch, "batch"))
-    rows = Batch(jax.tree.map(jnp.asarray, batch), mask, jnp.arange(mask.shape[0]))
+    rows = Batch(jax.tree.map(jnp.asarray, batch), mask, jnp.zeros(mask.shape, jnp.float32))
     params = jax.tree.map(jnp.asarray, params)
-    params, rows = vary((params, rows), varying_axes((params, rows)))
+    params, rows = vary((params, rows), varying_axes(rows))
     groups = trainable_groups(params, trainable)
 
     def loss(moving: list[jax.Array], example: Any) -> tuple[jax.Array, Any]:
@@ -80,6 +81,34 @@ def pose(
             return checked_loss(loss_fn(given, example, **kwargs), has_aux)
 
     return Problem(params, groups, with_gradient(jax.tree.leaves(params), groups), rows, loss)
+
+
+def taken_apart(
+    problem: Problem, kwargs: dict[str, Any], posed: Callable[..., Problem]
+) -> tuple[Any, Callable[[Any, Batch], Problem]]:
+    """A problem as arrays and what makes it from these and some rows again: for functions that must
+    be given every array they use.
+
+    Args:
+      problem: what `posed(params, batch, mask, kwargs)` made.
+      kwargs: keyword arguments of the loss, arrays and others.
+      posed: as `pose`, with all further arguments set.
+
+    Returns:
+      Arrays, a pytree, and `(arrays, rows) -> problem`.
+    """
+    leaves, treedef = jax.tree.flatten(kwargs)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    arrays = [leaf for leaf, flag in zip(leaves, is_array, strict=True) if flag]
+
+    def problem_of(given: Any, part: Batch) -> Problem:
+        params, arrays = given
+        rest = iter(arrays)
+        merged = [next(rest) if flag else leaf for leaf, flag in zip(leaves, is_array, strict=True)]
+        kwargs = jax.tree.unflatten(treedef, merged)
+        return posed(params, part.examples, part.mask, kwargs)._replace(batch=part)
+
+    return (problem.params, arrays), problem_of
 
 
 def check_function(loss_fn: LossFn) -> None:

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.manual import vary, varying_axes
-from jaxdp.engine.reduction import Batch, Lowering, Reduction, Rows, Weigh, zero_sum
+from jaxdp.engine.reduction import Batch, Lowering, Reduction, Rows, Weigh, zero_sums
 
 
 class Whole(NamedTuple):
@@ -14,11 +13,6 @@ class Whole(NamedTuple):
 
     lowering: Lowering
     batch: Batch
-
-    @property
-    def mask(self) -> jax.Array:
-        """Which rows hold a sample."""
-        return self.batch.mask
 
     def reduce(self, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given."""
@@ -37,11 +31,6 @@ class Microbatched(NamedTuple):
     leaves: list[Any]
     size: int
 
-    @property
-    def mask(self) -> jax.Array:
-        """Which rows hold a sample."""
-        return self.batch.mask
-
     def reduce(self, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given, added up over microbatches."""
 
@@ -50,8 +39,7 @@ class Microbatched(NamedTuple):
             total = [a + b for a, b in zip(sums, reduction.sums, strict=True)]
             return total, reduction._replace(sums=[])
 
-        zeros = [] if weigh is None else [zero_sum(leaf) for leaf in self.leaves]
-        zeros = vary(zeros, varying_axes(self.mask))
+        zeros = [] if weigh is None else zero_sums(self.leaves, self.batch.mask)
         sums, parts = jax.lax.scan(add, zeros, self._parts())
         return self._joined(parts)._replace(sums=sums)
 
@@ -61,7 +49,7 @@ class Microbatched(NamedTuple):
 
     def _parts(self) -> Batch:
         """Everything as `[parts, size, ...]`; masked copies of the last row fill up the end."""
-        count = self.mask.shape[0]
+        count = self.batch.mask.shape[0]
         parts = -(-count // self.size)
         index = jnp.minimum(jnp.arange(parts * self.size), count - 1)
 
@@ -71,8 +59,8 @@ class Microbatched(NamedTuple):
 
         real = (jnp.arange(parts * self.size) < count).reshape(parts, self.size)
         examples = jax.tree.map(split, self.batch.examples)
-        return Batch(examples, split(self.mask) & real, index.reshape(parts, self.size))
+        return Batch(examples, split(self.batch.mask) & real, split(self.batch.given))
 
     def _joined(self, tree: Any) -> Any:
-        count = self.mask.shape[0]
+        count = self.batch.mask.shape[0]
         return jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2)[:count], tree)

@@ -13,14 +13,14 @@ from jaxdp.engine.numerics import select_rows, square_sums, weighted_sum, widene
 from jaxdp.engine.reduction import Batch, LeafLoss, Reduction, Rows, Weigh, stacked
 
 
-def squared_norms(grads: list[jax.Array]) -> jax.Array:
-    """Squared L2 norms `[b, L]` of per-sample gradients."""
+def squared_norms(grads: list[jax.Array], mask: jax.Array) -> jax.Array:
+    """Squared L2 norms `[b, L]` of per-sample gradients; zero where there is no sample."""
 
     def of_leaf(grad: jax.Array) -> jax.Array:
         flat = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
         return square_sums(widened(flat))
 
-    return stacked([of_leaf(grad) for grad in grads])
+    return select_rows(mask, stacked([of_leaf(grad) for grad in grads], mask))
 
 
 def weighted_sums(grads: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
@@ -34,12 +34,10 @@ def weighted_sums(grads: list[jax.Array], weights: jax.Array) -> list[jax.Array]
 
 def reduce_rows(rows: Rows, part: Batch, weigh: Weigh | None) -> Reduction:
     """Norms, then weights, then weighted sums (none without `weigh`) of materialised rows."""
-    squared = select_rows(part.mask, squared_norms(rows.grads))
+    squared = squared_norms(rows.grads, part.mask)
     sums = []
     if weigh is not None:
-        sums = weighted_sums(
-            rows.grads, select_rows(part.mask, weigh.weights(squared, part.positions))
-        )
+        sums = weighted_sums(rows.grads, weigh.of(squared, part))
     losses = None if rows.losses is None else select_rows(part.mask, rows.losses)
     return Reduction(sums, squared, losses, rows.aux)
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.settle import nothing_seen, settle
@@ -48,6 +47,6 @@ class Fused(NamedTuple):
                 column if group == own else jnp.zeros_like(column)
                 for column, group in zip(columns, weigh.groups, strict=True)
             ]
-            weights = weigh.weights(stacked(known), part.positions)[:, index]
-            sums.append(leaf.weighted_sum(select_rows(part.mask, weights)))
-        return Reduction(sums, stacked(columns), losses, aux)
+            weights = weigh.of(stacked(known, part.mask), part)
+            sums.append(leaf.weighted_sum(weights[:, index]))
+        return Reduction(sums, stacked(columns, part.mask), losses, aux)

@@ -37,12 +37,6 @@ def _attach_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return primals[0], tangents[0] + tangents[1]
 
 
-def slot_shape(use: Use) -> jax.ShapeDtypeStruct:
-    """The shape of the slot of one sample, all steps of the enclosing scans stacked."""
-    aval = use.aval if use.kind is None else use.eqn.outputs[0]
-    return jax.ShapeDtypeStruct((*use.lengths, *aval.shape), aval.dtype)
-
-
 class Taps(NamedTuple):
     """What replaces an equation at tapped uses.
 

@@ -34,14 +34,14 @@ class Plan(NamedTuple):
             # So that a loss of the parameters alone meets the sample, too: in this sum.
             return value + anchor.astype(value.dtype), aux
 
-        anchor = zeros((), jnp.float32, leaves)
+        anchor = zeros((), jnp.float32, example)
         program, structure = walker.trace(anchored, leaves, example, anchor)
         needed = [True] + [False] * (structure.num_leaves - 1)
         return cls(program, structure, dict(enumerate(find_uses(program, leaves, needed))))
 
     def arguments(self, leaves: list[Any], example: Any) -> list[Any]:
         """The inputs of the program."""
-        return [*leaves, *jax.tree.leaves(example), zeros((), jnp.float32, leaves)]
+        return [*leaves, *jax.tree.leaves(example), zeros((), jnp.float32, example)]
 
     def outputs(self, outputs: list[Any]) -> tuple[jax.Array, Any]:
         """Loss and aux from the outputs of the program."""

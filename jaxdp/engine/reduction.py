@@ -1,12 +1,13 @@
 """What every lowering takes and gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.numerics import accumulation_dtype
+from jaxdp.engine.manual import summed_over_devices, vary, varying_axes
+from jaxdp.engine.numerics import accumulation_dtype, select_rows
 
 # (params leaves with a gradient, one example) -> (loss, aux)
 LeafLoss = Callable[[list[jax.Array], Any], tuple[jax.Array, Any]]
@@ -16,13 +17,20 @@ class Weigh(NamedTuple):
     """How squared norms become weights.
 
     Attributes:
-      weights: `(squared norms [b, L] of some rows, which rows of the batch these are [b]) ->
-        weights [b, L]`.
+      weights: `(squared norms [b, L] of some rows, constants, what the caller gives these rows
+        [b]) -> weights [b, L]`. Closes over no array, so that it can go wherever the rows are.
       groups: for each leaf its group; leaves of one group have equal weights.
+      constants: arrays that all rows have in common.
     """
 
-    weights: Callable[[jax.Array, jax.Array], jax.Array]
+    weights: Callable[[jax.Array, Any, jax.Array], jax.Array]
     groups: tuple[int, ...]
+    constants: Any = ()
+
+    def of(self, squared_norms: jax.Array, part: "Batch") -> jax.Array:
+        """The weights `[b, L]` of these rows; zero where there is no sample."""
+        weights = self.weights(squared_norms, self.constants, part.given)
+        return select_rows(part.mask, weights)
 
 
 class Rows(NamedTuple):
@@ -61,12 +69,12 @@ class Batch(NamedTuple):
     Attributes:
       examples: pytree of `[b, ...]`.
       mask: bool `[b]`, which rows hold a sample; the others count for nothing.
-      positions: int `[b]`, which rows of the whole batch these are.
+      given: float `[b]`, a number that the caller has for each row (`Weigh`).
     """
 
     examples: Any
     mask: jax.Array
-    positions: jax.Array
+    given: jax.Array
 
 
 class Lowering(Protocol):
@@ -81,13 +89,45 @@ class Lowering(Protocol):
         ...
 
 
+class Handle(Protocol):
+    """A lowering applied to one batch."""
+
+    @property
+    def batch(self) -> Batch:
+        """The rows."""
+        ...
+
+    def reduce(self, weigh: Weigh | None) -> Reduction:
+        """Norms, and weighted sums if `weigh` is given."""
+        ...
+
+    def rows(self) -> Rows:
+        """The gradients themselves."""
+        ...
+
+    def _replace(self, *, batch: Batch) -> "Handle":
+        """The same on another batch."""
+        ...
+
+
 def zero_sum(leaf: Any) -> jax.Array:
     """The sum over no samples for a parameter of this shape and dtype."""
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     return jnp.zeros(leaf.shape, accumulation_dtype(leaf.dtype) if floating else leaf.dtype)
 
 
-def stacked(columns: list[jax.Array]) -> jax.Array:
-    """Squared norms `[B]` of each leaf as one `[B, L]`, in the widest of their dtypes."""
+def zero_sums(leaves: Sequence[Any], mask: jax.Array) -> list[jax.Array]:
+    """The sums over no samples, varying over devices as sums over these rows do."""
+    return [vary(zero_sum(leaf), varying_axes((leaf, mask))) for leaf in leaves]
+
+
+def stacked(columns: list[jax.Array], mask: jax.Array) -> jax.Array:
+    """Squared norms `[B]` of each leaf as one `[B, L]`, in the widest of their dtypes.
+
+    A leaf that varies over devices where the rows do not is a part of a larger one: its squares
+    are added up over these devices.
+    """
     widest = max((column.dtype for column in columns), key=lambda dtype: jnp.finfo(dtype).bits)
-    return jnp.stack([column.astype(widest) for column in columns], axis=1)
+    parts = varying_axes(columns) - varying_axes(mask)
+    whole = [summed_over_devices(column, parts) for column in columns]
+    return jnp.stack([column.astype(widest) for column in whole], axis=1)

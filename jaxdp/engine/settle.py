@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.manual import vary, varying_axes, zeros
+from jaxdp.engine.manual import zeros
 from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.engine.plan import Plan
-from jaxdp.engine.reduction import Batch, Reduction, stacked, zero_sum
+from jaxdp.engine.reduction import Batch, Reduction, stacked, zero_sums
 from jaxdp.engine.rule import finite_rows
 
 
@@ -37,7 +37,7 @@ def settle(run: Callable[[Batch], Reduction], part: Batch, start: Reduction) -> 
         counted = state.counted
         index = jnp.where(counted, jnp.arange(counted.shape[0]), jnp.argmax(counted))
         examples = jax.tree.map(lambda leaf: leaf[index], part.examples)
-        found = run(Batch(examples, counted, part.positions))
+        found = run(Batch(examples, counted, part.given))
 
         def seen(new: jax.Array, old: jax.Array) -> jax.Array:
             shape = counted.shape + (1,) * (new.ndim - 1)
@@ -68,5 +68,5 @@ def nothing_seen(plan: Plan, leaves: Sequence[Any], mask: jax.Array, *, sums: bo
         return zeros((*mask.shape, *shape.shape), shape.dtype, mask)
 
     squared = [zeros(mask.shape, accumulation_dtype(leaf.dtype), mask) for leaf in leaves]
-    totals = [vary(zero_sum(leaf), varying_axes(mask)) for leaf in leaves] if sums else []
-    return Reduction(totals, stacked(squared), by_row(loss), jax.tree.map(by_row, aux))
+    totals = zero_sums(leaves, mask) if sums else []
+    return Reduction(totals, stacked(squared, mask), by_row(loss), jax.tree.map(by_row, aux))

@@ -60,6 +60,12 @@ class Use(NamedTuple):
         """Shape and dtype of the operand."""
         return self.eqn.operands[self.operand]
 
+    @property
+    def slotted(self) -> Any:
+        """The same of what a slot is attached to: the operand of a promoted use, the output of the
+        equation of a factored one."""
+        return self.aval if self.kind is None else self.eqn.outputs[0]
+
 
 class _Value(NamedTuple):
     """What is known of a value: it depends on the sample, or else on some inputs (`roots`) of the

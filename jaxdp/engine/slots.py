@@ -34,11 +34,11 @@ class Slots(NamedTuple):
     def reduce(self, part: Batch, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given."""
         gradients, losses, aux = self.factors(part)
-        squared = stacked([leaf.squared_norms(losses.shape[0]) for leaf in gradients])
+        squared = stacked([leaf.squared_norms(losses.shape[0]) for leaf in gradients], part.mask)
         counted = select_rows(part.mask, squared)
         sums = []
         if weigh is not None:
-            weights = select_rows(part.mask, weigh.weights(counted, part.positions))
+            weights = weigh.of(counted, part)
             gradients = without(jnp.all(weights == 0, axis=1), gradients)
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
         return Reduction(sums, counted, select_rows(part.mask, losses), aux)
@@ -72,11 +72,14 @@ class Slots(NamedTuple):
 def zero_slots(uses: Mapping[int, Use], mask: jax.Array) -> instrument.Slots:
     """Slots `[B, ...]` for the uses; none for one whose twin has one."""
     at = {use.path for use in uses.values() if use.kind is not None}
-    shapes = {n: instrument.slot_shape(use) for n, use in uses.items() if use.twin not in at}
-    return {
-        number: zeros((*mask.shape, *shape.shape), shape.dtype, mask)
-        for number, shape in shapes.items()
-    }
+    slotted = {number: use for number, use in uses.items() if use.twin not in at}
+    return {number: _zero_slot(use, mask) for number, use in slotted.items()}
+
+
+def _zero_slot(use: Use, mask: jax.Array) -> jax.Array:
+    shape = (*mask.shape, *use.lengths, *use.slotted.shape)
+    # It varies over devices as the value it is attached to, or JAX would add up its cotangents.
+    return zeros(shape, use.slotted.dtype, (use.slotted, mask))
 
 
 def with_twins(uses: Mapping[int, Use], cotangents: instrument.Slots) -> instrument.Slots:

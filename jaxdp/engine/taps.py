@@ -31,7 +31,7 @@ from jaxdp.engine.assemble import LeafGradients, assemble
 from jaxdp.engine.instrument import Taps as TapsAt
 from jaxdp.engine.kinds.base import Site, Target
 from jaxdp.engine.manual import zeros
-from jaxdp.engine.numerics import accumulation_dtype, select_rows
+from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.settle import nothing_seen, settle
@@ -81,7 +81,9 @@ class Taps(NamedTuple):
         chosen = [self.leaves[index] for index in second]
         start = {
             number: zeros(
-                (count, len(use.view or ())), accumulation_dtype(use.aval.dtype), part.mask
+                (count, len(use.view or ())),
+                accumulation_dtype(use.aval.dtype),
+                (use.slotted, part.mask),
             )
             for number, use in tapped.items()
         }
@@ -92,10 +94,10 @@ class Taps(NamedTuple):
         _, cotangents, seen = pull_back((seed, jax.tree.map(jnp.zeros_like, gates)))
         cotangents = with_twins(slotted, cotangents)
         gradients = assemble(plan.program, slotted, self.leaves, captures, cotangents)
-        squared = stacked(_squared_norms(gradients, tapped, seen, count))
+        squared = stacked(_squared_norms(gradients, tapped, seen, count), part.mask)
         sums = []
         if weigh is not None:
-            weights = select_rows(part.mask, weigh.weights(squared, part.positions))
+            weights = weigh.of(squared, part)
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
             # Behind a barrier: XLA would see that both passes have the same cotangents, and keep
             # those of the first.

@@ -12,14 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxdp.bounded import Bounded
 from jaxdp.clipping import clip_per_layer
 from jaxdp.engine.numerics import select_rows, square_sums
 from jaxdp.engine.reduction import Batch
+from jaxdp.engine.sharded import on_each_device, row_sharding
 from jaxdp.lipschitz.bounds import input_limits, is_float, leaf_bounds
 from jaxdp.per_sample import per_sample_grads
-from jaxdp.problem import LossFn, Problem, check_function, pose, with_gradient
+from jaxdp.problem import LossFn, Problem, check_function, pose, taken_apart, with_gradient
 from jaxdp.schedules import checked
 from jaxdp.trees import prefix_leaves
 
@@ -32,6 +34,7 @@ def bounded_grads(
     enforce_input_bound: bool = True,
     with_losses: bool = False,
     trainable: Any = True,
+    sharding: NamedSharding | None = None,
 ) -> Callable[..., Any]:
     r"""Turns the loss of ONE example into a function that gives bounded gradients of a batch.
 
@@ -52,7 +55,7 @@ def bounded_grads(
         every row, masked ones included, is finite and within its bound, and no pass over the
         batch is spent on it.
       with_losses: whether the losses are returned, too.
-      trainable: as for `per_sample_grads`.
+      trainable, sharding: as for `per_sample_grads`.
 
     Returns:
       `grads_fn(params, batch, mask=None, **kwargs) -> Bounded`, with one group for each leaf; with
@@ -78,8 +81,11 @@ def bounded_grads(
     """
     check_function(loss_fn)
 
+    def posed(params: Any, batch: Any, mask: jax.Array | None, kwargs: dict[str, Any]) -> Problem:
+        return pose(loss_fn, params, batch, mask, kwargs, has_aux=False, trainable=trainable)
+
     def grads_fn(params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any) -> Any:
-        problem = pose(loss_fn, params, batch, mask, kwargs, has_aux=False, trainable=trainable)
+        problem = posed(params, batch, mask, kwargs)
         limits = input_limits(input_bound, batch)
         bounds, _ = leaf_bounds(problem, limits)
         caps = with_gradient(_caps(thresholds, problem.params), problem.groups)
@@ -89,23 +95,38 @@ def bounded_grads(
             bound if cap == math.inf else jnp.clip(bound, least, cap)
             for bound, cap in zip(bounds, caps, strict=True)
         ]
-        examples, counted = problem.batch.examples, problem.batch.mask
-        if enforce_input_bound:
-            examples, counted = admitted(examples, counted, limits)
-        given = problem._replace(batch=Batch(examples, counted, problem.batch.positions))
         loose = [cap < math.inf for cap in caps]
-        sums, losses = _summed(given, loose)
-        if any(loose):
-            # Either is zero where the other is not.
-            sums = list(map(jnp.add, sums, _clipped(given, loose, sensitivity)))
+
+        def run(problem: Problem, thresholds: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+            examples, counted, given = problem.batch
+            if enforce_input_bound:
+                examples, counted = admitted(examples, counted, limits)
+            kept = problem._replace(batch=Batch(examples, counted, given))
+            sums, losses = _summed(kept, loose)
+            if any(loose):
+                # Either is zero where the other is not.
+                sums = list(map(jnp.add, sums, _clipped(kept, loose, thresholds)))
+            return sums, jnp.where(problem.batch.mask & ~counted, jnp.nan, losses)
+
+        rows_at = row_sharding(problem.batch.examples, sharding)
+        if rows_at is None:
+            sums, losses = run(problem, sensitivity)
+        else:
+            arrays, problem_of = taken_apart(problem, kwargs, posed)
+            sums, losses = on_each_device(
+                lambda common, part: run(problem_of(common[0], part), common[1]),
+                rows_at,
+                (arrays, sensitivity),
+                problem.batch,
+                problem.leaves,
+            )
         groups = iter(range(len(sums)))
         bounded = Bounded(
             problem.tree(sums, jnp.zeros_like),
             jnp.stack(sensitivity),
             [None if group is None else next(groups) for group in problem.groups],
         )
-        lost = problem.batch.mask & ~counted
-        return (bounded, jnp.where(lost, jnp.nan, losses)) if with_losses else bounded
+        return (bounded, losses) if with_losses else bounded
 
     return grads_fn
 

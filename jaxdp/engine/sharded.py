@@ -1,0 +1,172 @@
+"""A batch whose rows lie on several devices, under `jit`.
+
+Every device runs the lowering on its own rows, inside `jax.shard_map` over the axes of the mesh
+along which rows are spread; sums are added up over the devices, once. XLA alone would give the same
+numbers, but for loops over samples it gathers all rows on every device first. The other axes of the
+mesh are left to XLA.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxdp.engine.manual import summed_over_devices
+from jaxdp.engine.reduction import Batch, Handle, Reduction, Rows, Weigh
+
+
+class RowSharding(NamedTuple):
+    """Where the rows of a batch lie.
+
+    Attributes:
+      mesh: of devices.
+      axes: those along which the first axis of the batch is spread.
+    """
+
+    mesh: Mesh | AbstractMesh
+    axes: tuple[str, ...]
+
+    @property
+    def devices(self) -> int:
+        """How many parts the rows are spread over."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+
+def row_sharding(batch: Any, sharding: NamedSharding | None) -> RowSharding | None:
+    """Where the rows of a batch lie: as the caller says, or as the types of a mesh with explicit
+    axes say. None where nothing is known, or all rows are on each device.
+
+    Raises:
+      ValueError: leaves disagree; the sharding spreads other axes than the first, or the rows do
+        not divide among the devices.
+    """
+    if sharding is None:
+        found = {rows for leaf in jax.tree.leaves(batch) if (rows := _typed(leaf)) is not None}
+        if len(found) > 1:
+            raise ValueError(
+                "all leaves of batch must have their rows on the same devices, got "
+                f"{sorted(rows.axes for rows in found)}"
+            )
+        return found.pop() if found else None
+    first, *others = sharding.spec or (None,)
+    if any(axis is not None for axis in others):
+        raise ValueError(
+            f"sharding must spread the rows of the batch alone, got {sharding.spec}: only its "
+            "first entry may name axes of the mesh"
+        )
+    rows = RowSharding(sharding.mesh, _names(first))
+    count = jax.tree.leaves(batch)[0].shape[0]
+    if count % rows.devices:
+        raise ValueError(
+            f"the rows of a batch must divide among {rows.devices} devices, got {count}: choose a "
+            f"physical batch size that is a multiple of {rows.devices}"
+        )
+    return rows if rows.axes else None
+
+
+def _typed(leaf: Any) -> RowSharding | None:
+    sharding = jax.typeof(leaf).sharding
+    axes = _names(next(iter(sharding.spec), None))
+    return RowSharding(sharding.mesh, axes) if axes else None
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The axes that one entry of a partition spec names."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def on_each_device(
+    run: Callable[[Any, Any], tuple[Any, Any]],
+    rows: RowSharding,
+    common: Any,
+    by_row: Any,
+    like: Any,
+) -> tuple[Any, Any]:
+    """Runs a function on every device with the rows that lie there.
+
+    Args:
+      run: `(common, its rows) -> (sums over its rows, results by row)`.
+      rows: where they lie.
+      common: arrays that all devices see in the same way, any pytree.
+      by_row: pytree of `[B, ...]`.
+      like: what has the structure of the sums, to be spread over the mesh as these are.
+
+    Returns:
+      The sums over all rows, and the results `[B, ...]`.
+    """
+    axes = frozenset(rows.axes)
+
+    def on_one(common: Any, by_row: Any) -> tuple[Any, Any]:
+        sums, found = run(common, by_row)
+        return jax.tree.map(lambda leaf: summed_over_devices(leaf, axes), sums), found
+
+    spread = P(rows.axes)
+    explicit = tuple(
+        name
+        for name, kind in zip(rows.mesh.axis_names, rows.mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    )
+    mapped = jax.shard_map(
+        on_one,
+        mesh=None if explicit else rows.mesh,
+        in_specs=(P(), spread),
+        out_specs=(P(), spread),
+        axis_names=axes,
+    )
+    if explicit:
+        # Within, the other axes are XLA's affair, too: few operations of a model can tell how
+        # their results are to be spread.
+        sums = jax.tree.map(lambda leaf: _spec(leaf, rows), like)
+        out = (sums, NamedSharding(rows.mesh, spread))
+        mapped = jax.sharding.auto_axes(mapped, axes=explicit, out_sharding=out)
+    return jax.jit(mapped)(common, by_row)
+
+
+def _spec(leaf: Any, rows: RowSharding) -> NamedSharding:
+    sharding = jax.typeof(leaf).sharding
+    return NamedSharding(rows.mesh, P()) if sharding.mesh.empty else sharding
+
+
+class Sharded(NamedTuple):
+    """The whole batch, each device its own rows.
+
+    Attributes:
+      handle_of: `(arrays, rows) -> handle` on the rows of one device.
+      arrays: parameters and other arrays of the loss.
+      leaves: parameters that have a gradient.
+      batch: all rows.
+      rows_at: where they lie.
+    """
+
+    handle_of: Callable[[Any, Batch], Handle]
+    arrays: Any
+    leaves: list[Any]
+    batch: Batch
+    rows_at: RowSharding
+
+    def reduce(self, weigh: Weigh | None) -> Reduction:
+        """Norms, and weighted sums if `weigh` is given, added up over devices."""
+
+        def on_one(common: Any, part: Batch) -> tuple[list[jax.Array], Reduction]:
+            arrays, constants = common
+            own = weigh and weigh._replace(constants=constants)
+            found = self.handle_of(arrays, part).reduce(own)
+            return found.sums, found._replace(sums=[])
+
+        like = [] if weigh is None else self.leaves
+        common = (self.arrays, () if weigh is None else weigh.constants)
+        sums, found = on_each_device(on_one, self.rows_at, common, self.batch, like)
+        return found._replace(sums=sums)
+
+    def rows(self) -> Rows:
+        """The gradients of the whole batch, each where its row lies."""
+
+        def on_one(arrays: Any, part: Batch) -> tuple[tuple[()], Rows]:
+            return (), self.handle_of(arrays, part).rows()
+
+        return on_each_device(on_one, self.rows_at, self.arrays, self.batch, ())[1]
