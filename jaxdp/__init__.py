@@ -4,6 +4,7 @@ The road, in its order: per-sample gradients → clip → noise → optax, and t
 """
 
 from jaxdp import accounting as accounting
+from jaxdp import distributed as distributed
 from jaxdp import lipschitz as lipschitz
 from jaxdp import nn as nn
 from jaxdp import training as training

@@ -92,7 +92,7 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
             )
         value = jax.tree.map(jnp.add, state.value, updates.value)
         sensitivities = jnp.maximum(state.sensitivities, _of_leaves(updates))
-        total: Any = Bounded(value, _of_groups(sensitivities, updates), updates.groups)
+        total: Any = updates._replace(value, _of_groups(sensitivities, updates))
 
         def end() -> tuple[Any, AccumulateState]:
             released, inner_state = behind.update(

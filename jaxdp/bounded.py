@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.extend.random import define_prng_impl
 from jax.typing import ArrayLike
 
+from jaxdp.varying import untracked_axes
+
 # Leaf -> index of its sensitivity group, in the order of `jax.tree.leaves`. `None` marks a leaf
 # that no sample can change (an integer or frozen leaf): it has no sensitivity and gets no noise.
 Groups = tuple[int | None, ...]
@@ -77,11 +79,15 @@ class Bounded(metaclass=_SpeakingType):
       TypeError: cannot combine ArrayImpl with Bounded: ... put jaxdp.add_noise(...) between ...
     """
 
-    __slots__ = ("value", "sensitivity", "groups", "_seal")
+    __slots__ = ("value", "sensitivity", "groups", "unsummed", "_seal")
 
     value: Any
     sensitivity: jax.Array
     groups: Groups
+    # Axes of a `pmap`, or of a `shard_map` whose types do not tell what varies, within which it was
+    # made: a sum over the samples of one device only, until `jaxdp.distributed.all_reduce` has
+    # added it up over them.
+    unsummed: frozenset[str]
     _seal: jax.Array
 
     def __init__(
@@ -100,6 +106,7 @@ class Bounded(metaclass=_SpeakingType):
         self.value = value
         self.sensitivity = sensitivity
         self.groups = groups
+        self.unsummed = untracked_axes()
         self.check_groups()
         self._seal = jax.random.wrap_key_data(jnp.zeros((1,), jnp.uint32), impl=_SEAL)  # pyright: ignore[reportArgumentType]
 
@@ -129,8 +136,13 @@ class Bounded(metaclass=_SpeakingType):
                 f"cannot add a Bounded with groups {self.groups} to one with {other.groups}: both "
                 "must come from the same clip"
             )
+        if self.unsummed != other.unsummed:
+            raise ValueError(
+                "cannot add a Bounded of one device to one of all devices: put "
+                "jaxdp.distributed.all_reduce(...) behind both"
+            )
         value = jax.tree.map(jnp.add, self.value, other.value)
-        return Bounded(value, jnp.maximum(self.sensitivity, other.sensitivity), self.groups)
+        return self._replace(value, jnp.maximum(self.sensitivity, other.sensitivity))
 
     def __mul__(self, factor: ArrayLike) -> "Bounded":
         """Scales value and sensitivity by a public constant (never by a function of the data)."""
@@ -143,9 +155,17 @@ class Bounded(metaclass=_SpeakingType):
             for leaf, group in zip(leaves, self.groups, strict=True)
         ]
         value = jax.tree.unflatten(treedef, scaled)
-        return Bounded(value, self.sensitivity * jnp.abs(factor), self.groups)
+        return self._replace(value, self.sensitivity * jnp.abs(factor))
 
     __rmul__ = __mul__
+
+    def _replace(
+        self, value: Any, sensitivity: jax.Array, *, summed_over: frozenset[str] = frozenset()
+    ) -> "Bounded":
+        """Another sum with the same groups, added up over these axes of devices."""
+        other = Bounded(value, sensitivity, self.groups)
+        other.unsummed = self.unsummed - summed_over
+        return other
 
     def _refuse(self, other: Any, *_: Any) -> Any:
         raise TypeError(f"cannot combine {type(other).__name__} with Bounded: {_NEXT_STEP}")
@@ -157,17 +177,21 @@ class Bounded(metaclass=_SpeakingType):
         return f"Bounded(value={shapes}, sensitivity={self.sensitivity}; {_NEXT_STEP})"
 
 
-def _flatten(bounded: Bounded) -> tuple[tuple[Any, ...], Groups]:
-    return (bounded.value, bounded.sensitivity, bounded._seal), bounded.groups
+_Static = tuple[Groups, frozenset[str]]
 
 
-def _flatten_with_keys(bounded: Bounded) -> tuple[tuple[Any, ...], Groups]:
-    children, groups = _flatten(bounded)
+def _flatten(bounded: Bounded) -> tuple[tuple[Any, ...], _Static]:
+    static = bounded.groups, bounded.unsummed
+    return (bounded.value, bounded.sensitivity, bounded._seal), static
+
+
+def _flatten_with_keys(bounded: Bounded) -> tuple[tuple[Any, ...], _Static]:
+    children, static = _flatten(bounded)
     names = map(jax.tree_util.GetAttrKey, ("value", "sensitivity", "seal"))
-    return tuple(zip(names, children, strict=True)), groups
+    return tuple(zip(names, children, strict=True)), static
 
 
-def _unflatten(groups: Groups, children: Iterable[Any]) -> Bounded:
+def _unflatten(static: _Static, children: Iterable[Any]) -> Bounded:
     # JAX also unflattens with placeholders, which no validation would pass: skip __init__.
     bounded = object.__new__(Bounded)
     bounded.value, bounded.sensitivity, bounded._seal = children
@@ -175,7 +199,7 @@ def _unflatten(groups: Groups, children: Iterable[Any]) -> Bounded:
     # would reach the value past the seal.
     if any(isinstance(leaf, bool | str) for leaf in jax.tree.leaves(bounded.value)):
         raise TypeError(f"cannot pick leaves of a Bounded: {_NEXT_STEP}")
-    bounded.groups = groups
+    bounded.groups, bounded.unsummed = static
     return bounded
 
 

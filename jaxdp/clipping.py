@@ -35,6 +35,7 @@ from jaxdp.per_sample import PerSampleGrads
 from jaxdp.randomness import COUNT_NOISE, step_key
 from jaxdp.schedules import FloatOrSchedule, checked, value_at
 from jaxdp.trees import prefix_leaves
+from jaxdp.varying import summed_over_devices, untracked_axes, varying_axes
 
 # (parameters' structure, which leaves have a gradient, logical step) -> rule
 MakeRule = Callable[[Any, Groups, jax.Array], ClipRule]
@@ -288,6 +289,7 @@ def clip_adaptive(
 
     Raises:
       ValueError: an argument out of its range.
+      NotImplementedError: (in `update`) inside `pmap`, or `shard_map` with `check_vma=False`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -326,6 +328,11 @@ def clip_adaptive(
         is_last: ArrayLike = True,
         **_: Any,
     ) -> tuple[Any, ClipAdaptiveState]:
+        if axes := sorted(untracked_axes()):
+            raise NotImplementedError(
+                f"clip_adaptive counts the samples of all devices, which it cannot see along {axes}"
+                ": use jit with a sharded batch, or jax.shard_map with check_vma=True"
+            )
         grads = _per_sample(updates, params)
         if per_layer:
             groups = _each_leaf(grads.groups)
@@ -339,6 +346,7 @@ def clip_adaptive(
         norms = grads.norms(groups)
         below = jnp.where(norms <= thresholds.reshape(1, -1), 0.5, -0.5).astype(jnp.float32)
         counts = jnp.sum(select_rows(grads.counted, below), axis=0).reshape(thresholds.shape)
+        counts = summed_over_devices(counts, varying_axes(counts))
         counts = state.counts.at[places].add(counts)
 
         noise_multiplier = value_at(count_noise_multiplier, state.step)

@@ -31,6 +31,7 @@ from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.randomness import GRADIENT_NOISE, leaf_key, step_key
 from jaxdp.schedules import FloatOrSchedule, checked, value_at
+from jaxdp.varying import devices_along, varying_axes
 
 
 class AddNoiseState(NamedTuple):
@@ -67,13 +68,15 @@ def add_noise(
     Returns:
       A transformation from `Bounded` to plain arrays: noise is drawn and added in at least
       float32, then cast to the dtypes of the parameters where `update` is given them. Integer and
-      frozen leaves get zeros. Everything behind it is post-processing.
+      frozen leaves get zeros. Everything behind it is post-processing. On several devices it is
+      drawn once: replicas of a leaf draw the same, and where a leaf is spread over devices each
+      draws its own part.
 
     Raises:
       ValueError: σ negative or not finite; an unknown allocation, or one of the wrong length.
       TypeError: (in `update`) what comes in is no `Bounded`.
-      ValueError: (in `update`) `is_last=False`. Where it is traced, and at steps where a schedule
-        goes below zero, the result is NaN.
+      ValueError: (in `update`) the sum of one of several devices; `is_last=False`. Where that is
+        traced, and at steps where a schedule goes below zero, the result is NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,6 +105,7 @@ def add_noise(
         **_: Any,
     ) -> tuple[Any, AddNoiseState]:
         bounded = _bounded(updates)
+        _check_summed(bounded, params)
         sigma = value_at(noise_multiplier, state.step)
         # Noise for a part of a logical batch is a release that nobody accounts for, and a negative
         # σ is none at all: both poison the result.
@@ -157,6 +161,27 @@ def _bounded(updates: Any) -> Bounded:
         f"add_noise takes a jaxdp.Bounded, whose sensitivity sets the noise, got {kind}: put a "
         "clip (jaxdp.clip_flat, clip_per_layer, ...) right before it in the chain"
     )
+
+
+def _check_summed(bounded: Bounded, params: optax.Params | None) -> None:
+    """Refuses the sum of one device: noise for each of them is not what the ledger is charged."""
+    leaves = jax.tree.leaves(bounded.value)
+    owners = [None] * len(leaves) if params is None else jax.tree.leaves(params)
+    # A leaf may vary over devices as its parameter does, of which each then holds a part.
+    unsummed = bounded.unsummed.union(
+        *(
+            varying_axes(leaf) - varying_axes(owner)
+            for leaf, owner, group in zip(leaves, owners, bounded.groups, strict=True)
+            if group is not None
+        )
+    )
+    if unsummed:
+        axes = ", ".join(repr(axis) for axis in sorted(unsummed))
+        raise ValueError(
+            f"add_noise takes a sum over the samples of all devices, got one that differs along "
+            f"{axes}: put jaxdp.distributed.all_reduce({axes}) right behind the clip"
+            + (", and pass params to update if they are spread over devices" * (params is None))
+        )
 
 
 class _Allocation(NamedTuple):
@@ -218,7 +243,7 @@ def _group_sizes(bounded: Bounded) -> jax.Array:
     sizes = [0] * max(bounded.sensitivity.size, 1)
     for leaf, group in zip(jax.tree.leaves(bounded.value), bounded.groups, strict=True):
         if group is not None:
-            sizes[group] += leaf.size
+            sizes[group] += leaf.size * devices_along(varying_axes(leaf))
     return jnp.asarray(sizes, jnp.float32)
 
 
@@ -229,7 +254,7 @@ def _noised(bounded: Bounded, stds: jax.Array, key: jax.Array) -> Any:
         if group is None:
             return leaf
         leaf = leaf.astype(accumulation_dtype(leaf.dtype))
-        noise = jax.random.normal(leaf_key(key, index, path), leaf.shape, leaf.dtype)
+        noise = _normal_like(leaf, leaf_key(key, index, path))
         return leaf + stds[group].astype(leaf.dtype) * noise
 
     released = [
@@ -237,3 +262,14 @@ def _noised(bounded: Bounded, stds: jax.Array, key: jax.Array) -> Any:
         for index, ((path, leaf), group) in enumerate(zip(leaves, bounded.groups, strict=True))
     ]
     return jax.tree.unflatten(treedef, released)
+
+
+def _normal_like(leaf: jax.Array, key: jax.Array) -> jax.Array:
+    """Standard normal noise for a leaf, each part of it made where it lies: the same on all devices
+    that hold the same part, independent on those that hold others."""
+    for axis in sorted(varying_axes(leaf)):
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    sharding = jax.typeof(leaf).sharding
+    spread = any(entry is not None for entry in sharding.spec)
+    shape, dtype = leaf.shape, leaf.dtype
+    return jax.random.normal(key, shape, dtype, out_sharding=sharding if spread else None)

@@ -34,6 +34,7 @@ from jaxdp.problem import (
     trainable_groups,
     with_gradient,
 )
+from jaxdp.varying import devices_along, varying_axes
 
 
 class PerSampleGrads:
@@ -135,7 +136,8 @@ class PerSampleGrads:
     def clipped_sum(self, rule: ClipRule) -> Bounded:
         """Σ_i w_i g_i with the weights of the rule, as a `Bounded` of sensitivity C."""
         kept = rule._replace(groups=self._kept(rule.groups))
-        sizes = [leaf.size for leaf in with_gradient(jax.tree.leaves(self.params), self._groups)]
+        leaves = with_gradient(jax.tree.leaves(self.params), self._groups)
+        sizes = [leaf.size * devices_along(varying_axes(leaf)) for leaf in leaves]
         groups = tuple(group for group in kept.groups if group is not None)
 
         def weigh(squared: jax.Array, thresholds: jax.Array, _: jax.Array) -> jax.Array:
@@ -295,9 +297,7 @@ def per_sample_grads(
         params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any
     ) -> PerSampleGrads:
         problem = options.problem(params, batch, mask, kwargs)
-        struct = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), problem.params
-        )
+        struct = jax.eval_shape(lambda params: params, problem.params)
         return PerSampleGrads(options.handle(problem, kwargs), struct, problem.groups)
 
     return grads_fn

@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxdp.bounded import Groups
 from jaxdp.coupling import refuse_batch_statistics
-from jaxdp.engine.manual import vary, varying_axes
 from jaxdp.engine.reduction import Batch
 from jaxdp.trees import prefix_leaves
+from jaxdp.varying import vary, varying_axes
 
 LossFn = Callable[..., Any]
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 # Each use of a user's key folds in its own tag: the same key given twice by mistake, to the noise
 # and to an adaptive clip, still gives independent draws.
@@ -18,7 +19,9 @@ def random_key() -> jax.Array:
     """A JAX key from the operating system's entropy.
 
     Noise protects only as long as nobody can draw it again: whoever knows the key subtracts it.
-    Use this for models that are released, and a fixed `jax.random.key(seed)` for experiments.
+    Use this for models that are released, and a fixed `jax.random.key(seed)` for experiments. On
+    several processes (`jax.distributed`) all must call it, and get the same key: else each would
+    add noise of its own.
 
     Example:
       >>> random_key().shape
@@ -27,6 +30,8 @@ def random_key() -> jax.Array:
     impl = jax.random.key_impl(jax.random.key(0))
     words = jax.random.key_data(jax.random.key(0)).shape[0]
     entropy = np.array([secrets.randbits(32) for _ in range(words)], np.uint32)
+    if jax.process_count() > 1:
+        entropy = np.asarray(multihost_utils.broadcast_one_to_all(entropy))
     return jax.random.wrap_key_data(jnp.asarray(entropy), impl=impl)
 
 

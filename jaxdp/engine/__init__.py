@@ -11,8 +11,8 @@ inferred, and samples cannot mix. From the program of the loss:
 4. `instrument` runs the program with a slot or a tap at every use, and `assemble` makes the
    gradients of each leaf from what was found there.
 5. The lowerings: `slots` (one pass), `taps` (two passes), `fused` (per-layer rules), `dense`
-   (`vmap(grad)`, which knows nothing of the above). `batches` applies one to a batch,
-   `lowerings` chooses one, `explanation` tells what it does.
-6. `rule` turns norms into weights for all of them. `settle`, `numerics` and `manual` keep samples
-   that are not finite, rounding, and devices out of the sums.
+   (`vmap(grad)`, which knows nothing of the above). `batches` applies one to a batch, `sharded`
+   to one that lies on several devices; `lowerings` chooses one, `explanation` tells what it does.
+6. `rule` turns norms into weights for all of them. `settle` and `numerics` keep samples that are
+   not finite, and rounding, out of the sums.
 """

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine import walker
-from jaxdp.engine.manual import zeros
 from jaxdp.engine.reduction import LeafLoss
 from jaxdp.engine.sites import Use, find_uses
 from jaxdp.engine.walker import Program
+from jaxdp.varying import zeros
 
 
 class Plan(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.manual import summed_over_devices, vary, varying_axes
 from jaxdp.engine.numerics import accumulation_dtype, select_rows
+from jaxdp.varying import summed_over_devices, vary, varying_axes
 
 # (params leaves with a gradient, one example) -> (loss, aux)
 LeafLoss = Callable[[list[jax.Array], Any], tuple[jax.Array, Any]]

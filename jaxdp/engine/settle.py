@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.manual import zeros
 from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, stacked, zero_sums
 from jaxdp.engine.rule import finite_rows
+from jaxdp.varying import zeros
 
 
 class _State(NamedTuple):

@@ -14,8 +14,8 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdp.engine.manual import summed_over_devices
 from jaxdp.engine.reduction import Batch, Handle, Reduction, Rows, Weigh
+from jaxdp.varying import summed_over_devices
 
 
 class RowSharding(NamedTuple):

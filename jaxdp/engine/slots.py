@@ -17,12 +17,12 @@ import jax.numpy as jnp
 
 from jaxdp.engine import instrument
 from jaxdp.engine.assemble import LeafGradients, assemble
-from jaxdp.engine.manual import zeros
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.sites import Use
 from jaxdp.engine.walker import Path
+from jaxdp.varying import zeros
 
 
 class Slots(NamedTuple):

@@ -30,13 +30,13 @@ from jaxdp.engine import instrument, views
 from jaxdp.engine.assemble import LeafGradients, assemble
 from jaxdp.engine.instrument import Taps as TapsAt
 from jaxdp.engine.kinds.base import Site, Target
-from jaxdp.engine.manual import zeros
 from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.settle import nothing_seen, settle
 from jaxdp.engine.sites import Use
 from jaxdp.engine.slots import Slots, with_twins, zero_slots
+from jaxdp.varying import vary, varying_axes, zeros
 
 
 class Taps(NamedTuple):
@@ -172,7 +172,8 @@ def _opened(
     def of_use(use: Use, gate: jax.Array) -> jax.Array:
         # Where a use has several leaves, their weights are equal (`tapped_uses`).
         weight = weights[:, min(use.sources)].astype(gate.dtype)
-        return jnp.broadcast_to(weight.reshape(-1, *[1] * (gate.ndim - 1)), gate.shape)
+        opened = jnp.broadcast_to(weight.reshape(-1, *[1] * (gate.ndim - 1)), gate.shape)
+        return vary(opened, varying_axes(gate))
 
     return {number: of_use(tapped[number], gate) for number, gate in gates.items()}
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jaxdp.bounded import Bounded
 from jaxdp.clipping import clip_per_layer
 from jaxdp.engine.numerics import select_rows, square_sums
-from jaxdp.engine.reduction import Batch
+from jaxdp.engine.reduction import Batch, zero_sum
 from jaxdp.engine.sharded import on_each_device, row_sharding
 from jaxdp.lipschitz.bounds import input_limits, is_float, leaf_bounds
 from jaxdp.per_sample import per_sample_grads
@@ -122,7 +122,7 @@ def bounded_grads(
             )
         groups = iter(range(len(sums)))
         bounded = Bounded(
-            problem.tree(sums, jnp.zeros_like),
+            problem.tree(sums, zero_sum),
             jnp.stack(sensitivity),
             [None if group is None else next(groups) for group in problem.groups],
         )

@@ -3,7 +3,7 @@
 import itertools
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -79,27 +79,74 @@ class Sampler(ABC):
     def members(self, step: int) -> NDArray[np.intp]:
         """Indices of the examples that take part in a step ≥ 0."""
 
-    def draw(self, step: int) -> tuple[PhysicalBatch, ...]:
+    def draw(self, step: int, parts: int = 1) -> tuple[PhysicalBatch, ...]:
         """The logical batch of one step.
+
+        Where the training data is kept in several places, each place must be able to load its own
+        rows: with `parts`, the rows of a physical batch come in as many blocks of equal size, and
+        block p holds examples of part p only. The examples that take part are the same.
 
         Args:
             step: number of the step, ≥ 0.
+            parts: number of parts of the data (see `part`), which divides the physical batch.
 
         Returns:
             At least one physical batch of [physical_batch_size] rows; only the last says
-            `is_last`.
+            `is_last`. A block whose part has no more examples is masked, so that all parts go
+            through the same number of physical batches.
 
         Raises:
-            TypeError: `step` is no integer.
-            ValueError: `step` is negative.
+            TypeError: `step` or `parts` is no integer.
+            ValueError: `step` is negative; there are more parts than examples, or they do not
+                divide the physical batch.
 
         Example:
             >>> from jaxdp.sampling import FixedSizeSampler
             >>> sampler = FixedSizeSampler(100, batch_size=5, physical_batch_size=4, seed=1)
             >>> [int(batch.mask.sum()) for batch in sampler.draw(0)]
             [4, 1]
+            >>> sampler.draw(0, parts=2)[0].indices.reshape(2, 2) // 50
+            array([[0, 0],
+                   [1, 1]])
         """
-        return _packed(self.members(_check_step(step)), self.physical_batch_size)
+        members = self.members(_check_step(step))
+        ranges = [self.part(index, parts) for index in range(parts)]
+        if self.physical_batch_size % parts:
+            raise ValueError(
+                f"parts must divide physical_batch_size={self.physical_batch_size}, got {parts}. "
+                f"Choose a physical batch that is a multiple of {parts}."
+            )
+        return _packed(members, ranges, self.physical_batch_size // parts)
+
+    def part(self, index: int, parts: int) -> range:
+        """The examples of one part of the data: contiguous, and of the same number up to one.
+
+        Args:
+            index: which part, in 0..parts-1.
+            parts: how many there are, at most `num_examples`.
+
+        Returns:
+            Their indices.
+
+        Raises:
+            TypeError: an argument is no integer.
+            ValueError: an argument is out of range.
+
+        Example:
+            >>> from jaxdp.sampling import FixedSizeSampler
+            >>> FixedSizeSampler(10, batch_size=5, seed=1).part(1, 3)
+            range(3, 6)
+        """
+        advice = "Pass the number of places that the data is kept in."
+        parts = check_integer("parts", parts, minimum=1, advice=advice)
+        index = check_integer("index", index, minimum=0, advice="Parts count from 0.")
+        size = self.num_examples
+        if not index < parts <= size:
+            raise ValueError(
+                f"index must be below parts, and parts at most num_examples={size}, got "
+                f"index={index} and parts={parts}. {advice}"
+            )
+        return range(index * size // parts, (index + 1) * size // parts)
 
     def batches(self, start: int = 0) -> Iterator[tuple[int, PhysicalBatch]]:
         """All physical batches from a step on, without end.
@@ -166,9 +213,21 @@ def _check_step(value: object) -> int:
     return check_integer("step", value, minimum=0, advice="Steps count from 0.")
 
 
-def _packed(indices: NDArray[np.intp], rows: int) -> tuple[PhysicalBatch, ...]:
-    count = max(1, -(-len(indices) // rows))
-    padded = np.zeros((count, rows), np.int64)
-    padded.reshape(-1)[: len(indices)] = indices
-    mask = (np.arange(count * rows) < len(indices)).reshape(count, rows)
-    return tuple(PhysicalBatch(padded[i], mask[i], i == count - 1) for i in range(count))
+def _packed(
+    members: NDArray[np.intp], parts: Sequence[range], rows: int
+) -> tuple[PhysicalBatch, ...]:
+    """Physical batches with `rows` rows for each part."""
+    own = [members[(members >= part.start) & (members < part.stop)] for part in parts]
+    count = max(1, *(-(-len(indices) // rows) for indices in own))
+    blocks = np.empty((count, len(parts), rows), np.int64)
+    mask = np.empty(blocks.shape, bool)
+    for place, (part, indices) in enumerate(zip(parts, own, strict=True)):
+        # A masked row is loaded, too: from the same part.
+        filled = np.full(count * rows, part.start, np.int64)
+        filled[: len(indices)] = indices
+        blocks[:, place] = filled.reshape(count, rows)
+        mask[:, place] = (np.arange(count * rows) < len(indices)).reshape(count, rows)
+    return tuple(
+        PhysicalBatch(blocks[i].reshape(-1), mask[i].reshape(-1), i == count - 1)
+        for i in range(count)
+    )

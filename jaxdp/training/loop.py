@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxdp.accounting import AccountantName, Ledger, RelationName
 from jaxdp.accumulation import AccumulateState
+from jaxdp.distributed import check_agreement, spread_rows, spread_state
+from jaxdp.engine.sharded import row_sharding
 from jaxdp.sampling import Sampler
 from jaxdp.training.budget import Budget
 from jaxdp.training.checkpoints import Checkpoints, Saved
@@ -55,6 +58,8 @@ def fit(
     log_fn: str | LogFn | None = None,
     checkpoints: Checkpoints | None = None,
     progress: bool = True,
+    sharding: NamedSharding | None = None,
+    data_parts: int = 1,
 ) -> Run:
     """Trains until `steps` logical steps are executed or the next one would exceed the budget.
 
@@ -81,12 +86,19 @@ def fit(
       log_fn: "logging", "wandb", "tensorboard", "all" or a callable; gets each report.
       checkpoints: where to save and resume.
       progress: show a bar with ε spent, loss and throughput.
+      sharding: of the rows of a physical batch over several devices, of all processes of
+        `jax.distributed` together: `jaxdp.distributed.data_parallel()`. The state goes to all of
+        them, but for leaves that are spread over the mesh already. Every process runs the same
+        script; each loads the rows of its own devices, and the first one alone reports.
+      data_parts: in how many parts the data is kept, where a process can load its own part only
+        (`Sampler.part`): `jax.process_count()` then.
 
     Returns:
       The `Run`.
 
     Raises:
-      ValueError: a count out of range; the ledger misses steps of the state; the data does not
+      ValueError: a count out of range; processes that differ in their state, sampler or arguments;
+        rows that do not divide among devices or parts of the data; the ledger misses steps of the state; the data does not
         fit the sampler; a logical batch may need several physical ones but the chain has no
         `jaxdp.accumulate`; the chain draws no noise; the accountant cannot account for the
         sampler's scheme.
@@ -103,13 +115,20 @@ def fit(
       >>> run.ledger.steps, [round(row["epsilon"], 2) for row in run.history]
       (20, [0.8, 1.08])
     """
-    load = _loader(data, sampler)
-    log = log_function(log_fn)
+    load = _loader(data, sampler, sharding, data_parts)
+    first = jax.process_index() == 0
+    log = log_function(log_fn if first else None)
     limit = None if budget is None else Budget(budget, delta, accountant, neighboring_relation)
     if report_every is None:
         report_every = max(round(sampler.num_examples / sampler.expected_batch_size), 1)
     _check_counts(steps, report_every)
-    _check_overflow(state, sampler)
+    _check_overflow(state, sampler, data_parts)
+    check_agreement(
+        state=state, sampler=sampler.to_dict(), ledger=ledger.to_json(),
+        arguments=[steps, delta, budget, accountant, neighboring_relation, report_every, data_parts],
+    )  # fmt: skip
+    if sharding is not None:
+        state = spread_state(state, sharding.mesh)
 
     def spent(ledger: Ledger) -> float:
         return ledger.epsilon(
@@ -133,7 +152,7 @@ def fit(
         bar.show(epsilon=epsilon)
 
     done, reported, stopped_by, seen = int(state.step), int(state.step), "steps", _Seen.begin()
-    with progress_bar(progress, total=steps, done=done, budget=budget) as bar:
+    with progress_bar(progress and first, total=steps, done=done, budget=budget) as bar:
         drawn = load(done)
         while done < steps:
             released = _as_typed(step.noise_multipliers(state, drawn[0].batch))
@@ -162,7 +181,7 @@ class _Part(NamedTuple):
     """A physical batch with its data."""
 
     batch: Any
-    mask: np.ndarray
+    mask: np.ndarray | jax.Array
     is_last: bool
 
 
@@ -207,7 +226,9 @@ def _as_typed(noise_multipliers: jax.Array) -> list[float]:
     return [float(str(value)) for value in np.asarray(noise_multipliers)]
 
 
-def _loader(data: Data, sampler: Sampler) -> Callable[[int], list[_Part]]:
+def _loader(
+    data: Data, sampler: Sampler, sharding: NamedSharding | None, data_parts: int
+) -> Callable[[int], list[_Part]]:
     """`logical step -> its physical batches`, checked against the sampler."""
     if not callable(data):
         sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
@@ -222,10 +243,33 @@ def _loader(data: Data, sampler: Sampler) -> Callable[[int], list[_Part]]:
             return data(indices)
         return jax.tree.map(lambda leaf: leaf[indices], data)
 
+    _check_shards(sampler, sharding, data_parts)
+
     def load(step: int) -> list[_Part]:
-        return [_Part(rows(part.indices), part.mask, part.is_last) for part in sampler.draw(step)]
+        drawn = sampler.draw(step, data_parts)
+        if sharding is None:
+            return [_Part(rows(part.indices), part.mask, part.is_last) for part in drawn]
+        return [
+            _Part(
+                spread_rows(rows, part.indices, sharding),
+                spread_rows(lambda mask: mask, part.mask, sharding),
+                part.is_last,
+            )
+            for part in drawn
+        ]
 
     return load
+
+
+def _check_shards(sampler: Sampler, sharding: NamedSharding | None, data_parts: int) -> None:
+    """A row lies on one device, and a device in one place of the data."""
+    rows_at = row_sharding(np.empty(sampler.physical_batch_size), sharding)
+    devices = 1 if rows_at is None else rows_at.devices
+    if devices % data_parts:
+        raise ValueError(
+            f"data_parts must divide the {devices} devices that rows are spread over, got "
+            f"{data_parts}: pass the number of processes"
+        )
 
 
 def _check_counts(steps: int, report_every: int) -> None:
@@ -254,7 +298,7 @@ def _begin(
     return Saved(state, ledger, [])
 
 
-def _check_overflow(state: TrainState, sampler: Sampler) -> None:
+def _check_overflow(state: TrainState, sampler: Sampler, data_parts: int) -> None:
     """A logical batch in several physical ones, each with its own noise, would not be the
     mechanism that the ledger is charged with."""
 
@@ -262,7 +306,10 @@ def _check_overflow(state: TrainState, sampler: Sampler) -> None:
         return isinstance(node, AccumulateState)
 
     nodes = jax.tree.leaves(state.opt_state, is_leaf=accumulates)
-    if sampler.largest_draw > sampler.physical_batch_size and not any(map(accumulates, nodes)):
+    # A part of the data may hold more of a draw than its share.
+    rows = sampler.physical_batch_size // data_parts
+    most = min(sampler.largest_draw, len(sampler.part(data_parts - 1, data_parts)))
+    if most > rows and not any(map(accumulates, nodes)):
         raise ValueError(
             f"a draw of {type(sampler).__name__} may need several physical batches of "
             f"{sampler.physical_batch_size}: put what follows the clip into jaxdp.accumulate(...), "

@@ -138,8 +138,9 @@ def make_step(
     def noise_multipliers(state: TrainState, batch: Any) -> jax.Array:
         # The chain itself, on an empty batch, says what it is about to release: a second
         # definition could disagree with the noise. All else is dead code to the compiler.
-        row = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:1]), batch)
-        found = grads_fn(state.params, with_keys(row, state.key), jnp.zeros((1,), bool))
+        empty = jax.tree.map(jnp.zeros_like, with_keys(batch, state.key))
+        nobody = jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], bool)
+        found = grads_fn(state.params, empty, nobody)
         _, opt_state = chain.update(_grads(found), state.opt_state, state.params, is_last=True)
         released = executed_noise_multipliers(opt_state)
         if not released:

@@ -28,7 +28,7 @@ def loss(leaves: list[jax.Array], x: jax.Array) -> tuple[jax.Array, Any]:
 DENSE = dense.Dense(loss, LEAVES)
 
 
-ALL = Batch(X, MASK, jnp.arange(COUNT))
+ALL = Batch(X, MASK, jnp.arange(COUNT, dtype=jnp.float32))
 
 
 def handles() -> dict[str, Any]:
@@ -42,14 +42,13 @@ def handles() -> dict[str, Any]:
     return made
 
 
-def by_norm_and_place(squared: jax.Array, rows: jax.Array) -> jax.Array:
+def by_norm_and_place(squared: jax.Array, one: jax.Array, place: jax.Array) -> jax.Array:
     """Weights that know the norm and the place of each row: a mix-up would show."""
-    place = (1.0 + rows.astype(squared.dtype))[:, None]
-    return place / (1.0 + squared)
+    return (one + place[:, None]) / (one + squared)
 
 
-WEIGH = Weigh(by_norm_and_place, (0, 1))
-ONES = Weigh(lambda squared, _: jnp.ones_like(squared), (0, 0))
+WEIGH = Weigh(by_norm_and_place, (0, 1), jnp.ones((1, 1)))
+ONES = Weigh(lambda squared, *_: jnp.ones_like(squared), (0, 0))
 
 
 @pytest.mark.parametrize("name", list(handles()))
@@ -102,9 +101,9 @@ def test_microbatches_keep_only_one_of_them_in_memory() -> None:
         def total(x: jax.Array) -> Any:
             lowering = dense.Dense(square, leaves)
             batch = Microbatched(
-                lowering, Batch(x, jnp.ones(rows, bool), jnp.arange(rows)), leaves, microbatch
+                lowering, Batch(x, jnp.ones(rows, bool), jnp.zeros(rows)), leaves, microbatch
             )
-            return batch.reduce(Weigh(lambda squared, _: 1.0 / (1.0 + squared), (0,))).sums
+            return batch.reduce(Weigh(lambda squared, *_: 1.0 / (1.0 + squared), (0,))).sums
 
         analysis = jax.jit(total).lower(x).compile().memory_analysis()
         assert analysis is not None

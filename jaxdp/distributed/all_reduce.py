@@ -1,0 +1,97 @@
+"""One sum over the samples of all devices, in the chain."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from jaxdp.bounded import Bounded
+from jaxdp.varying import untracked_axes, varying_axes
+
+
+def all_reduce(*axis_names: str) -> optax.GradientTransformation:
+    r"""Adds up the `Bounded` sums of all devices along axes of a mesh.
+
+    $$ \sum_d v_d, \qquad \Delta = \max_d \Delta_d $$
+
+    Every sample lies on one device, so that the sum moves by the sensitivity of one of them. For
+    use inside `jax.shard_map` or `jax.pmap`, right behind the clip, so that noise is drawn once for
+    the sum. Under `jit` with a sharded batch it is not needed.
+
+    Args:
+      axis_names: of the axes along which the samples are spread; not those of a model that is
+        spread itself (tensor parallelism), over which norms are summed already.
+
+    Returns:
+      A transformation from `Bounded` to `Bounded`. All that devices exchange is the tree of
+      gradients, once, and for sensitivities that differ one number for each group.
+
+    Raises:
+      ValueError: no axis is named.
+      TypeError: (in `update`) what comes in is no `Bounded`.
+      ValueError: (in `update`) a sum that is the same on all devices already: each sample would
+        count several times.
+
+    Example:
+      >>> import jax, jaxdp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> tx = optax.chain(jaxdp.clip_flat(1.0), all_reduce("data"),
+      ...                  jaxdp.add_noise(0.0, jax.random.key(0)))
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> @jax.shard_map(mesh=mesh, in_specs=P("data"), out_specs=P())
+      ... def summed(per_sample):
+      ...     return tx.update(per_sample, tx.init(jnp.zeros(1)), jnp.zeros(1))[0]
+      >>> print(summed(jnp.array([[3.0], [0.5]])))
+      [1.5]
+
+    Source: seed of Opacus's `DistributedDPOptimizer` and its kin, which leave the noise to one
+    worker; here all draw the same.
+    """
+    if not axis_names:
+        raise ValueError("all_reduce needs the axis along which samples are spread, got none")
+    axes = frozenset(axis_names)
+
+    def update(updates: Any, params: Any) -> Any:
+        if not isinstance(updates, Bounded):
+            raise TypeError(
+                f"all_reduce takes the jaxdp.Bounded of a clip, got {type(updates).__name__}: put "
+                "it between the clip and jaxdp.add_noise"
+            )
+        moving = [
+            leaf
+            for leaf, group in zip(jax.tree.leaves(updates.value), updates.groups, strict=True)
+            if group is not None
+        ]
+        _check_spread(moving, updates, axes)
+        leaves, treedef = jax.tree.flatten(updates.value)
+        # In one exchange. What no sample can change is the same everywhere.
+        sums = iter(jax.lax.psum(moving, axis_names))
+        added = [
+            leaf if group is None else next(sums)
+            for leaf, group in zip(leaves, updates.groups, strict=True)
+        ]
+        value = jax.tree.unflatten(treedef, added)
+        return updates._replace(value, _largest(updates.sensitivity, axes), summed_over=axes)
+
+    return optax.stateless(update)
+
+
+def _check_spread(moving: Sequence[jax.Array], updates: Bounded, axes: frozenset[str]) -> None:
+    tracked = axes - untracked_axes()
+    twice = sorted(
+        {axis for leaf in moving for axis in tracked - varying_axes(leaf)}
+        | (axes - tracked - updates.unsummed)
+    )
+    if twice:
+        raise ValueError(
+            f"all_reduce needs a sum that differs along {twice}, got one that is the same on all "
+            "devices there: each sample would count several times, with the noise for one. Shard "
+            "the batch along that axis (in_specs), and reduce once"
+        )
+
+
+def _largest(sensitivity: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Δ of the sum. Where the types say that it is the same on all devices nothing is exchanged."""
+    along = axes & (varying_axes(sensitivity) | untracked_axes())
+    return jax.lax.pmax(sensitivity, tuple(sorted(along))) if along else sensitivity
