@@ -86,8 +86,17 @@ def spread_state(state: Any, mesh: Mesh) -> Any:
       PartitionSpec()
     """
 
+    def everywhere(leaf: jax.Array) -> jax.Array:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            words = everywhere(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        # Not by device_put, which takes NaN on two processes for different values.
+        host = np.asarray(leaf)
+        spread = NamedSharding(mesh, P())
+        return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])
+
     def placed(leaf: jax.Array) -> jax.Array:
         there = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-        return leaf if there else jax.device_put(leaf, NamedSharding(mesh, P()))
+        return leaf if there else everywhere(leaf)
 
     return jax.tree.map(placed, state)

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jaxdp.accounting import AccountantName, Ledger, RelationName
 from jaxdp.accumulation import AccumulateState
 from jaxdp.distributed import check_agreement, spread_rows, spread_state
+from jaxdp.distributed.lost import every_process_needed
 from jaxdp.engine.sharded import row_sharding
 from jaxdp.sampling import Sampler
 from jaxdp.training.budget import Budget
@@ -97,11 +98,12 @@ def fit(
       The `Run`.
 
     Raises:
-      ValueError: a count out of range; processes that differ in their state, sampler or arguments;
-        rows that do not divide among devices or parts of the data; the ledger misses steps of the state; the data does not
+      ValueError: a count out of range; the ledger misses steps of the state; the data does not
         fit the sampler; a logical batch may need several physical ones but the chain has no
         `jaxdp.accumulate`; the chain draws no noise; the accountant cannot account for the
-        sampler's scheme.
+        sampler's scheme; rows that do not divide among devices or parts of the data; processes
+        that differ in state, sampler or arguments.
+      ProcessLost: another process of the job has ended.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxdp
@@ -123,10 +125,10 @@ def fit(
         report_every = max(round(sampler.num_examples / sampler.expected_batch_size), 1)
     _check_counts(steps, report_every)
     _check_overflow(state, sampler, data_parts)
+    plan = [steps, delta, budget, accountant, neighboring_relation, report_every, data_parts]
     check_agreement(
-        state=state, sampler=sampler.to_dict(), ledger=ledger.to_json(),
-        arguments=[steps, delta, budget, accountant, neighboring_relation, report_every, data_parts],
-    )  # fmt: skip
+        state=state, sampler=sampler.to_dict(), ledger=ledger.to_json(), arguments=plan
+    )
     if sharding is not None:
         state = spread_state(state, sharding.mesh)
 
@@ -152,7 +154,9 @@ def fit(
         bar.show(epsilon=epsilon)
 
     done, reported, stopped_by, seen = int(state.step), int(state.step), "steps", _Seen.begin()
-    with progress_bar(progress and first, total=steps, done=done, budget=budget) as bar:
+    with every_process_needed(_how_to_resume(checkpoints)), progress_bar(
+        progress and first, total=steps, done=done, budget=budget
+    ) as bar:
         drawn = load(done)
         while done < steps:
             released = _as_typed(step.noise_multipliers(state, drawn[0].batch))
@@ -175,6 +179,15 @@ def fit(
         if done > reported:
             report(seen)
     return Run(state, ledger, history, stopped_by)
+
+
+def _how_to_resume(checkpoints: Checkpoints | None) -> str:
+    if checkpoints is None:
+        return "start all of them again, with checkpoints= to resume another time"
+    return (
+        "start any number of them again, to resume from the newest checkpoint in "
+        f"{checkpoints.directory}"
+    )
 
 
 class _Part(NamedTuple):

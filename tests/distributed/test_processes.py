@@ -1,0 +1,107 @@
+"""Several processes of `jax.distributed` on this machine, for real."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests.distributed import job
+
+TIMEOUT = 300  # of a process, seconds: generous, for machines that are busy
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+class Processes:
+    """What several processes of the job said and returned."""
+
+    def __init__(self, count: int, folder: Path, **options: Any):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.results = [folder / f"{index}.json" for index in range(count)]
+        coordinator = f"localhost:{free_port()}"
+        dies = options.pop("dies", None)
+        environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        started = []
+        for index in range(count):
+            own = dict(options, dies_at=options.get("dies_at", 0) if index == dies else 0)
+            setting = job.Setting(coordinator, count, index, out=str(self.results[index]), **own)
+            command = [sys.executable, "-m", "tests.distributed.job", json.dumps(setting._asdict())]
+            started.append(
+                subprocess.Popen(
+                    command,
+                    cwd=Path(__file__).parents[2],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        try:
+            self.said = [process.communicate(timeout=TIMEOUT)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        self.codes = [process.returncode for process in started]
+
+    def found(self) -> list[dict[str, Any]]:
+        """The results; all processes must have ended well."""
+        assert self.codes == [0] * len(self.codes), "\n".join(self.said)
+        return [json.loads(path.read_text()) for path in self.results]
+
+
+def check_equal_to_one_device(found: list[dict[str, Any]], expected: Any) -> None:
+    """To rounding; replicas to the last bit; and the ledger exactly."""
+    for each in found:
+        np.testing.assert_allclose(each["params"], job.flat(expected.state.params), atol=2e-6)
+        assert each["params"] == found[0]["params"]
+        assert each["replicas"] == 1
+        assert each["ledger"] == expected.ledger.to_json()
+
+
+def test_two_processes_do_what_one_device_does(tmp_path: Path) -> None:
+    processes = Processes(2, tmp_path, devices=2, steps=4)
+    found = processes.found()
+    check_equal_to_one_device(found, job.train(steps=4))
+    assert [each["reports"] for each in found] == [2, 0]
+    assert "ε" in processes.said[0] and "ε" not in processes.said[1]
+    # What is drawn from the operating system is one draw for all.
+    assert found[0]["seed"] == found[1]["seed"] and found[0]["key"] == found[1]["key"]
+
+
+def test_a_killed_process_ends_the_job_which_resumes_on_another_number(tmp_path: Path) -> None:
+    checkpoints = str(tmp_path / "checkpoints")
+    job_of_four = Processes(
+        4, tmp_path / "4", devices=1, steps=6, checkpoints=checkpoints, dies=2, dies_at=4
+    )
+    assert 0 not in job_of_four.codes
+    for index in (0, 1, 3):
+        assert "ProcessLost: another of the 4 processes" in job_of_four.said[index]
+        assert "checkpoint" in job_of_four.said[index]
+    found = Processes(2, tmp_path / "2", devices=2, steps=6, checkpoints=checkpoints).found()
+    check_equal_to_one_device(found, job.train(steps=6))
+
+
+def test_processes_that_would_draw_other_samples_are_refused(tmp_path: Path) -> None:
+    processes = Processes(2, tmp_path, devices=1, steps=2, seed=None)
+    assert 0 not in processes.codes
+    for said in processes.said:
+        assert "all processes must have the same sampler" in said
+        assert "jaxdp.distributed.shared_seed()" in said
+
+
+@pytest.fixture(autouse=True)
+def _plain_promotion() -> Any:
+    """The processes run without the strictness of the tests; so must what they are held against."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
