@@ -1,6 +1,6 @@
 """A small training job, run on one device by a test and on many by the processes it starts.
 
-    python -m tests.distributed.job '{"coordinator": "localhost:1234", "processes": 2, ...}'
+python -m tests.distributed.job '{"coordinator": "localhost:1234", "processes": 2, ...}'
 """
 
 import json
