@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 # and to an adaptive clip, still gives independent draws.
 GRADIENT_NOISE = 0x6E6F6973
 COUNT_NOISE = 0x636F756E
+SELECTION_NOISE = 0x73656C65
 
 
 def random_key() -> jax.Array:

@@ -22,6 +22,7 @@ from jaxdp.accounting import (
     Ledger,
     LedgerEntry,
     PoissonSampling,
+    PureRelease,
     SamplingScheme,
     ShuffledEpochs,
     calibrate_noise_multiplier,
@@ -93,6 +94,30 @@ def sampled_epsilon(sigma: float, rate: float, relation: str, delta: float = DEL
         else [(with_example, {0.0: 1.0}), ({0.0: 1.0}, with_example)]
     )
     return max(epsilon_of_pair(sigma, left, right, delta) for left, right in pairs)
+
+
+def pure_delta(eps: float, releases: list[float], mean: float = 0.0) -> float:
+    """δ of randomised responses at the given ε beside N(0, 1) against N(mean, 1).
+
+    Each response adds ±ε_i to the privacy loss, with chances e^±ε_i/2 / (2 cosh ε_i/2).
+    """
+    losses, chances = np.zeros(1), np.ones(1)
+    for each in releases:
+        likely = 1 / (1 + math.exp(-each))
+        losses = np.concatenate([losses + each, losses - each])
+        chances = np.concatenate([chances * likely, chances * (1 - likely)])
+    left = eps - losses
+    if mean == 0:
+        hockey_stick = np.maximum(-np.expm1(left), 0)
+    else:
+        tail = np.exp(left + stats.norm.logcdf(-mean / 2 - left / mean))
+        hockey_stick = stats.norm.cdf(mean / 2 - left / mean) - tail
+    return float(np.sum(chances * hockey_stick))
+
+
+def pure_epsilon(releases: list[float], mean: float = 0.0, delta: float = DELTA) -> float:
+    upper = sum(releases) + mean**2 / 2 + 10 * mean
+    return root(lambda eps: pure_delta(eps, releases, mean) - delta, upper)
 
 
 def brute_force_participations(sigmas: list[float], epoch: int) -> list[float]:
@@ -424,16 +449,22 @@ POISSON, OTHER, FIXED, SHUFFLED = (
 noise = st.one_of(
     st.floats(0, 1e6), st.lists(st.floats(0, 1e6), min_size=1, max_size=3).map(tuple)
 )
-charges = st.lists(
-    st.tuples(noise, st.sampled_from([POISSON, OTHER, FIXED, SHUFFLED]), st.integers(0, 1000)),
-    max_size=6,
+steps_of_a_run = st.tuples(
+    noise, st.sampled_from([POISSON, OTHER, FIXED, SHUFFLED]), st.integers(0, 1000)
 )
+pure_releases = st.builds(
+    PureRelease, st.floats(1e-6, 1e6), st.sampled_from([None, POISSON, PoissonSampling(1.0)])
+)
+charges = st.lists(st.one_of(steps_of_a_run, pure_releases), max_size=6)
 
 
-def ledger_of(*steps: tuple[Any, SamplingScheme, int]) -> Ledger:
+def ledger_of(*charged: tuple[Any, SamplingScheme, int] | PureRelease) -> Ledger:
     ledger = Ledger()
-    for sigma, sampling, count in steps:
-        ledger = ledger.charge(sigma, sampling, count)
+    for each in charged:
+        if isinstance(each, PureRelease):
+            ledger = ledger.charge_pure(each.epsilon, each.sampling)
+        else:
+            ledger = ledger.charge(*each)
     return ledger
 
 
@@ -446,7 +477,7 @@ def test_charges_append_and_equal_neighbours_merge():
     )
     assert ledger.steps == 7
     assert ledger.charge(1.0, OTHER).entries[-1] == LedgerEntry((1.0,), OTHER, 1)
-    assert ledger.charge((1.0, 2.0), POISSON).entries[-1].noise_multipliers == (1.0, 2.0)
+    assert ledger.charge((1.0, 2.0), POISSON).entries[-1] == LedgerEntry((1.0, 2.0), POISSON, 1)
     assert ledger.charge(1.0, POISSON, 0) == ledger
 
 
@@ -471,7 +502,9 @@ def test_json_round_trip_is_exact(one, two):
 
 
 def damaged(change: Callable[[dict[str, Any]], object]) -> str:
-    data = json.loads(ledger_of((1.5, POISSON, 2), (1.5, FIXED, 1)).to_json())
+    data = json.loads(
+        ledger_of((1.5, POISSON, 2), (1.5, FIXED, 1), PureRelease(0.5, POISSON)).to_json()
+    )
     change(data)
     return json.dumps(data)
 
@@ -505,6 +538,16 @@ DAMAGED = {
     "noise outside a list": damaged(lambda d: d["current"][0].update(noise_multipliers=1.0)),
     "an unknown scheme": damaged(lambda d: d["current"][0].update(sampling={"kind": "sobol"})),
     "a bad rate": damaged(lambda d: d["current"][0]["sampling"].update(sampling_rate=2)),
+    "a pure release of nothing": damaged(lambda d: d["current"][2].update(epsilon=0.0)),
+    "an infinite pure release": damaged(lambda d: d["current"][2].update(epsilon=math.inf)),
+    "a true pure release": damaged(lambda d: d["current"][2].update(epsilon=True)),
+    "a pure release with steps": damaged(lambda d: d["current"][2].update(steps=1)),
+    "a pure release without sampling": damaged(lambda d: d["current"][2].pop("sampling")),
+    "a pure release of fixed size": damaged(
+        lambda d: d["current"][2].update(sampling=FIXED.to_dict())
+    ),
+    "an entry of two kinds": damaged(lambda d: d["current"][0].update(epsilon=0.5)),
+    "an entry of an unknown kind": damaged(lambda d: d["current"].append({"rho": 0.5})),
     "another scheme's field": damaged(lambda d: d["current"][1]["sampling"].update(rate=0.1)),
 }
 
@@ -513,6 +556,14 @@ DAMAGED = {
 def test_damaged_json_is_refused(text):
     with pytest.raises(ValueError, match="text must be JSON written by Ledger.to_json"):
         Ledger.from_json(text)
+
+
+def test_a_ledger_from_before_pure_releases_is_read():
+    text = (
+        '{"format": "jaxdp.ledger", "version": 1, "closed": [], "current": [{"noise_multipliers": '
+        '[1.5], "sampling": {"kind": "poisson", "sampling_rate": 0.1}, "steps": 2}]}'
+    )
+    assert Ledger.from_json(text) == ledger_of((1.5, POISSON, 2))
 
 
 def test_a_ledger_of_equal_steps_is_epsilon():
@@ -657,6 +708,128 @@ def test_steps_left_of_a_rounded_schedule_is_exact():
     assert ledger.charge(*ahead, steps=left + 1).epsilon(**question) > budget
 
 
+# --- pure releases -------------------------------------------------------------------------------
+
+EPSILONS = [[0.5], [3.0], [0.1] * 12, [0.2, 1.0, 0.2, 0.7]]
+
+
+@pytest.mark.parametrize("epsilons", EPSILONS, ids=str)
+@pytest.mark.parametrize("relation", [ADD, REPLACE])
+def test_pure_releases_compose_as_randomised_responses(epsilons, relation):
+    ledger = ledger_of(*map(PureRelease, epsilons))
+    spent = [2 * each if relation == REPLACE else each for each in epsilons]
+    for delta in (1e-5, 0.05):
+        exact = pure_epsilon(spent, delta=delta)
+        tight = ledger.epsilon(delta, neighboring_relation=relation)
+        assert exact - 1e-9 <= tight <= min(exact, sum(spent)) + len(spent) * 1e-4
+    exact = pure_epsilon(spent)
+    loose = ledger.epsilon(DELTA, accountant="rdp", neighboring_relation=relation)
+    assert exact <= loose <= exact * 1.15 + 0.05
+    at = sum(spent) / 2
+    found = ledger.delta(at, neighboring_relation=relation)
+    assert pure_delta(at, spent) - 1e-12 <= found <= pure_delta(at - len(spent) * 1e-4, spent)
+
+
+def test_a_pure_release_alone_has_the_closed_form():
+    ledger = Ledger().charge_pure(1.0)
+    assert ledger.delta(0.25) == pytest.approx((math.e - math.exp(0.25)) / (1 + math.e), rel=1e-6)
+    exact = math.log(math.e - (1 + math.e) * 0.1)
+    assert ledger.epsilon(0.1) == pytest.approx(exact, abs=1e-4)
+    assert 1.0 - 1e-4 < ledger.epsilon(1e-12) <= 1.0 + 1e-9
+
+
+@pytest.mark.parametrize("relation", [ADD, REPLACE])
+@pytest.mark.parametrize("epsilons", EPSILONS, ids=str)
+def test_pure_releases_beside_gaussians_match_the_closed_form(epsilons, relation):
+    ledger = ledger_of((4.0, SHUFFLED, 10), *map(PureRelease, epsilons), (4.0, SHUFFLED, 2))
+    factor = 2 if relation == REPLACE else 1
+    mean = factor * math.sqrt(3) / 4.0
+    exact = pure_epsilon([factor * each for each in epsilons], mean)
+    found = ledger.epsilon(DELTA, neighboring_relation=relation)
+    assert exact - 1e-6 <= found <= exact * 1.001 + len(epsilons) * 1e-4
+    loose = ledger.epsilon(DELTA, accountant="rdp", neighboring_relation=relation)
+    assert exact <= loose <= exact * 1.25
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_together_they_cost_more_than_each_and_less_than_both(accountant):
+    steps, pure = (1.1, POISSON, 30), PureRelease(0.4)
+    alone, chosen, both = (
+        ledger_of(*charged).epsilon(DELTA, accountant=accountant)
+        for charged in ([steps], [pure], [steps, pure])
+    )
+    assert max(alone, chosen) < both < alone + 0.4
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("size", [0.01, 1.0, 8.0])
+def test_a_pure_release_of_a_draw_is_amplified(rate, size):
+    """Against all answers of one bit, with the example drawn or not."""
+    release = PureRelease(size, PoissonSampling(rate))
+    added, replaced = (release.spent(replace_one=one) for one in (False, True))
+    assert added == pytest.approx(math.log1p(rate * math.expm1(size)), rel=1e-9)
+    chances = 1 / (1 + np.exp(np.linspace(-12, 12, 400)))
+
+    def with_example(answer):
+        """All that differs from `answer` by no more than e^±ε, for it and for the other bit."""
+        least = np.maximum(answer * math.exp(-size), 1 - (1 - answer) * math.exp(size))
+        most = np.minimum(answer * math.exp(size), 1 - (1 - answer) * math.exp(-size))
+        return least, most
+
+    least, most = ((1 - rate) * chances + rate * end for end in with_example(chances))
+    found = [
+        max(np.log(most / chances).max(), np.log(chances / least).max()), np.log(most / least).max()
+    ]
+    assert 0.9 * added < found[0] <= added + 1e-9
+    assert 0.9 * replaced < found[1] <= replaced + 1e-9
+    assert added <= replaced <= 2 * added + 1e-12
+
+
+def test_a_huge_pure_release_is_none():
+    for ledger in (Ledger().charge_pure(1e5), Ledger().charge_pure(1e300, POISSON)):
+        assert ledger.epsilon(DELTA) == ledger.epsilon(DELTA, accountant="rdp") == math.inf
+        assert ledger.delta(1.0) == 1.0
+    large = Ledger().charge_pure(300.0).charge_pure(300.0)
+    assert 1199 < large.epsilon(DELTA, neighboring_relation=REPLACE) <= 1200.1
+
+
+def test_a_pure_release_is_no_step_and_ends_no_epoch():
+    ledger = ledger_of((2.0, SHUFFLED, 2), PureRelease(0.5), (2.0, SHUFFLED, 2))
+    assert ledger.steps == 4
+    assert ledger.entries == (
+        LedgerEntry((2.0,), SHUFFLED, 2),
+        PureRelease(0.5),
+        LedgerEntry((2.0,), SHUFFLED, 2),
+    )
+    assert ledger.epsilon(DELTA) == ledger_of((2.0, SHUFFLED, 4), PureRelease(0.5)).epsilon(DELTA)
+
+
+def test_pure_releases_compose_with_every_kind_of_step():
+    fixed = ledger_of((3.0, FIXED, 5), PureRelease(0.2))
+    question: Any = {"accountant": "rdp", "neighboring_relation": REPLACE}
+    assert fixed.epsilon(DELTA, **question) > ledger_of((3.0, FIXED, 5)).epsilon(DELTA, **question)
+    many = [(float(s), PoissonSampling(0.02), 3) for s in np.linspace(1, 2.5, 60)]
+    rounded, alone = ledger_of(*many, PureRelease(0.2)), ledger_of(*many)
+    costs = [each.epsilon(DELTA, accountant="rdp") for each in (alone, rounded)]
+    assert costs[0] < costs[1] < costs[0] + 0.2
+    merged = ledger_of(PureRelease(0.2)).merge(ledger_of((1.1, POISSON, 3), PureRelease(0.2)))
+    together = ledger_of((1.1, POISSON, 3), PureRelease(0.2), PureRelease(0.2))
+    assert merged.epsilon(DELTA) == pytest.approx(together.epsilon(DELTA), rel=1e-9)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_steps_left_after_pure_releases_is_exact(accountant):
+    spent = ledger_of((1.5, POISSON, 12), PureRelease(0.3), (1.5, POISSON, 3), PureRelease(0.3))
+    question: Any = {"delta": DELTA, "accountant": accountant}
+    budget = spent.epsilon(**question) + 1.0
+    left = spent.steps_left(1.5, POISSON, epsilon=budget, **question)
+    assert left > 0
+    assert spent.charge(1.5, POISSON, left).epsilon(**question) <= budget
+    assert spent.charge(1.5, POISSON, left + 1).epsilon(**question) > budget
+    fewer = spent.charge_pure(0.2).steps_left(1.5, POISSON, epsilon=budget, **question)
+    assert 0 <= fewer < left
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 # Typed as Any: the table passes wrong types on purpose.
@@ -720,6 +893,12 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: BOOK.charge(-1.0, POISSON, 0), ValueError, "noise_multiplier must be"),
     (lambda: BOOK.charge(1.0, 0.1), TypeError, "sampling must be PoissonSampling"),
     (lambda: BOOK.charge(1.0, POISSON, -1), ValueError, "steps must be at least 0, got -1"),
+    (lambda: BOOK.charge_pure(0.0), ValueError, "epsilon must be finite, > 0, got 0.0"),
+    (lambda: BOOK.charge_pure(math.inf), ValueError, "epsilon must be finite, > 0, got inf"),
+    (lambda: BOOK.charge_pure("1"), TypeError, "epsilon must be a real number, got '1'"),
+    (lambda: BOOK.charge_pure(0.1, 0.5), TypeError, "must be PoissonSampling or None, got 0.5"),
+    (lambda: BOOK.charge_pure(0.1, SHUFFLED), TypeError, "Pass None where the whole data set"),
+    (lambda: BOOK.charge_pure(0.1).dp_event(), ValueError, "Ask the ledger itself for epsilon"),
     (lambda: BOOK.merge({}), TypeError, "other must be a Ledger, got {}"),
     (lambda: BOOK.epsilon(2.0), ValueError, "delta must be"),
     (lambda: BOOK.delta(-1.0), ValueError, "epsilon must be finite, >= 0, got -1.0"),

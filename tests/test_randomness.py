@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxdp
-from jaxdp.randomness import COUNT_NOISE, GRADIENT_NOISE, step_key
+from jaxdp.randomness import COUNT_NOISE, GRADIENT_NOISE, SELECTION_NOISE, step_key
 from tests import helpers
 from tests.helpers import PARAMS
 
@@ -41,10 +41,10 @@ def test_every_use_and_every_step_has_its_own_key() -> None:
     steps = jnp.arange(500)
     keys = {
         words(key)
-        for use in (GRADIENT_NOISE, COUNT_NOISE)
+        for use in (GRADIENT_NOISE, COUNT_NOISE, SELECTION_NOISE)
         for key in jax.vmap(lambda step, use=use: step_key(base, use, step))(steps)
     }
-    assert len(keys) == 1000
+    assert len(keys) == 1500
     assert words(base) not in keys
 
 

@@ -28,6 +28,7 @@ from jaxdp.accounting.calibration import (
 )
 from jaxdp.accounting.composition import AccountantName, RelationName
 from jaxdp.accounting.ledger import Ledger, LedgerEntry
+from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.run import dp_event, epsilon
 from jaxdp.accounting.schemes import (
     FixedSizeSampling,
@@ -46,6 +47,7 @@ __all__ = [
     "LedgerEntry",
     "NoiseMultiplier",
     "PoissonSampling",
+    "PureRelease",
     "RelationName",
     "SamplingScheme",
     "ShuffledEpochs",

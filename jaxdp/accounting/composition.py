@@ -2,7 +2,7 @@
 
 Example:
     >>> from jaxdp.accounting.schemes import PoissonSampling
-    >>> steps = Mechanism(PoissonSampling(0.04), 1.1, repeats=250)
+    >>> steps = GaussianMechanism(PoissonSampling(0.04), 1.1, repeats=250)
     >>> round(epsilon_of((steps,), 1e-5, Question("pld", "add_or_remove_one")), 3)
     3.471
 """
@@ -15,9 +15,11 @@ from typing import Literal, NamedTuple, cast, get_args
 import dp_accounting
 import numpy as np
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld.common import DifferentialPrivacyParameters
 from dp_accounting.pld.privacy_loss_distribution import (
     PrivacyLossDistribution,
     from_gaussian_mechanism,
+    from_privacy_parameters,
     identity,
 )
 from dp_accounting.rdp import RdpAccountant
@@ -25,7 +27,14 @@ from dp_accounting.rdp.rdp_privacy_accountant import compute_delta, compute_epsi
 from numpy.typing import NDArray
 
 from jaxdp.accounting.checks import check_choice, check_real
-from jaxdp.accounting.mechanisms import Mechanism, coarsened, event_of
+from jaxdp.accounting.mechanisms import (
+    GaussianMechanism,
+    Mechanism,
+    PureMechanism,
+    coarsened,
+    event_of,
+)
+from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.schemes import FixedSizeSampling, PoissonSampling
 
 AccountantName = Literal["pld", "rdp"]
@@ -37,6 +46,9 @@ RelationName = Literal["add_or_remove_one", "replace_one"]
 # Less noise than this is counted as none: squares of smaller numbers leave what floats can hold,
 # and assuming none only overstates epsilon.
 _SMALLEST_SIGMA = 1e-6
+
+# A pure release of a larger ε is counted as one without noise: e^2ε would leave the floats.
+_LARGEST_PURE_EPSILON = 300.0
 
 _RELATIONS = {
     "add_or_remove_one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
@@ -130,8 +142,10 @@ def _fresh_accountant(question: Question) -> PLDAccountant | RdpAccountant:
 
 def _check_supported(mechanisms: Sequence[Mechanism], question: Question) -> None:
     accountant = _fresh_accountant(question)
-    kinds = {type(mechanism.sampling) for mechanism in mechanisms}
-    for mechanism in mechanisms:
+    # Pure releases are (ε, 0)-private under every relation, which both accountants can compose.
+    gaussians = [each for each in mechanisms if isinstance(each, GaussianMechanism)]
+    kinds = {type(mechanism.sampling) for mechanism in gaussians}
+    for mechanism in gaussians:
         if accountant.supports(event_of(mechanism)):
             continue
         if {PoissonSampling, FixedSizeSampling} <= kinds:
@@ -156,6 +170,17 @@ def _check_supported(mechanisms: Sequence[Mechanism], question: Question) -> Non
         )
 
 
+def _is_bare(mechanism: Mechanism) -> bool:
+    """Whether it counts as a release without noise."""
+    if isinstance(mechanism, PureMechanism):
+        return mechanism.release.epsilon > _LARGEST_PURE_EPSILON
+    return mechanism.noise_multiplier < _SMALLEST_SIGMA
+
+
+def _pure_epsilon(release: PureRelease, relation: RelationName) -> float:
+    return release.spent(replace_one=relation == "replace_one")
+
+
 def _grid_interval(mechanisms: Sequence[Mechanism], relation: RelationName) -> float:
     """The PLD grid's step: dp-accounting's 1e-4, coarser once epsilon may reach a hundred.
 
@@ -164,6 +189,12 @@ def _grid_interval(mechanisms: Sequence[Mechanism], relation: RelationName) -> f
     """
     mean = widest = 0.0
     for mechanism in mechanisms:
+        if isinstance(mechanism, PureMechanism):
+            # A loss of ±ε, of which the mean is ε tanh(ε/2).
+            epsilon = _pure_epsilon(mechanism.release, relation)
+            mean += mechanism.repeats * epsilon * math.tanh(epsilon / 2)
+            widest = max(widest, epsilon)
+            continue
         sampling, sigma, count = mechanism
         sigma = sigma / 2 if relation == "replace_one" else sigma
         rate = sampling.sampling_rate if isinstance(sampling, PoissonSampling) else 1.0
@@ -195,6 +226,10 @@ def _pld_of_step(
 def _pld_of(
     mechanism: Mechanism, relation: RelationName, interval: float
 ) -> PrivacyLossDistribution:
+    if isinstance(mechanism, PureMechanism):
+        epsilon = _pure_epsilon(mechanism.release, relation)
+        parameters = DifferentialPrivacyParameters(epsilon, 0)
+        return from_privacy_parameters(parameters, interval).self_compose(mechanism.repeats)
     sampling, sigma, repeats = mechanism
     if sampling is None:
         # Plain Gaussians add up exactly, without the rounding of a self-composition.
@@ -226,6 +261,11 @@ def _composed_pld(
 @lru_cache(maxsize=4096)
 def _rdp_of_step(mechanism: Mechanism, question: Question) -> NDArray[np.float64]:
     """Of one step, at dp-accounting's default orders."""
+    if isinstance(mechanism, PureMechanism):
+        # Randomised response between two answers, of which the other's is e^ε times less likely.
+        epsilon = _pure_epsilon(mechanism.release, question.relation)
+        event = dp_accounting.RandomizedResponseDpEvent(2 / (1 + math.exp(epsilon)), 2)
+        return RdpAccountant(neighboring_relation=_RELATIONS["replace_one"]).compose(event).rdp
     accountant = RdpAccountant(neighboring_relation=_RELATIONS[question.relation])
     return accountant.compose(event_of(mechanism, noise_scale(question))).rdp
 
@@ -260,7 +300,7 @@ def epsilon_of(mechanisms: tuple[Mechanism, ...], delta: float, question: Questi
     if not mechanisms:
         return 0.0
     _check_supported(mechanisms, question)
-    if any(mechanism.noise_multiplier < _SMALLEST_SIGMA for mechanism in mechanisms):
+    if any(map(_is_bare, mechanisms)):
         return math.inf
     mechanisms = coarsened(mechanisms)
     if question.accountant == "rdp":
@@ -290,7 +330,7 @@ def delta_of(mechanisms: tuple[Mechanism, ...], epsilon: float, question: Questi
     if not mechanisms:
         return 0.0
     _check_supported(mechanisms, question)
-    if any(mechanism.noise_multiplier < _SMALLEST_SIGMA for mechanism in mechanisms):
+    if any(map(_is_bare, mechanisms)):
         return 1.0
     mechanisms = coarsened(mechanisms)
     if question.accountant == "rdp":

@@ -9,6 +9,8 @@ Example:
     (LedgerEntry(noise_multipliers=(1.1,), sampling=PoissonSampling(sampling_rate=0.04), steps=3),)
     >>> Ledger.from_json(ledger.to_json()) == ledger
     True
+    >>> ledger.charge_pure(0.1).entries[-1]
+    PureRelease(epsilon=0.1, sampling=None)
 """
 
 import json
@@ -28,8 +30,10 @@ from jaxdp.accounting.composition import (
     epsilon_of,
 )
 from jaxdp.accounting.mechanisms import Mechanism, Release, events_of, mechanisms_of
+from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.schemes import (
     NoiseMultiplier,
+    PoissonSampling,
     SamplingScheme,
     as_noise_multipliers,
     check_scheme,
@@ -73,13 +77,14 @@ class LedgerEntry:
             self, "steps", check_integer("steps", self.steps, minimum=1, advice=advice)
         )
 
-    def _release(self) -> Release:
-        return Release(combined_noise_multiplier(self.noise_multipliers), self.sampling, self.steps)
+
+Entry = LedgerEntry | PureRelease
+"""What a ledger holds: steps, and what was released beside them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """An append-only, immutable record of executed steps.
+    """An append-only, immutable record of executed steps, and of pure releases beside them.
 
     Only what is public enters: noise multipliers, schemes and counts, never a realised batch size.
 
@@ -101,15 +106,16 @@ class Ledger:
         10
     """
 
-    closed: tuple[tuple[LedgerEntry, ...], ...] = ()
-    current: tuple[LedgerEntry, ...] = ()
+    closed: tuple[tuple[Entry, ...], ...] = ()
+    current: tuple[Entry, ...] = ()
 
     @property
-    def entries(self) -> tuple[LedgerEntry, ...]:
+    def entries(self) -> tuple[Entry, ...]:
         """Everything executed: the closed runs first, then the current one.
 
         Returns:
-            The entries; consecutive equal steps of one run share an entry.
+            The entries; consecutive equal steps of one run share an entry, each pure release has
+            its own.
 
         Example:
             >>> Ledger().entries
@@ -119,16 +125,16 @@ class Ledger:
 
     @property
     def steps(self) -> int:
-        """The number of executed steps over all runs.
+        """The number of executed steps over all runs; a pure release is none.
 
         Returns:
             A count ≥ 0.
 
         Example:
-            >>> Ledger().steps
+            >>> Ledger().charge_pure(0.1).steps
             0
         """
-        return sum(entry.steps for entry in self.entries)
+        return sum(entry.steps for entry in self.entries if isinstance(entry, LedgerEntry))
 
     def charge(
         self, noise_multiplier: NoiseMultiplier, sampling: SamplingScheme, steps: int = 1
@@ -161,6 +167,30 @@ class Ledger:
         entry = LedgerEntry(as_noise_multipliers(noise_multiplier), sampling, steps)
         return Ledger(self.closed, _appended(self.current, entry))
 
+    def charge_pure(self, epsilon: float, sampling: PoissonSampling | None = None) -> "Ledger":
+        """Returns a ledger with one more release that is (ε, 0)-differentially private.
+
+        For what is no Gaussian of a step: a threshold from `lipschitz.select_clip_value`, a
+        Laplace count, a choice by the exponential mechanism.
+
+        Args:
+            epsilon: ε > 0, of adding or removing one example, before any sampling.
+            sampling: None if the whole data set was looked at; Poisson sampling if a draw was,
+                made afresh for this release alone (see `PureRelease`).
+
+        Returns:
+            The longer ledger; this one is unchanged.
+
+        Raises:
+            TypeError: an argument has the wrong type.
+            ValueError: ε is not positive and finite.
+
+        Example:
+            >>> round(Ledger().charge_pure(0.5).delta(0.2), 4)
+            0.1613
+        """
+        return Ledger(self.closed, (*self.current, PureRelease(epsilon, sampling)))
+
     def merge(self, other: "Ledger") -> "Ledger":
         """Returns the record of both ledgers' runs on the same data: their composition.
 
@@ -190,6 +220,10 @@ class Ledger:
         Returns:
             A `dp_accounting.DpEvent` whose noise multipliers are noise std / clip norm (see
             `jaxdp.accounting.dp_event` for what the RDP accountant makes of them).
+
+        Raises:
+            ValueError: the ledger holds a pure release: dp-accounting has no event that all of its
+                accountants read alike.
 
         Example:
             >>> from jaxdp.accounting import ShuffledEpochs
@@ -364,20 +398,31 @@ class Ledger:
 
     def _mechanisms(self) -> tuple[Mechanism, ...]:
         runs = [*self.closed, self.current]
-        return mechanisms_of([[entry._release() for entry in run] for run in runs])
+        return mechanisms_of([[_release_of(entry) for entry in run] for run in runs])
 
 
-def _appended(run: tuple[LedgerEntry, ...], entry: LedgerEntry) -> tuple[LedgerEntry, ...]:
-    if run and (run[-1].noise_multipliers, run[-1].sampling) == (
+def _release_of(entry: Entry) -> Release | PureRelease:
+    if isinstance(entry, PureRelease):
+        return entry
+    sigma = combined_noise_multiplier(entry.noise_multipliers)
+    return Release(sigma, entry.sampling, entry.steps)
+
+
+def _appended(run: tuple[Entry, ...], entry: LedgerEntry) -> tuple[Entry, ...]:
+    last = run[-1] if run else None
+    if isinstance(last, LedgerEntry) and (last.noise_multipliers, last.sampling) == (
         entry.noise_multipliers,
         entry.sampling,
     ):
-        steps = run[-1].steps + entry.steps
+        steps = last.steps + entry.steps
         return (*run[:-1], LedgerEntry(entry.noise_multipliers, entry.sampling, steps))
     return (*run, entry)
 
 
-def _entry_to_dict(entry: LedgerEntry) -> dict[str, object]:
+def _entry_to_dict(entry: Entry) -> dict[str, object]:
+    if isinstance(entry, PureRelease):
+        sampling = None if entry.sampling is None else entry.sampling.to_dict()
+        return {"epsilon": entry.epsilon, "sampling": sampling}
     return {
         "noise_multipliers": list(entry.noise_multipliers),
         "sampling": entry.sampling.to_dict(),
@@ -385,7 +430,15 @@ def _entry_to_dict(entry: LedgerEntry) -> dict[str, object]:
     }
 
 
-def _entry_from_dict(data: object) -> LedgerEntry:
+def _entry_from_dict(data: object) -> Entry:
+    # Each kind of entry has keys of its own, so that a reader refuses a kind that it does not know.
+    if isinstance(data, Mapping) and "epsilon" in data:
+        fields = check_keys("pure release", data, {"epsilon", "sampling"})
+        sampling = fields["sampling"]
+        return PureRelease(
+            fields["epsilon"],  # pyright: ignore[reportArgumentType]  # it checks its fields
+            None if sampling is None else scheme_from_dict(sampling),  # pyright: ignore[reportArgumentType]
+        )
     fields: Mapping[str, object] = check_keys(
         "ledger entry", data, {"noise_multipliers", "sampling", "steps"}
     )
@@ -396,7 +449,7 @@ def _entry_from_dict(data: object) -> LedgerEntry:
     )
 
 
-def _run_from_list(data: object) -> tuple[LedgerEntry, ...]:
+def _run_from_list(data: object) -> tuple[Entry, ...]:
     return tuple(_entry_from_dict(entry) for entry in _checked_list(data))
 
 

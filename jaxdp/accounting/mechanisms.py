@@ -1,12 +1,13 @@
 """From executed steps to counted mechanisms.
 
 Order does not matter for Poisson and fixed-size steps, so equal ones become one mechanism with a
-count. Shuffled epochs become plain Gaussians.
+count, and so do equal pure releases. Shuffled epochs become plain Gaussians.
 
 Example:
     >>> step = Release(1.1, PoissonSampling(0.1), steps=2)
     >>> mechanisms_of([[step, step]])
-    (Mechanism(sampling=PoissonSampling(sampling_rate=0.1), noise_multiplier=1.1, repeats=4),)
+    (GaussianMechanism(sampling=PoissonSampling(sampling_rate=0.1), noise_multiplier=1.1,
+    repeats=4),)
 """
 
 import math
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import dp_accounting
 
+from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.schemes import (
     FixedSizeSampling,
     PoissonSampling,
@@ -43,19 +45,30 @@ class Release(NamedTuple):
     steps: int
 
 
-class Mechanism(NamedTuple):
-    """`repeats` equal mechanisms; without a sampling scheme they are plain Gaussians."""
+class GaussianMechanism(NamedTuple):
+    """`repeats` equal Gaussians; without a sampling scheme they are plain ones."""
 
     sampling: PoissonSampling | FixedSizeSampling | None
     noise_multiplier: float
     repeats: int
 
 
-def mechanisms_of(runs: Iterable[Sequence[Release]]) -> tuple[Mechanism, ...]:
-    """Groups the steps of all runs into distinct mechanisms with counts.
+class PureMechanism(NamedTuple):
+    """`repeats` equal pure releases."""
 
-    Sorted, except that the mechanism of the very last step comes last: a run that grows then keeps
-    its composed past, and `compose` finds it in the cache.
+    release: PureRelease
+    repeats: int
+
+
+Mechanism = GaussianMechanism | PureMechanism
+"""What is composed."""
+
+
+def mechanisms_of(runs: Iterable[Sequence[Release | PureRelease]]) -> tuple[Mechanism, ...]:
+    """Groups what all runs released into distinct mechanisms with counts.
+
+    Sorted, pure ones first, except that the mechanism of the very last step comes last: a run that
+    grows then keeps its composed past, and `compose` finds it in the cache.
 
     Args:
         runs: for every run its releases, in the order of execution.
@@ -66,14 +79,18 @@ def mechanisms_of(runs: Iterable[Sequence[Release]]) -> tuple[Mechanism, ...]:
     Example:
         >>> poisson = PoissonSampling(0.5)
         >>> mechanisms_of([[Release(1.0, poisson, 2)], [Release(1.0, poisson, 3)]])
-        (Mechanism(sampling=PoissonSampling(sampling_rate=0.5), noise_multiplier=1.0, repeats=5),)
+        (GaussianMechanism(sampling=PoissonSampling(sampling_rate=0.5), noise_multiplier=1.0,
+        repeats=5),)
     """
     counts: Counter[tuple[PoissonSampling | FixedSizeSampling | None, float]] = Counter()
+    pure: Counter[PureRelease] = Counter()
     last = None
     for run in runs:
         shuffled: dict[ShuffledEpochs, list[Release]] = {}
         for release in run:
-            if isinstance(release.sampling, ShuffledEpochs):
+            if isinstance(release, PureRelease):
+                pure[release] += 1
+            elif isinstance(release.sampling, ShuffledEpochs):
                 shuffled.setdefault(release.sampling, []).append(release)
                 last = (None, release.noise_multiplier)
             else:
@@ -83,7 +100,10 @@ def mechanisms_of(runs: Iterable[Sequence[Release]]) -> tuple[Mechanism, ...]:
             for sigma, count in _participations(releases, scheme.steps_per_epoch):
                 counts[None, sigma] += count
     keys = sorted(counts, key=lambda key: (key == last, key[0] == (last and last[0]), repr(key)))
-    return tuple(Mechanism(*key, counts[key]) for key in keys)
+    return (
+        *(PureMechanism(release, pure[release]) for release in sorted(pure, key=repr)),
+        *(GaussianMechanism(*key, counts[key]) for key in keys),
+    )
 
 
 def _participations(releases: Sequence[Release], epoch: int) -> Iterator[tuple[float, int]]:
@@ -109,52 +129,58 @@ def coarsened(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
 
     Plain Gaussians compose exactly into one. Of every sampling scheme with more than
     `MAX_DISTINCT_SIGMAS` noise multipliers, each falls to the next power of 2^(1/32), by 2.2% at
-    the most. Less noise is less private, so this can only overstate epsilon.
+    the most. Less noise is less private, so this can only overstate epsilon. Pure releases stay
+    as they are.
 
     Args:
-        mechanisms: distinct mechanisms, the most recent one last.
+        mechanisms: distinct mechanisms, the one of the last step last.
 
     Returns:
-        Distinct mechanisms, the most recent one still last.
+        Distinct mechanisms, pure ones first, the one of the last step still last.
 
     Example:
-        >>> coarsened((Mechanism(None, 2.0, 2), Mechanism(None, 2.0, 2)))
-        (Mechanism(sampling=None, noise_multiplier=1.0, repeats=1),)
+        >>> coarsened((GaussianMechanism(None, 2.0, 2), GaussianMechanism(None, 2.0, 2)))
+        (GaussianMechanism(sampling=None, noise_multiplier=1.0, repeats=1),)
     """
-    by_scheme: dict[PoissonSampling | FixedSizeSampling | None, list[Mechanism]] = {}
+    by_scheme: dict[PoissonSampling | FixedSizeSampling | None, list[GaussianMechanism]] = {}
+    pure = []
     for mechanism in mechanisms:
+        if isinstance(mechanism, PureMechanism):
+            pure.append(mechanism)
+            continue
         # Reinserting keeps the scheme of the most recent mechanism at the end.
         capped = min(mechanism.noise_multiplier, _LARGEST_SIGMA)
         group = by_scheme.pop(mechanism.sampling, [])
         by_scheme[mechanism.sampling] = [*group, mechanism._replace(noise_multiplier=capped)]
-    return tuple(
+    coarse = (
         coarse
         for sampling, group in by_scheme.items()
         for coarse in (_one_gaussian(group) if sampling is None else _rounded_down(group))
     )
+    return (*pure, *coarse)
 
 
-def _one_gaussian(group: list[Mechanism]) -> list[Mechanism]:
+def _one_gaussian(group: list[GaussianMechanism]) -> list[GaussianMechanism]:
     sigma = combined_with_counts(tuple((each.noise_multiplier, each.repeats) for each in group))
-    return [Mechanism(None, sigma, 1)]
+    return [GaussianMechanism(None, sigma, 1)]
 
 
-def _rounded_down(group: list[Mechanism]) -> list[Mechanism]:
+def _rounded_down(group: list[GaussianMechanism]) -> list[GaussianMechanism]:
     if len({each.noise_multiplier for each in group}) <= MAX_DISTINCT_SIGMAS:
         return group
     # A grid that never moves: what a step costs does not depend on the steps around it, so that a
     # growing ledger only grows dearer.
-    bins: dict[float, Mechanism] = {}
+    bins: dict[float, GaussianMechanism] = {}
     for each in group:
         grid = 2 ** (math.floor(_PER_OCTAVE * math.log2(each.noise_multiplier)) / _PER_OCTAVE)
         sigma = min(grid, each.noise_multiplier)  # the logarithm may have rounded up
-        known = bins.pop(sigma, Mechanism(each.sampling, sigma, 0))
+        known = bins.pop(sigma, GaussianMechanism(each.sampling, sigma, 0))
         bins[sigma] = known._replace(repeats=known.repeats + each.repeats)
     return list(bins.values())
 
 
-def event_of(mechanism: Mechanism, scale: float = 1.0) -> dp_accounting.DpEvent:
-    """The DpEvent of one mechanism, counted.
+def event_of(mechanism: GaussianMechanism, scale: float = 1.0) -> dp_accounting.DpEvent:
+    """The DpEvent of equal Gaussians, counted.
 
     Args:
         mechanism: what was released, how often.
@@ -164,7 +190,7 @@ def event_of(mechanism: Mechanism, scale: float = 1.0) -> dp_accounting.DpEvent:
         The event; wrapped in `SelfComposedDpEvent` if it happened more than once.
 
     Example:
-        >>> event_of(Mechanism(None, 1.5, 1))
+        >>> event_of(GaussianMechanism(None, 1.5, 1))
         GaussianDpEvent(noise_multiplier=1.5)
     """
     event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(mechanism.noise_multiplier * scale)
@@ -187,11 +213,22 @@ def events_of(mechanisms: Sequence[Mechanism]) -> dp_accounting.DpEvent:
     Returns:
         One event; `NoOpDpEvent` if there is none.
 
+    Raises:
+        ValueError: a pure release is among them.
+
     Example:
         >>> events_of(())
         NoOpDpEvent()
     """
-    events = [event_of(mechanism) for mechanism in mechanisms]
+    gaussians = [each for each in mechanisms if isinstance(each, GaussianMechanism)]
+    if len(gaussians) < len(mechanisms):
+        # Randomised response is refused under add-or-remove-one, would count ε where replacing
+        # one costs 2ε, and once however often it is composed; Laplace noise is more private.
+        raise ValueError(
+            "dp_event must be asked of Gaussian steps alone, got a ledger with pure releases, for "
+            "which dp-accounting has no event. Ask the ledger itself for epsilon or delta."
+        )
+    events = [event_of(mechanism) for mechanism in gaussians]
     match events:
         case []:
             return dp_accounting.NoOpDpEvent()

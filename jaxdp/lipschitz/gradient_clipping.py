@@ -2,7 +2,8 @@ r"""Clips of the cotangent on its way back, so that all bounds below them become
 
 The threshold is fixed (`clip_gradient`, `gradient_clip`), or follows a quantile of the norms that
 it meets (`adaptive_gradient_clip`). What following it releases is one more leaf of the gradient:
-it gets noise and is charged to the ledger as every other.
+it gets noise and is charged to the ledger as every other. `select_clip_value` chooses it between
+epochs instead.
 """
 
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def gradient_clip(clip_value: float) -> Layer:
 
 
 def adaptive_gradient_clip(initial: float = 1.0) -> Layer:
-    r"""`clip_gradient` at a threshold C that is a parameter, for `track_quantile` to move.
+    r"""`clip_gradient` at a threshold C that `track_quantile` or `select_clip_value` moves.
 
     The gradient of C for a sample is ½ where its cotangent was not clipped and -½ where it was;
     zero where there is none. It is no derivative: it is what must be known to move C towards a

@@ -20,7 +20,8 @@ class Budget:
 
     Asked once per step, in order. What it answers is exact: `allows` is true exactly when the
     ledger with that step in it stays at or below ε. For equal steps it remembers how many fit, so
-    that the accountant is not asked for each of them; a schedule of σ makes it ask at every step.
+    that the accountant is not asked for each of them; a schedule of σ makes it ask at every step,
+    and so does whatever else the ledger is charged with in between.
 
     Args:
       epsilon: ε > 0 that must not be exceeded.
@@ -46,6 +47,7 @@ class Budget:
     neighboring_relation: RelationName = "add_or_remove_one"
     _step: tuple[float, SamplingScheme] | None = field(default=None, init=False, repr=False)
     _left: int = field(default=0, init=False, repr=False)
+    _next: Ledger | None = field(default=None, init=False, repr=False)
 
     def allows(
         self, ledger: Ledger, noise_multipliers: list[float], sampling: SamplingScheme
@@ -58,7 +60,7 @@ class Budget:
           sampling: the scheme that draws its batch.
         """
         step = combined_noise_multiplier(noise_multipliers), sampling
-        if step != self._step or self._left <= 0:
+        if step != self._step or ledger != self._next or self._left <= 0:
             # A σ that has just changed is one of a schedule: look one step ahead only.
             horizon = _HORIZON if self._step in (None, step) else 1
             self._step = step
@@ -71,4 +73,5 @@ class Budget:
                 at_most=horizon,
             )
         self._left -= 1
+        self._next = ledger.charge(noise_multipliers, sampling)
         return self._left >= 0

@@ -67,7 +67,9 @@ def fit(
     Every logical step charges the ledger with the noise that the chain itself says it draws, and
     with the scheme of the sampler that drew the batch. With `checkpoints`, the run is saved at
     every report, and begins where the newest checkpoint ended: killed at any moment and started
-    again, it executes the same steps with the same noise and ends in the same state.
+    again, it executes the same steps with the same noise and ends in the same state. A state that
+    has come as far as the checkpoint is continued as it is given, with its ledger: between two
+    calls you may release something else, change the parameters by it, and charge it.
 
     Args:
       state: from `training.init`; consumed.
@@ -297,9 +299,10 @@ def _begin(
 ) -> Saved:
     """Where the run begins: at the newest checkpoint, or at what `fit` was given."""
     saved = None if checkpoints is None else checkpoints.restore(state, sampler)
-    if saved is not None:
-        return saved
     done = int(state.step)
+    # What a state that is as far was charged with since would be lost with it.
+    if saved is not None and int(saved.state.step) > done:
+        return saved
     if done == 0:
         # What the data was charged with before is closed: a new run begins its own epochs.
         return Saved(state, Ledger().merge(ledger), [])
@@ -308,7 +311,7 @@ def _begin(
             f"ledger must hold every step that was executed, got {ledger.steps} steps for a state "
             f"after {done}: pass ledger=run.ledger with run.state"
         )
-    return Saved(state, ledger, [])
+    return Saved(state, ledger, [] if saved is None else saved.history)
 
 
 def _check_overflow(state: TrainState, sampler: Sampler, data_parts: int) -> None:

@@ -63,6 +63,7 @@ def test_the_whole_budget_is_spent_and_no_more(clip: str, monkeypatch: pytest.Mo
     )
     [run] = runs
     [entry] = run.ledger.entries
+    assert isinstance(entry, accounting.LedgerEntry)
     assert entry.sampling == rate and entry.steps == 24
     assert len(entry.noise_multipliers) == (2 if clip == "adaptive" else 1)
     combined = accounting.combined_noise_multiplier(entry.noise_multipliers)

@@ -120,6 +120,20 @@ def test_a_budget_made_anew_goes_on_as_the_old_one() -> None:
         assert half.steps == pause and resumed == whole
 
 
+def test_what_is_released_between_steps_counts() -> None:
+    """Steps that fitted before it must not be granted after it."""
+    budget, ledger = Budget(2.0, DELTA, "rdp"), Ledger()
+    for _ in range(2):
+        assert budget.allows(ledger, [1.1], POISSON)
+        ledger = ledger.charge([1.1], POISSON)
+    left = ledger.steps_left(1.1, POISSON, epsilon=2.0, delta=DELTA, accountant="rdp")
+    ledger = ledger.charge_pure(0.3)
+    ledger = spend(budget, lambda t: 1.1, POISSON, ledger=ledger, at_most=400)
+    assert 2 < ledger.steps < 2 + left
+    assert ledger.epsilon(DELTA, accountant="rdp") <= 2.0
+    assert ledger.charge([1.1], POISSON).epsilon(DELTA, accountant="rdp") > 2.0
+
+
 def test_a_change_of_the_scheme_is_noticed() -> None:
     """Steps that fit at a small rate must not be granted at a large one."""
     budget, ledger = Budget(2.0, DELTA, "rdp"), Ledger()

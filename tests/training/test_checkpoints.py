@@ -387,6 +387,37 @@ def test_a_run_goes_on_from_its_checkpoint_to_more_steps(
     assert_same(run.state, run.ledger, run.history, uninterrupted)
 
 
+def test_what_was_released_after_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
+    """To begin at the checkpoint again would undo the release and forget its charge."""
+    first = train(tmp_path, steps=6)
+    state = first.state._replace(params={"w": jnp.ones(FEATURES), "b": jnp.ones(())})
+    ledger, store = first.ledger.charge_pure(0.5), training.Checkpoints(tmp_path)
+
+    def go_on(state: training.TrainState, ledger: Ledger, steps: int) -> training.Run:
+        return training.fit(
+            state,
+            step(),
+            sampler(),
+            DATA,
+            steps=steps,
+            delta=DELTA,
+            accountant="rdp",
+            ledger=ledger,
+            report_every=REPORT_EVERY,
+            checkpoints=store,
+            progress=False,
+        )
+
+    run = go_on(state, ledger, 6)
+    assert run.ledger == ledger and run.history == first.history
+    assert float(run.state.params["b"]) == 1
+    run = go_on(run.state, run.ledger, 9)
+    again = go_on(initial(), Ledger(), 9)
+    store.close()
+    assert run.ledger.entries[:-1] == ledger.entries
+    assert_same(again.state, again.ledger, again.history, run)
+
+
 def test_a_saved_state_outlives_the_steps_that_reuse_its_buffers(tmp_path: Path) -> None:
     """A step donates the state that was just saved: what is on the disk must be a copy of then."""
     run = train(tmp_path, steps=3)

@@ -1,0 +1,230 @@
+r"""A threshold of a gradient clip from a few candidates, by the sparse vector technique.
+
+    counts_fn = jax.jit(lipschitz.unclipped_counts(loss_fn, 1.0, values, leaf="clip/clip_value"))
+    counts = sum(counts_fn(state.params, batch, mask) for batch, mask in all_the_data)
+    clip_value = lipschitz.select_clip_value(
+        counts, values, quantile=0.8, expected_count=60_000, epsilon=0.05, key=key, step=state.step)
+    ledger = ledger.charge_pure(0.05)
+
+Every few epochs, instead of a count at every step as with `track_quantile`: put the value into the
+parameters, and keep its leaf out of training (`bounded_grads(..., trainable=)`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxdp.lipschitz.bounds import input_limits
+from jaxdp.lipschitz.gradients import admitted
+from jaxdp.problem import LossFn, Problem, check_function, pose
+from jaxdp.randomness import SELECTION_NOISE, step_key
+from jaxdp.schedules import checked
+
+Candidates = Sequence[float] | ArrayLike
+"""Public thresholds C_1 < ... < C_J."""
+
+
+def unclipped_counts(
+    loss_fn: LossFn, input_bound: Any, candidates: Candidates, *, leaf: str
+) -> Callable[..., jax.Array]:
+    r"""How many samples an `adaptive_gradient_clip` would leave as they are. NOT private.
+
+    $$ q_j = \#\{i : \lVert g_i \rVert_2 \le C_j\} $$
+
+    with g_i the cotangent of sample i where the clip stands. It is the count that `track_quantile`
+    follows, read off the same gradient of the threshold: one forward pass, and a backward pass
+    down to the clip, serve all candidates. Counts of disjoint batches add up to those of the whole
+    data set.
+
+    Args:
+      loss_fn: of one example, as for `bounded_grads`.
+      input_bound: as for `bounded_grads`, which trains with the same one. Longer examples are
+        scaled down, and those that are not finite left out.
+      candidates: C_1 < ... < C_J, each > 0, for `select_clip_value`.
+      leaf: path of the clip's threshold in the parameters, as in "clip/clip_value": the name that
+        `bounds(...).by_name` has for it.
+
+    Returns:
+      `counts_fn(params, batch, mask=None, **kwargs) -> int32 [J]`, never falling. Masked rows
+      count for nothing. A sample with a cotangent of zero is not clipped, and counts.
+
+    Raises:
+      TypeError: `loss_fn` is no function.
+      ValueError: candidates out of range or order; (when called) no scalar leaf of that name.
+
+    Example:
+      >>> from jaxdp import lipschitz
+      >>> layer = lipschitz.adaptive_gradient_clip()
+      >>> loss_fn = lambda params, x: x * layer.apply(params, jnp.zeros_like(x))
+      >>> counts_fn = unclipped_counts(loss_fn, 1.0, [0.1, 0.5, 0.9], leaf="clip_value")
+      >>> print(counts_fn(layer.init(jax.random.key(0)), jnp.array([0.05, 0.3, 0.4, 0.95])))
+      [1 3 3]
+    """
+    check_function(loss_fn)
+    thresholds = _ascending(candidates)
+
+    def counts_fn(
+        params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any
+    ) -> jax.Array:
+        problem = pose(loss_fn, params, batch, mask, kwargs, has_aux=False, trainable=True)
+        place = _place(leaf, problem)
+        limits = input_limits(input_bound, batch)
+        examples, counted = admitted(problem.batch.examples, problem.batch.mask, limits)
+
+        def unclipped(threshold: jax.Array, example: Any) -> jax.Array:
+            def loss(threshold: jax.Array) -> jax.Array:
+                leaves = [*problem.leaves[:place], threshold, *problem.leaves[place + 1 :]]
+                return problem.loss(leaves, example)[0]
+
+            return jax.grad(loss)(threshold) >= 0
+
+        by_sample = jax.vmap(unclipped, (None, 0))
+        moved = jnp.asarray(thresholds, problem.leaves[place].dtype)
+        found = jax.vmap(by_sample, (0, None))(moved, examples)
+        # A sample that one candidate leaves as it is counts at all larger ones, too. It does
+        # anyway where the clip stands once; the privacy of a selection rests on it everywhere.
+        found = jax.lax.cummax(found.astype(jnp.int32), axis=0)
+        return jnp.sum(jnp.where(counted, found, 0), axis=1, dtype=jnp.int32)
+
+    return counts_fn
+
+
+def select_clip_value(
+    counts: ArrayLike,
+    candidates: Candidates,
+    *,
+    quantile: float,
+    expected_count: float,
+    epsilon: float,
+    key: jax.Array,
+    step: ArrayLike,
+) -> jax.Array:
+    r"""The first candidate that enough samples stay below, chosen privately.
+
+    $$ \min \{ j : q_j + \nu_j \ge \gamma n + \rho \}, \qquad
+       \rho, \nu_1, \dots, \nu_J \sim \operatorname{Lap}(1/\varepsilon) $$
+
+    and the last candidate where there is none such: which of them it was is all that is released.
+
+    Privacy notes:
+      * One selection is ε-differentially private when an example is added or removed, however many
+        candidates there are, and 2ε when one is replaced: `Ledger.charge_pure(epsilon)`. The
+        charge is the caller's: nothing else tells the ledger.
+      * That holds for the sums of `unclipped_counts` over disjoint batches, where a sample counts
+        at all candidates from some one on. For counts of anything else it would take twice the
+        noise, or more.
+      * Counts are of the whole data set, or of a Poisson draw made for this alone, then
+        `charge_pure(epsilon, PoissonSampling(q))`. Never count the batch of a step.
+      * n is a public constant. The realised number of samples is as private as the counts.
+      * Noise is drawn in float32: no defence against attacks on its lowest bits.
+
+    Args:
+      counts: q, integers `[J]`, from `unclipped_counts`.
+      candidates: C_1 < ... < C_J that were counted, > 0. They may follow what was released before,
+        and nothing else that the data says.
+      quantile: γ in (0, 1), of the norms, where C is to be.
+      expected_count: n > 0, the number of examples, or the expected size of the draw.
+      epsilon: ε > 0. With probability 1 - β the noise moves no comparison by more than
+        2 ln((J + 1)/β)/ε samples.
+      key: may be that of the noise.
+      step: number of this selection, as the logical step: another one for each with this key.
+
+    Returns:
+      The value for the threshold's leaf, a float32 scalar.
+
+    Raises:
+      TypeError: counts that are no integers.
+      ValueError: an argument out of range, order or shape.
+
+    Example:
+      >>> counts = jnp.array([120, 480, 805, 990])
+      >>> value = select_clip_value(counts, [0.1, 0.2, 0.4, 0.8], quantile=0.75,
+      ...     expected_count=1000, epsilon=0.5, key=jax.random.key(0), step=0)
+      >>> print(value)
+      0.4
+
+    Source: Dwork and Roth 2014, "The Algorithmic Foundations of Differential Privacy", algorithm 1;
+    Lyu, Su, Li 2017, "Understanding the Sparse Vector Technique for Differential Privacy", whose
+    scales for monotonic queries are twice these. The constants here are derived below.
+    """
+    thresholds = _ascending(candidates)
+    counts = jnp.asarray(counts)
+    if not jnp.issubdtype(counts.dtype, jnp.integer):
+        raise TypeError(
+            f"counts must be integers, got {counts.dtype}: pass sums of unclipped_counts"
+        )
+    if counts.shape != thresholds.shape:
+        raise ValueError(
+            f"counts must have one entry for each of the {thresholds.size} candidates, got shape "
+            f"{counts.shape}"
+        )
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile must be in (0, 1), got {quantile}")
+    checked("expected_count", expected_count)
+    checked("epsilon", epsilon)
+    # Why Lap(1/ε) is enough. Let D' be D with one example more. It counts from some candidate a
+    # on: q'_i = q_i for i < a and q'_i = q_i + 1 for i ≥ a. Let x = γn + ρ, with density p, and
+    #     P[j] = ∫ p(x) Π_{i<j} P[ν_i < x - q_i] P[ν_j ≥ x - q_j] dx.
+    # j < a: nothing in it differs between D and D'. j ≥ a:
+    # * P'[j] ≥ e^-ε P[j]. In P'[j] move x to x + 1, where p is at least e^-ε p(x). The last factor
+    #   is that of P[j], as q'_j = q_j + 1; the others, P[ν_i < x + 1 - q'_i], are no smaller than
+    #   those of P[j], as q'_i ≤ q_i + 1.
+    # * P[j] ≥ e^-ε P'[j]. Leave x. The others are no smaller, as q_i ≤ q'_i; the last one is
+    #   smaller by e^-ε at most, as q_j = q'_j - 1.
+    # That none is reached has no last factor: by the same two steps it is within e^±ε. So each
+    # direction pays for one of the two scales only. Were q'_j = q_j possible beside q'_i = q_i + 1
+    # for an i < j, as where one example replaces another, the first would pay for both; were both
+    # signs possible, too, twice for the second scale. To answer "none" by the last candidate is
+    # post-processing.
+    key = step_key(key, SELECTION_NOISE, jnp.asarray(step))
+    noise = _laplace(key, (thresholds.size + 1,)) / epsilon
+    rho, nu = noise[0], noise[1:]
+    # Whole numbers are compared, and none of the data is rounded: a float32 beyond 2²⁴ would move
+    # by two where one example comes. 2³⁰ is more than the noise can be for any ε above 1e-7.
+    needed = jnp.clip(jnp.ceil(rho - nu), -(2.0**30), 2.0**30).astype(jnp.int32)
+    margins = counts.astype(jnp.int32) - round(quantile * expected_count)
+    reached = (margins >= needed).at[-1].set(True)
+    return jnp.asarray(thresholds)[jnp.argmax(reached)]
+
+
+def _laplace(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Of scale 1, float32, with tails: -ln u for u = 2^-zeros m, m uniform in (½, 1].
+
+    `jax.random.laplace` takes u from 23 bits, so that what is beyond 16.6 never happens: an event
+    of chance 1e-7 that could tell two data sets apart, for each candidate. Here it is 1e-19.
+    """
+    words = jax.random.bits(key, (3, *shape), jnp.uint32)
+    zeros = jax.lax.clz(words[0]) + jnp.where(words[0] == 0, jax.lax.clz(words[1]), 0)
+    half = (words[2] >> 9).astype(jnp.float32) * 2.0**-24  # 1 - m
+    size = zeros.astype(jnp.float32) * math.log(2) - jnp.log1p(-half)
+    return jnp.where(words[2] & 1 == 1, size, -size)
+
+
+def _ascending(candidates: Candidates) -> np.ndarray:
+    """The candidates, float32 `[J]`."""
+    values = np.asarray(candidates, np.float32)
+    if values.ndim != 1 or not values.size:
+        raise ValueError(f"candidates must be a sequence of numbers, got shape {values.shape}")
+    if not (np.all(np.isfinite(values)) and values[0] > 0 and np.all(np.diff(values) > 0)):
+        raise ValueError(
+            f"candidates must be finite, above 0 and ascending in float32, got {values.tolist()}"
+        )
+    return values
+
+
+def _place(leaf: str, problem: Problem) -> int:
+    """Where the threshold is among the leaves."""
+    scalars = [
+        name for name, value in zip(problem.names, problem.leaves, strict=True) if not value.shape
+    ]
+    if leaf not in scalars:
+        raise ValueError(
+            f"leaf must name a scalar parameter, the threshold of an adaptive_gradient_clip, got "
+            f"{leaf!r}: the scalars here are {scalars}"
+        )
+    return problem.names.index(leaf)
