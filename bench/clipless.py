@@ -2,8 +2,9 @@
 
     python bench/clipless.py [--data /usr/share/datasets/fashion-mnist] [--seeds N]
 
-One architecture, 784 → 128 → 10 with sorted pairs of channels between, images less their mean and
-of norm one, three roads to the same ε (δ = 1e-5, Poisson batches, PLD):
+One architecture, "lipschitz-mlp" of `jaxdp.recipes`: images less their mean and cut to norm one,
+784 → 128 → 10 with sorted pairs of channels between. Three roads to the same ε (δ = 1e-5, Poisson
+batches, PLD):
 
 * clipless, constrained: `lipschitz.bounded_grads`, kernels projected to be orthogonal;
 * clipless, free: the same gradients from the bounds of unconstrained weights;
@@ -32,15 +33,13 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxdp
-from jaxdp import accounting, lipschitz, nn, training
-from jaxdp.recipes import data
+from jaxdp import accounting, lipschitz, training
+from jaxdp.recipes import classify, data, models
 
 DELTA, MOMENTUM, EPSILONS = 1e-5, 0.9, (1.0, 3.0, 8.0)
-INPUT_BOUND = (1.0, math.inf)  # of the image; labels have none
+INPUT_BOUND = math.inf  # the model bounds its input itself
 THRESHOLD = 0.3
-MODEL = nn.sequential(
-    nn.flatten(), lipschitz.linear(784, 128), lipschitz.group_sort(), lipschitz.linear(128, 10)
-)
+MODEL = models.build("lipschitz-mlp", (28, 28, 1), 10)
 
 
 class Road(NamedTuple):
@@ -69,46 +68,29 @@ class Size(NamedTuple):
 SIZES = {"MNIST sample": Size(512, 20), "Fashion-MNIST": Size(2048, 30)}
 
 
-def prepared(images: np.ndarray) -> np.ndarray:
-    """Each image less its mean, of norm one; nothing of other images goes in."""
-    images = np.asarray(images, np.float32)
-    images = images - images.mean((1, 2, 3), keepdims=True)
-    norms = np.sqrt(np.square(images).sum((1, 2, 3), keepdims=True))
-    return images / np.maximum(norms, 1e-6)
-
-
-def loss_of(road: Road) -> Any:
-    """Cross-entropy of one (image, label)."""
-
-    def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
-        image, label = example
-        logits = MODEL.apply(params, image)
-        return lipschitz.softmax_cross_entropy(logits, label, temperature=road.temperature)
-
-    return loss_fn
+def model_of(road: Road) -> models.Model:
+    """The architecture, trained as the road wants it."""
+    project = MODEL.project if road.projected else None
+    return MODEL._replace(project=project, temperature=road.temperature)
 
 
 def gradients_and_chain(road: Road, sigma: float, size: Size, steps: int, key: jax.Array) -> Any:
     """What goes into a step."""
+    model = model_of(road)
+    loss_fn = classify.cross_entropy(model)
     schedule = optax.cosine_decay_schedule(road.learning_rate, steps)
     behind = [
         jaxdp.add_noise(sigma, key),
         optax.scale(1 / size.batch_size),
         optax.sgd(schedule, momentum=MOMENTUM),
     ]
-    if road.projected:
-        behind.append(lipschitz.project(MODEL.project))
+    if model.project is not None:
+        behind.append(lipschitz.project(model.project))
     chain = jaxdp.accumulate(optax.chain(*behind))
     if road.clipped:
-        grads_fn = jaxdp.per_sample_grads(loss_of(road))
+        grads_fn = jaxdp.per_sample_grads(loss_fn)
         return grads_fn, optax.chain(jaxdp.clip_flat(THRESHOLD), chain)
-    return lipschitz.bounded_grads(loss_of(road), INPUT_BOUND, with_losses=True), chain
-
-
-def accuracy(params: Any, images: np.ndarray, labels: np.ndarray) -> float:
-    """On the test set."""
-    logits = jax.jit(jax.vmap(MODEL.apply, (None, 0)))(params, images)
-    return float(np.mean(np.argmax(logits, axis=1) == labels))
+    return lipschitz.bounded_grads(loss_fn, INPUT_BOUND, with_losses=True), chain
 
 
 def train(name: str, dataset: data.Dataset, size: Size, epsilon: float, seed: int) -> float:
@@ -131,7 +113,7 @@ def train(name: str, dataset: data.Dataset, size: Size, epsilon: float, seed: in
         budget=epsilon,
         progress=False,
     )
-    return accuracy(run.state.params, dataset.test_x, dataset.test_y)
+    return classify.accuracy_fn(MODEL, dataset.test_x, dataset.test_y)(run.state.params)
 
 
 def table_of(results: list[dict[str, Any]]) -> Table:
@@ -163,7 +145,7 @@ def noise_table() -> Table:
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
 
     def bounds_at(temperature: float) -> list[float]:
-        loss_fn = loss_of(Road(False, True, temperature, 1.0))
+        loss_fn = classify.cross_entropy(MODEL._replace(temperature=temperature))
         found = lipschitz.bounds(loss_fn, params, example, INPUT_BOUND)
         return [float(bound) for bound in found.by_name.values()]
 
@@ -192,8 +174,7 @@ def main() -> None:
 
     results: list[dict[str, Any]] = []
     for title, source in (("MNIST sample", "mnist-sample"), ("Fashion-MNIST", options.data)):
-        raw, size = data.load(source), SIZES[title]
-        dataset = raw._replace(train_x=prepared(raw.train_x), test_x=prepared(raw.test_x))
+        dataset, size = data.load(source), SIZES[title]
         for seed in range(options.seeds):
             for epsilon in EPSILONS:
                 for name in ROADS:

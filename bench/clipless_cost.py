@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def mlp() -> nn.Layer:
-    """That of `bench/clipless.py`."""
+    """That of `bench/clipless.py`, behind its preparation of images."""
     return nn.sequential(
         nn.flatten(), lipschitz.linear(784, 128), lipschitz.group_sort(), lipschitz.linear(128, 10)
     )

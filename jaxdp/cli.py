@@ -15,11 +15,14 @@ _EXAMPLES = """\
 examples:
   python -m jaxdp train
   python -m jaxdp train --model char-lstm
+  python -m jaxdp train --model lipschitz-mlp --clip none
   python -m jaxdp train --data /usr/share/datasets/fashion-mnist --epsilon 2.7 --epochs 40
   python -m jaxdp epsilon --noise-multiplier 1.1 --sampling-rate 0.04 --steps 250
   python -m jaxdp calibrate --epsilon 3 --sampling-rate 0.04 --steps 250
 """
 
+# Clip norm and learning rate where none is given: gradients that are clipped are far shorter.
+_CLIPPED, _CLIPLESS = (0.1, 8.0), (None, 0.2)
 
 _Help = argparse.ArgumentDefaultsHelpFormatter
 
@@ -63,6 +66,7 @@ def _quieten() -> None:
 def _train(options: argparse.Namespace) -> None:
     default = "names" if options.model in models.TEXT_MODELS else "mnist-sample"
     dataset = data.load(options.data or default)
+    threshold, learning_rate = _CLIPLESS if options.clip == "none" else _CLIPPED
     config = classify.Config(
         model=options.model,
         epsilon=options.epsilon,
@@ -70,8 +74,8 @@ def _train(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         batch_size=options.batch_size,
         clip=options.clip,
-        threshold=options.threshold,
-        learning_rate=options.learning_rate,
+        threshold=threshold if options.threshold is None else options.threshold,
+        learning_rate=learning_rate if options.learning_rate is None else options.learning_rate,
         schedule=options.schedule,
         momentum=options.momentum,
         accountant=options.accountant,
@@ -221,7 +225,8 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--model",
         default="tanh-cnn",
         choices=models.MODEL_NAMES,
-        help="tanh-cnn needs images of at least 16x16, char-lstm texts",
+        help="tanh-cnn needs images of at least 16x16, char-lstm texts; lipschitz-mlp can do "
+        "without a clip",
     )
     train.add_argument("--epsilon", type=float, default=8.0, help="of the whole run")
     _add_accounting(train)
@@ -233,14 +238,19 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--clip",
         default="flat",
         choices=classify.CLIP_NAMES,
-        help="how per-sample gradients are bounded",
+        help="how per-sample gradients are bounded; none leaves it to the model, lipschitz-mlp",
     )
-    train.add_argument("--threshold", type=float, default=0.1, help="clip norm")
+    train.add_argument(
+        "--threshold",
+        type=float,
+        default=None,
+        help="clip norm; by default 0.1, or none with no clip",
+    )
     train.add_argument(
         "--learning-rate",
         type=float,
-        default=8.0,
-        help="of SGD, for the mean over the expected batch",
+        default=None,
+        help="of SGD, for the mean over the expected batch; by default 8, or 0.2 with no clip",
     )
     train.add_argument(
         "--schedule", default="cosine", choices=classify.SCHEDULE_NAMES, help="of the learning rate"

@@ -24,6 +24,7 @@ SECRET = 987_654_321
 # A few steps on the smallest data set.
 SMALL = ["train", "--data", "digits", "--model", "tanh-mlp", "--epochs", "0.3", "--quiet"]
 SMALL += ["--batch-size", "128", "--accountant", "rdp"]
+CLIPLESS = ["--model", "lipschitz-mlp", "--clip", "none"]
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +142,9 @@ def test_train_writes_metrics_and_a_plot_and_prints_a_table(
     assert printed["ε"].startswith(f"{metrics['epsilon']:.3f}") and "budget 2" in printed["ε"]
     assert printed["δ"] == "1e-05" and printed["accountant"].startswith("RDP")
     assert printed["noise multiplier"] == f"{metrics['noise_multiplier']:.4f}"
+    assert (
+        printed["gradient of one example"] == "norm at most 0.1, at first, by the clip (adaptive)"
+    )
     assert "added or removed" in printed["unit of privacy"] and "Poisson" in printed["sampling"]
     assert str(out / "metrics.json") in printed["written"]
 
@@ -156,13 +160,28 @@ def test_a_text_model_trains_on_names(capsys: pytest.CaptureFixture[str], tmp_pa
     assert 7.8 < metrics["epsilon"] <= 8
 
 
+def test_a_lipschitz_model_trains_without_a_clip(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = [*CLIPLESS, "--epochs", "3", "--seed", "0", "--out", str(tmp_path)]
+    printed = call(capsys, *SMALL, *options)
+    metrics = strict((tmp_path / "metrics.json").read_text())
+    assert metrics["test_accuracy"] > 0.7
+    assert 7.8 < metrics["epsilon"] <= 8
+    assert metrics["config"]["threshold"] is None and metrics["config"]["learning_rate"] == 0.2
+    guard = printed["gradient of one example"]
+    assert "2.00" in guard and "nothing is clipped" in guard
+    assert metrics["assumptions"]["gradient of one example"] == guard
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("clip", CLIP_NAMES)
 def test_train_knows_every_clip(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, clip: str
 ) -> None:
     arguments = [*SMALL, "--clip", clip, "--out", str(tmp_path), "--epsilon", "2"]
-    call(capsys, *arguments, "--model", "linear", "--microbatch-size", "50")
+    model = ["--model", "linear", "--microbatch-size", "50"]
+    call(capsys, *arguments, *(CLIPLESS if clip == "none" else model))
     metrics = strict((tmp_path / "metrics.json").read_text())
     assert metrics["config"]["clip"] == clip
     assert 1.96 < metrics["epsilon"] <= 2
@@ -248,7 +267,12 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "corrupt idx": (lambda d: [*SMALL, "--data", corrupt_idx(d)], "header"),
     "wrong shape": (lambda d: [*SMALL, "--data", wrong_shape(d)], "got [6, 20]"),
     "unknown model": (lambda d: [*SMALL, "--model", "resnet"], "resnet"),
-    "unknown clip": (lambda d: [*SMALL, "--clip", "none"], "none"),
+    "unknown clip": (lambda d: [*SMALL, "--clip", "soft"], "soft"),
+    "no clip and no bound": (lambda d: [*SMALL, "--clip", "none"], "lipschitz-mlp, got 'tanh-mlp'"),
+    "no clip but its norm": (
+        lambda d: [*SMALL, *CLIPLESS, "--threshold", "0.1"],
+        "threshold must be left out where nothing is clipped",
+    ),
     "texts for an image model": (lambda d: ["train", "--data", "names"], "needs images"),
     "too small for the model": (lambda d: [*SMALL, "--model", "tanh-cnn"], "use tanh-mlp"),
     "negative epsilon": (lambda d: [*SMALL, "--epsilon", "-1"], "epsilon must be"),

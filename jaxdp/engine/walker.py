@@ -46,10 +46,16 @@ class Remat(NamedTuple):
 
 
 class Equation:
-    """One equation: a primitive applied to operands."""
+    """One equation: a primitive applied to operands.
 
-    def __init__(self, eqn: Any):
+    Args:
+      eqn: JAX's.
+      caller: the equation that calls the function that it lies in.
+    """
+
+    def __init__(self, eqn: Any, caller: "Equation | None" = None):
         self._eqn = eqn
+        self._caller = caller
         name = str(eqn.primitive.name)
         self.name: str = _NAMES.get(name, name)
         self.params: dict[str, Any] = eqn.params
@@ -66,8 +72,10 @@ class Equation:
 
     @property
     def source(self) -> str:
-        """Where the user wrote it: file, line and function."""
-        return source_info_util.summarize(self._eqn.source_info)
+        """Where the user wrote it: file, line and function. Inside of functions that JAX itself
+        compiles, as `jnp.take`, where they were called."""
+        own = source_info_util.summarize(self._eqn.source_info)
+        return own if own or self._caller is None else self._caller.source
 
     def bind(self, values: Sequence[Any]) -> list[Any]:
         """The primitive applied to these values."""
@@ -146,6 +154,7 @@ def evaluate(
     lift: Callable[[Any], Any] = lambda constant: constant,
     enter: Callable[[Equation], bool] = lambda eqn: True,
     path: Path = (),
+    caller: Equation | None = None,
 ) -> list[Any]:
     """The outputs of the program under a rule.
 
@@ -156,6 +165,7 @@ def evaluate(
       lift: turns a constant array into a value.
       enter: which calls are entered; the others are given to the rule.
       path: of the equation that holds this program.
+      caller: that equation, if it calls this program and nothing else.
     """
     jaxpr = _open(program)
     values = dict(zip(jaxpr.constvars, map(lift, _constants(program)), strict=True))
@@ -165,11 +175,13 @@ def evaluate(
         return lift(atom.val) if isinstance(atom, core.Literal) else values[atom]
 
     for index, eqn in enumerate(jaxpr.eqns):
-        equation, here = Equation(eqn), (*path, index)
+        equation, here = Equation(eqn, caller), (*path, index)
         operands = [read(atom) for atom in eqn.invars]
         if equation.call is not None and enter(equation):
             body = equation.call
-            outputs = evaluate(body, operands, rule, lift=lift, enter=enter, path=here)
+            outputs = evaluate(
+                body, operands, rule, lift=lift, enter=enter, path=here, caller=equation
+            )
         else:
             outputs = rule(here, equation, operands)
         values |= zip(eqn.outvars, outputs, strict=True)

@@ -46,8 +46,11 @@ class Cotangents:
 
     def add(self, value: Value, bound: Cotangent) -> None:
         """A value that is used twice has the sum of two cotangents."""
+        total = added([self[value], bound])
+        if total is not None:
+            total = jnp.where(jnp.isnan(total), jnp.inf, total)  # 0 · ∞ says nothing
         # The value is kept, so that no other one can get its id.
-        self._found[id(value)] = (value, added([self[value], bound]))
+        self._found[id(value)] = (value, total)
 
 
 def propagate(program: Program, inputs: Sequence[Value]) -> tuple[list[Value], Tape]:

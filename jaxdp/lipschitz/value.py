@@ -34,9 +34,19 @@ class Range(NamedTuple):
     low: ArrayLike = -math.inf
     high: ArrayLike = math.inf
 
+    def numbers(self) -> "Range":
+        """In float32, and infinite where it is not a number: 0 · ∞ and ∞ - ∞ say nothing."""
+        bounds = (jnp.asarray(bound, jnp.float32) for bound in self)
+        return Range(
+            *(
+                jnp.where(jnp.isnan(bound), nothing, bound)
+                for bound, nothing in zip(bounds, Range(), strict=True)
+            )
+        )
+
     def tightened(self, size: int) -> "Range":
         """What norm and interval say of each other, for `size` entries."""
-        norm, low, high = (jnp.asarray(bound, jnp.float32) for bound in self)
+        norm, low, high = (jnp.asarray(bound) for bound in self.numbers())
         if size == 0:
             return Range(*(jnp.zeros((), jnp.float32),) * 3)
         norm = jnp.minimum(norm, math.sqrt(size) * jnp.maximum(jnp.abs(low), jnp.abs(high)))
@@ -91,7 +101,7 @@ class Value:
             return Range(0, 0, 0).tightened(0)
         entries = jnp.asarray(self.array).astype(jnp.float32)
         norm = jnp.sqrt(jnp.sum(jnp.square(entries)))
-        return Range(norm, jnp.min(entries), jnp.max(entries))
+        return Range(norm, jnp.min(entries), jnp.max(entries)).numbers()
 
     @property
     def norm(self) -> jax.Array:

@@ -12,23 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdp import accounting, training
+from jaxdp import accounting, lipschitz, training
 from jaxdp.accumulation import accumulate
 from jaxdp.clipping import clip_adaptive, clip_automatic, clip_flat, clip_per_layer
 from jaxdp.noise import add_noise
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.randomness import random_key
 from jaxdp.recipes.data import Dataset
-from jaxdp.recipes.models import Model, build
+from jaxdp.recipes.models import LIPSCHITZ_MODELS, Model, build
 from jaxdp.sampling import PoissonSampler
 from jaxdp.schedules import checked
 from jaxdp.training.logs import LogFn
 
-CLIP_NAMES = ("flat", "per-layer", "automatic", "adaptive")
+CLIP_NAMES = ("flat", "per-layer", "automatic", "adaptive", "none")
 SCHEDULE_NAMES = ("cosine", "constant")
 
 # Of the count of an adaptive clip, relative to the batch size: costs next to nothing.
 _COUNT_NOISE = 0.05
+
+# Any input may come: a Lipschitz model bounds it itself.
+_INPUT_BOUND = math.inf
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,17 @@ class Config:
       delta: δ.
       epochs: passes over the data, in expectation.
       batch_size: expected number of examples per step.
-      clip: one of `CLIP_NAMES`.
-      threshold: clip norm C of the whole gradient (initial, if adaptive).
+      clip: one of `CLIP_NAMES`. "none" is for Lipschitz models, whose gradients are bounded by
+        what the model is.
+      threshold: clip norm C of the whole gradient (initial, if adaptive); None for "none", and
+        only there.
       learning_rate: of SGD with momentum, for gradients averaged over the expected batch.
       schedule: of the learning rate, one of `SCHEDULE_NAMES`; "cosine" falls to zero over the
         run, which averages the noise of the last steps away.
       momentum: in [0, 1).
       accountant: "pld" or "rdp".
-      microbatch_size: per-sample gradients held at a time; None for a whole physical batch.
+      microbatch_size: per-sample gradients held at a time; None for a whole physical batch, and
+        where nothing is clipped.
       seed: in [0, 2³²), for initialisation, sampling and noise. None draws all of them from the
         operating system: needed for a model that is released, since whoever knows the seed can
         subtract the noise.
@@ -60,7 +66,7 @@ class Config:
     epochs: float = 20.0
     batch_size: float = 256.0
     clip: str = "flat"
-    threshold: float = 1.0
+    threshold: float | None = None
     learning_rate: float = 1.0
     schedule: str = "cosine"
     momentum: float = 0.9
@@ -77,6 +83,13 @@ class Config:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
         _check_name("clip", self.clip, CLIP_NAMES)
         _check_name("schedule", self.schedule, SCHEDULE_NAMES)
+        if self.clip != "none" and self.threshold is None:
+            raise ValueError(f"threshold must be a clip norm for clip {self.clip!r}, got None")
+        for field in ("threshold", "microbatch_size"):
+            if self.clip == "none" and (given := getattr(self, field)) is not None:
+                raise ValueError(
+                    f"{field} must be left out where nothing is clipped (clip 'none'), got {given}"
+                )
 
 
 class Result(NamedTuple):
@@ -107,7 +120,7 @@ def cross_entropy(model: Model) -> Callable[[Any, tuple[jax.Array, jax.Array]], 
     def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, label = example
         logits = model.apply(params, x)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
+        return lipschitz.softmax_cross_entropy(logits, label, temperature=model.temperature)
 
     return loss_fn
 
@@ -149,6 +162,7 @@ def train(
       ValueError: the configuration does not fit the data, or cannot be private.
     """
     model = build(config.model, dataset.train_x.shape[1:], dataset.num_classes)
+    grads_fn = _grads_fn(config, model)
     count = len(dataset.train_y)
     sampler = _sampler(config, count, config.seed)
     steps = max(round(config.epochs * count / config.batch_size), 1)
@@ -161,9 +175,8 @@ def train(
     )
     key = random_key() if config.seed is None else jax.random.key(config.seed)
     init_key, chain_key = jax.random.split(key)
-    params = model.init(init_key)
-    tx, sigma = _chain(config, total, steps, params, chain_key)
-    grads_fn = per_sample_grads(cross_entropy(model), microbatch_size=config.microbatch_size)
+    params = jax.jit(model.init)(init_key)
+    tx, sigma = _chain(config, model, total, steps, params, chain_key)
     accuracy = accuracy_fn(model, dataset.test_x, dataset.test_y)
     with contextlib.ExitStack() as stack:
         store = None
@@ -197,6 +210,7 @@ def train(
         steps=run.ledger.steps,
         history=run.history,
         assumptions={
+            "gradient of one example": _bounded_by(config, model, run.state.params, dataset),
             "unit of privacy": "one training example, added or removed",
             "sampling": f"Poisson, rate {sampler.scheme.sampling_rate:.4g} per step",
             "released": "every iterate (the test set counts as public)",
@@ -205,22 +219,50 @@ def train(
     )
 
 
+def _grads_fn(config: Config, model: Model) -> Callable[..., Any]:
+    """Gradients of a batch: of each sample, for a clip, or their sum, bounded by the model."""
+    if config.clip != "none":
+        return per_sample_grads(cross_entropy(model), microbatch_size=config.microbatch_size)
+    if model.project is None:
+        raise ValueError(
+            f"clip 'none' needs a model whose gradients have a small bound, one of "
+            f"{', '.join(LIPSCHITZ_MODELS)}, got {config.model!r}: choose such a model, or a clip"
+        )
+    return lipschitz.bounded_grads(cross_entropy(model), _INPUT_BOUND, with_losses=True)
+
+
+def _bounded_by(config: Config, model: Model, params: Any, dataset: Dataset) -> str:
+    """What keeps one example from mattering much, in words."""
+    if config.clip != "none":
+        changing = ", at first" if config.clip == "adaptive" else ""
+        return f"norm at most {config.threshold:g}{changing}, by the clip ({config.clip})"
+    example = (dataset.train_x[0], dataset.train_y[0])  # of which only shapes matter
+
+    @jax.jit
+    def total(params: Any) -> jax.Array:
+        return lipschitz.bounds(cross_entropy(model), params, example, _INPUT_BOUND).total
+
+    return f"norm at most {total(params):#.3g}, by the weights as they are (nothing is clipped)"
+
+
 def _sampler(config: Config, count: int, seed: int | None) -> PoissonSampler:
     return PoissonSampler(count, expected_batch_size=config.batch_size, seed=seed)
 
 
 def _chain(
-    config: Config, total: float, steps: int, params: Any, key: jax.Array
+    config: Config, model: Model, total: float, steps: int, params: Any, key: jax.Array
 ) -> tuple[optax.GradientTransformation, float]:
     """The optax chain whose step costs `total`, and the σ of its gradients."""
     clip_key, noise_key = jax.random.split(key)
     clip, sigma = _clip(config, total, len(jax.tree.leaves(params)), clip_key)
-    behind = optax.chain(
+    behind = [
         add_noise(sigma, noise_key),
         optax.scale(1 / config.batch_size),
         optax.sgd(_learning_rate(config, steps), momentum=config.momentum or None),
-    )
-    return optax.chain(clip, accumulate(behind)), sigma
+    ]
+    if model.project is not None:
+        behind.append(lipschitz.project(model.project))
+    return optax.chain(clip, accumulate(optax.chain(*behind))), sigma
 
 
 def _check_name(field: str, value: str, names: Sequence[str]) -> None:
@@ -236,9 +278,11 @@ def _learning_rate(config: Config, steps: int) -> optax.ScalarOrSchedule:
 
 def _clip(
     config: Config, total: float, leaves: int, key: jax.Array
-) -> tuple[optax.GradientTransformationExtraArgs, float]:
+) -> tuple[optax.GradientTransformation, float]:
     """The clip, and the σ of the gradients that makes the whole step cost `total`."""
     threshold = config.threshold
+    if threshold is None:
+        return optax.identity(), total
     if config.clip == "flat":
         return clip_flat(threshold), total
     if config.clip == "automatic":

@@ -1,8 +1,10 @@
 """Small models for the command line and the benchmarks; one image or text in, logits out.
 
-The image models are flax modules, the text model is made of `jaxdp.nn`: neither knows of privacy.
+Most image models are flax modules, the text model is made of `jaxdp.nn`: neither knows of privacy.
+A Lipschitz model is made of `jaxdp.lipschitz`: it can be trained without clipping.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,20 +12,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxdp import lipschitz
 from jaxdp import nn as jaxdp_nn
 from jaxdp.recipes.data import names
 
 
 class Model(NamedTuple):
-    """A pair of pure functions.
+    """A pair of pure functions, and how they want to be trained.
 
     Attributes:
       init: `key -> params`.
       apply: `(params, image [H, W, C] or text [T]) -> logits [num_classes]`, of one example.
+      project: `params -> params`, after every update, for a Lipschitz model; None for an ordinary
+        one.
+      temperature: of its cross-entropy, see `lipschitz.softmax_cross_entropy`.
     """
 
     init: Callable[[jax.Array], Any]
-    apply: Callable[[Any, jax.Array], jax.Array]
+    apply: Callable[..., jax.Array]
+    project: Callable[[Any], Any] | None = None
+    temperature: float = 1.0
 
 
 class TanhCNN(nn.Module):
@@ -90,8 +98,30 @@ def char_lstm(num_classes: int) -> Model:
     return Model(init, apply)
 
 
-_IMAGE_MODELS = {"tanh-cnn": TanhCNN, "tanh-mlp": TanhMLP, "linear": Linear}
-IMAGE_MODELS, TEXT_MODELS = tuple(_IMAGE_MODELS), ("char-lstm",)
+def lipschitz_mlp(shape: Sequence[int], num_classes: int) -> Model:
+    """An image less its mean, cut to norm one → 128 features, sorted in pairs → logits.
+
+    Both layers are orthogonal, so that nothing becomes longer on the way up or down, and the
+    gradient of each layer is at most √2 long, whatever the image. Logits are at most one long: a
+    temperature lets their softmax tell classes apart.
+
+    Source: Béthune et al. 2023, "DP-SGD Without Clipping: The Lipschitz Neural Network Way".
+    """
+    prepared = jaxdp_nn.sequential(
+        lambda image: image - jnp.mean(image), lipschitz.bounded_input(1.0), jaxdp_nn.flatten()
+    )
+    layers = jaxdp_nn.sequential(
+        prepared,
+        lipschitz.linear(math.prod(shape), 128),
+        lipschitz.group_sort(),
+        lipschitz.linear(128, num_classes),
+    )
+    return Model(layers.init, layers.apply, layers.project, temperature=30.0)
+
+
+_MODULES = {"tanh-cnn": TanhCNN, "tanh-mlp": TanhMLP, "linear": Linear}
+LIPSCHITZ_MODELS, TEXT_MODELS = ("lipschitz-mlp",), ("char-lstm",)
+IMAGE_MODELS = (*_MODULES, *LIPSCHITZ_MODELS)
 MODEL_NAMES = IMAGE_MODELS + TEXT_MODELS
 
 
@@ -127,11 +157,13 @@ def build(name: str, shape: Sequence[int], num_classes: int) -> Model:
         )
     if name in TEXT_MODELS:
         return char_lstm(num_classes)
+    if name == "lipschitz-mlp":
+        return lipschitz_mlp(shape, num_classes)
     if name == "tanh-cnn" and min(shape[:2]) < 16:
         raise ValueError(
             f"model tanh-cnn needs images of at least 16x16, got {tuple(shape)}: use tanh-mlp"
         )
-    module = _IMAGE_MODELS[name](num_classes)
+    module = _MODULES[name](num_classes)
     return Model(
         init=lambda key: module.init(key, jnp.zeros(tuple(shape)))["params"],
         apply=lambda params, image: module.apply({"params": params}, image),

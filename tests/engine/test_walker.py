@@ -47,9 +47,7 @@ def scanned(w: jax.Array, x: jax.Array) -> jax.Array:
         index, row = each
         return jnp.tanh(w @ carry + row), carry[0] * index
 
-    carry, seen = lax.scan(
-        step, x, (jnp.arange(3, dtype=jnp.float32), w), reverse=True, unroll=2
-    )
+    carry, seen = lax.scan(step, x, (jnp.arange(3, dtype=jnp.float32), w), reverse=True, unroll=2)
     return jnp.sum(carry) + jnp.sum(seen)
 
 
@@ -246,6 +244,19 @@ def test_a_block_that_is_being_differentiated_is_not_entered() -> None:
 
 def test_an_equation_knows_where_it_was_written() -> None:
     assert "test_walker.py" in find(plain, "dot_general").source
+
+
+def test_an_equation_of_a_function_of_jax_knows_where_that_was_called() -> None:
+    seen = []
+
+    def rule(path: walker.Path, eqn: walker.Equation, values: list[Any]) -> Any:
+        seen.append((eqn.name, eqn.source))
+        return eqn.bind(values)
+
+    program, _ = walker.trace(lambda x: jnp.var(jnp.take(x, 0, axis=1)), W)
+    walker.evaluate(program, [W], rule)
+    assert {"gather", "square"} <= {name for name, _ in seen}
+    assert all("test_walker.py" in source for _, source in seen), seen
 
 
 # ---- what an output needs -----------------------------------------------------------------------

@@ -134,6 +134,14 @@ PROGRAMS: Mapping[str, Program] = {
     "minimum": elementwise(lambda x: jnp.minimum(x, 2 * x)),
     "maximum of scalars": unary(lambda x: jnp.maximum(x, x[0, 0])),
     "where": elementwise(lambda x: jnp.where(x > 0.3, jnp.exp(x), -x)),
+    "where, of one case": elementwise(lambda x: jnp.where(jnp.ones(6, bool), x, jnp.exp(x))),
+    "where, of a known pattern": unary(
+        lambda x: jnp.where(jnp.eye(4, 6, dtype=bool), 2 * x, jnp.sum(x)), (4, 6)
+    ),
+    "choice of three": elementwise(
+        lambda x: lax.select_n(jnp.array([0, 2, 2, 0, 2, 0]), x, jnp.exp(x), 3 * x)
+    ),
+    "variance": unary(lambda x: jnp.var(x, 0)),
     "sub": Program(lambda w, x: (w - x) - 2 * (x - w), normal(6)),
     "mul of inputs": unary(lambda x: x * jnp.flip(x, 0)),
     "mul by a scalar parameter": Program(lambda w, x: w * x + w, jnp.float32(1.5)),

@@ -137,6 +137,11 @@ def test_an_unknown_primitive_raises_with_its_name_its_place_and_what_to_do() ->
         lipschitz.bounds(loss_fn, jnp.ones(3), jnp.ones(3), 1.0)
 
 
+def test_an_error_inside_of_a_function_of_jax_says_where_that_was_called() -> None:
+    with pytest.raises(NotImplementedError, match="gives NaN.*test_rules.py"):
+        lipschitz.bounds(lambda w, x: jnp.take(w, x), jnp.ones(3), jnp.int32(0), 1.0)
+
+
 def test_an_unknown_primitive_on_public_values_needs_no_rule() -> None:
     table = jnp.arange(1.0, 4.0)
     loss_fn = lambda params, x: jnp.sum(params * x * jax.lax.lgamma(table))  # noqa: E731
@@ -219,6 +224,20 @@ def test_what_has_no_bound_is_refused(name: str) -> None:
 def test_what_can_grow_without_end_has_an_infinite_bound() -> None:
     loss_fn = lambda params, x: jnp.sum(jnp.log(jnp.abs(params * x)))  # noqa: E731
     assert not np.isfinite(lipschitz.bounds(loss_fn, jnp.ones(3), jnp.ones(3), 1.0).total)
+
+
+UNKNOWN = {
+    "a constant that is no number": lambda w, x: jnp.where(x > 0, w, jnp.nan) ** 2,
+    "zero times infinity": lambda w, x: (0 * x) * jnp.exp(1e9 * w * x),
+    "infinity less infinity": lambda w, x: jnp.exp(1e9 * w * x) - jnp.exp(1e8 * w * x),
+}
+
+
+@pytest.mark.parametrize("name", list(UNKNOWN))
+def test_a_bound_is_infinite_rather_than_nan(name: str) -> None:
+    loss_fn = lambda w, x: jnp.sum(UNKNOWN[name](w, x))  # noqa: E731
+    found = lipschitz.bounds(loss_fn, jnp.ones(3), jnp.ones(3), 1.0)
+    assert float(found.total) == np.inf
 
 
 def test_rounds_of_random_programs_do_not_break_a_bound() -> None:

@@ -1,7 +1,7 @@
 """The main job: whatever the clip, the run spends what it was given and says so."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,16 @@ def images_of(labels: np.ndarray) -> np.ndarray:
 
 TRAIN_Y, TEST_Y = (np.arange(size, dtype=np.int32) % 3 for size in (600, 90))
 DATASET = Dataset("clouds", images_of(TRAIN_Y), TRAIN_Y, images_of(TEST_Y), TEST_Y, 3)
-CONFIG = Config(model="linear", epsilon=3.0, epochs=4.0, batch_size=100.0, accountant="rdp", seed=1)
+CONFIG = Config(
+    model="linear",
+    epsilon=3.0,
+    epochs=4.0,
+    batch_size=100.0,
+    threshold=1.0,
+    accountant="rdp",
+    seed=1,
+)
+CLIPLESS: Mapping[str, Any] = {"model": "lipschitz-mlp", "clip": "none", "threshold": None}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +57,7 @@ def test_the_whole_budget_is_spent_and_no_more(clip: str, monkeypatch: pytest.Mo
         return runs[-1]
 
     monkeypatch.setattr(training, "fit", watched)
-    result = train(clip=clip)
+    result = train(**(CLIPLESS if clip == "none" else {"clip": clip}))
     assert result.steps == 24  # all that were asked for
     assert 0.98 * 3.0 <= result.epsilon <= 3.0
     assert result.accuracy > 0.9
@@ -69,6 +78,27 @@ def test_the_whole_budget_is_spent_and_no_more(clip: str, monkeypatch: pytest.Mo
     combined = accounting.combined_noise_multiplier(entry.noise_multipliers)
     assert combined == pytest.approx(total, rel=1e-6)
     assert result.noise_multiplier == pytest.approx(entry.noise_multipliers[-1], rel=1e-6)
+
+
+# (what is trained, what its result must say of the gradient of one example)
+GUARDS = [
+    ({}, "norm at most 1, by the clip (flat)"),
+    ({"clip": "adaptive"}, "norm at most 1, at first, by the clip (adaptive)"),
+    (CLIPLESS, "norm at most 2.00, by the weights as they are (nothing is clipped)"),
+]
+
+
+@pytest.mark.parametrize(("changed", "says"), GUARDS, ids=["flat", "adaptive", "none"])
+def test_the_result_says_what_bounds_the_gradients(changed: dict[str, Any], says: str) -> None:
+    result = train(epochs=0.3, **changed)
+    assert result.assumptions["gradient of one example"] == says
+
+
+def test_a_lipschitz_model_that_is_clipped_is_projected_all_the_same() -> None:
+    result = train(epochs=0.3, model="lipschitz-mlp", learning_rate=30.0)
+    for kernel in jax.tree.leaves(result.params):
+        singular = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
+        np.testing.assert_allclose(singular, 1, atol=5e-3)
 
 
 @pytest.mark.slow
@@ -109,7 +139,12 @@ def test_the_accuracy_is_that_of_all_test_images() -> None:
     [
         ({"model": "resnet"}, "model must be one of .*'resnet'"),
         ({"model": "tanh-cnn"}, "at least 16x16"),
-        ({"clip": "none"}, "clip must be one of flat, per-layer, automatic, adaptive, got 'none'"),
+        ({"clip": "soft"}, "clip must be one of flat, per-layer, automatic, adaptive, none, got"),
+        ({"clip": "none"}, "threshold must be left out where nothing is clipped .*, got 1.0"),
+        ({"threshold": None}, "threshold must be a clip norm for clip 'flat', got None"),
+        ({**CLIPLESS, "microbatch_size": 8}, "microbatch_size must be left out .*, got 8"),
+        ({**CLIPLESS, "model": "linear"}, "needs a model .*one of lipschitz-mlp, got 'linear'"),
+        ({**CLIPLESS, "model": "tanh-mlp"}, "choose such a model, or a clip"),
         ({"schedule": "steep"}, "schedule must be one of .*'steep'"),
         ({"epsilon": 0.0}, "epsilon must be finite, > 0"),
         ({"epsilon": -1.0}, "epsilon must be finite, > 0"),

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.recipes.models import IMAGE_MODELS, MODEL_NAMES, build
+from jaxdp import lipschitz
+from jaxdp.recipes.classify import cross_entropy
+from jaxdp.recipes.models import IMAGE_MODELS, LIPSCHITZ_MODELS, MODEL_NAMES, build
 
 KEY = jax.random.key(0)
 
@@ -15,6 +17,8 @@ SIZES = [
     ("tanh-mlp", (8, 8, 1), 10, 64 * 64 + 64 + 64 * 10 + 10),
     ("linear", (8, 8, 1), 10, 64 * 10 + 10),
     ("linear", (4, 5, 3), 2, 60 * 2 + 2),
+    ("lipschitz-mlp", (28, 28, 1), 10, 784 * 128 + 128 * 10),
+    ("lipschitz-mlp", (4, 5, 3), 2, 60 * 128 + 128 * 2),
     ("char-lstm", (16,), 2, 28 * 64 + (64 + 128 + 2) * 512 + 128 * 2 + 2),
 ]
 
@@ -63,7 +67,7 @@ def test_initialisation_follows_the_key(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="tanh-cnn, tanh-mlp, linear, char-lstm, got 'resnet'"):
+    with pytest.raises(ValueError, match="linear, lipschitz-mlp, char-lstm, got 'resnet'"):
         build("resnet", (28, 28, 1), 10)
 
 
@@ -90,3 +94,35 @@ def test_an_image_too_small_to_convolve_is_refused(shape: tuple[int, ...]) -> No
     with pytest.raises(ValueError, match="at least 16x16") as caught:
         build("tanh-cnn", shape, 10)
     assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_only_lipschitz_models_are_projected(name: str) -> None:
+    model = build(name, (16,) if name == "char-lstm" else (16, 16, 1), 3)
+    assert (model.project is not None) == (name in LIPSCHITZ_MODELS)
+
+
+@pytest.mark.parametrize("name", LIPSCHITZ_MODELS)
+def test_the_gradient_of_a_lipschitz_model_is_short_whatever_the_image(name: str) -> None:
+    model = build(name, (6, 6, 1), 3)
+    assert model.project is not None
+    wild = jax.tree.map(lambda leaf: 3 * leaf + 1, jax.jit(model.init)(KEY))
+    params = jax.jit(model.project)(wild)
+    example = (jnp.zeros((6, 6, 1)), jnp.int32(0))
+    attack = lipschitz.falsify(
+        cross_entropy(model), params, example, np.inf, key=KEY, classes=3, count=16, steps=3
+    )
+    assert attack.survived, str(attack)
+    # √2 for each of two orthogonal layers; and an attack comes near.
+    assert all(found.bound < 1.42 and found.ratio > 0.5 for found in attack.attacks.values())
+
+
+def test_a_lipschitz_model_sees_contrast_alone() -> None:
+    """Neither brightness nor contrast, where there is enough of it, changes its logits."""
+    model = build("lipschitz-mlp", (6, 6, 1), 3)
+    params = jax.jit(model.init)(KEY)
+    image = jax.random.uniform(KEY, (6, 6, 1))
+    expected = model.apply(params, image)
+    assert float(jnp.linalg.norm(expected)) <= 1.0001
+    np.testing.assert_allclose(model.apply(params, 3 * image + 2), expected, atol=1e-5)
+    assert float(jnp.linalg.norm(model.apply(params, 1e-3 * image))) < 0.1

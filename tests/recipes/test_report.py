@@ -15,7 +15,9 @@ from jaxdp.recipes.data import Dataset
 
 SECRET = 123_456_789
 
-CONFIG = Config(model="linear", epsilon=3.0, delta=1e-6, accountant="rdp", seed=SECRET)
+CONFIG = Config(
+    model="linear", epsilon=3.0, delta=1e-6, threshold=1.0, accountant="rdp", seed=SECRET
+)
 IMAGES, LABELS = np.zeros((1200, 2, 2, 1), np.float32), np.zeros(1200, np.int32)
 DATASET = Dataset("toys", IMAGES, LABELS, IMAGES[:3], LABELS[:3], 10)
 

@@ -204,17 +204,35 @@ def _clamp(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pul
 
 @register_bound_rule("select_n")
 def _select(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
-    _, *cases = values
+    which, *cases = values
     copies = _copies(eqn, cases)
-    norms = [many * case.norm for many, case in zip(copies, cases, strict=True)]
-    norm = jnp.sqrt(sum(map(jnp.square, norms), jnp.float32(0)))
-    low = jnp.min(jnp.stack([case.low for case in cases]))
-    high = jnp.max(jnp.stack([case.high for case in cases]))
+    chosen = [_is_chosen(which, number) for number in range(len(cases))]
+
+    def among(numbers: Sequence[jax.Array], otherwise: float) -> jax.Array:
+        return jnp.stack(
+            [jnp.where(*pair, otherwise) for pair in zip(chosen, numbers, strict=True)]
+        )
+
+    norms = among([many * case.norm for many, case in zip(copies, cases, strict=True)], 0)
+    image = Range(
+        jnp.sqrt(jnp.sum(jnp.square(norms))),
+        jnp.min(among([case.low for case in cases], math.inf)),
+        jnp.max(among([case.high for case in cases], -math.inf)),
+    )
 
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
-        return [None, *(scaled(cotangents[0], many) for many in copies)]
+        found = [scaled(cotangents[0], many) for many in copies]
+        pairs = zip(chosen, found, strict=True)
+        return [None, *(None if bound is None else jnp.where(c, bound, 0) for c, bound in pairs)]
 
-    return [Range(norm, low, high)], pull_back
+    return [image], pull_back
+
+
+def _is_chosen(which: Value, number: int) -> jax.Array:
+    """Whether any entry comes from the case of that number: all may, where nothing is known."""
+    if which.array is None:
+        return jnp.ones((), bool)
+    return jnp.any(jnp.asarray(which.array).astype(jnp.int32) == number)
 
 
 def _least_size(x: Value) -> jax.Array:
