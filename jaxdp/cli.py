@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from jaxdp import accounting
+import jax
+
+from jaxdp import accounting, distributed
 from jaxdp.recipes import classify, data, models, report
 
 _EXAMPLES = """\
 examples:
   python -m jaxdp train
   python -m jaxdp train --model char-lstm
+  python -m jaxdp train --devices 8
+  python -m jaxdp train --coordinator host0:1234 --num-processes 2 --process-id 0
   python -m jaxdp train --model lipschitz-mlp --clip none
   python -m jaxdp train --data /usr/share/datasets/fashion-mnist --epsilon 2.7 --epochs 40
   python -m jaxdp epsilon --noise-multiplier 1.1 --sampling-rate 0.04 --steps 250
@@ -46,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten()
     try:
         options.command(options)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, distributed.ProcessLost) as error:
         print(f"jaxdp {options.name}: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -64,6 +68,14 @@ def _quieten() -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    distributed.join(
+        options.coordinator,
+        num_processes=options.num_processes,
+        process_id=options.process_id,
+        devices=options.devices,
+    )
+    alone = options.coordinator is None
+    devices = options.devices or (1 if alone else jax.local_device_count())
     default = "names" if options.model in models.TEXT_MODELS else "mnist-sample"
     dataset = data.load(options.data or default)
     threshold, learning_rate = _CLIPLESS if options.clip == "none" else _CLIPPED
@@ -90,7 +102,10 @@ def _train(options: argparse.Namespace) -> None:
         log_fn=options.log,
         checkpoints=options.checkpoints,
         progress=not options.quiet,
+        devices=devices,
     )
+    if jax.process_index() > 0:
+        return  # the first process writes and prints for all
     report.write_metrics(metrics, config, dataset, result)
     report.write_plot(plot, dataset, result)
     rows = report.summary(config, dataset, result) | {"written": f"{metrics}, {plot}"}
@@ -273,5 +288,20 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         choices=("logging", "wandb", "tensorboard", "all"),
         help="where each epoch is logged",
     )
+    train.add_argument(
+        "--devices",
+        type=int,
+        default=None,
+        help="of each process, over which batches are spread; by default one, with --coordinator "
+        "all. A CPU can be told to be several",
+    )
+    train.add_argument(
+        "--coordinator",
+        default=None,
+        metavar="HOST:PORT",
+        help="of process 0, for several processes; auto finds the cluster as jax.distributed does",
+    )
+    train.add_argument("--num-processes", type=int, default=None, help="with --coordinator")
+    train.add_argument("--process-id", type=int, default=None, help="with --coordinator")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(command=_train)

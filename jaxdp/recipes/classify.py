@@ -15,6 +15,7 @@ import optax
 from jaxdp import accounting, lipschitz, training
 from jaxdp.accumulation import accumulate
 from jaxdp.clipping import clip_adaptive, clip_automatic, clip_flat, clip_per_layer
+from jaxdp.distributed import data_parallel, shared_seed
 from jaxdp.noise import add_noise
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.randomness import random_key
@@ -148,6 +149,7 @@ def train(
     log_fn: str | LogFn | None = None,
     checkpoints: str | Path | None = None,
     progress: bool = True,
+    devices: int = 1,
 ) -> Result:
     """Trains `config.model` on `dataset` within (ε, δ) and evaluates it after every epoch.
 
@@ -157,14 +159,20 @@ def train(
       log_fn: as in `training.fit`.
       checkpoints: directory to save to and resume from, or None.
       progress: show a bar.
+      devices: over how many of this process the batches are spread; where there are several
+        processes (`jaxdp.distributed.join`), over as many of each.
 
     Raises:
+      ProcessLost: another process has ended.
       ValueError: the configuration does not fit the data, or cannot be private.
     """
     model = build(config.model, dataset.train_x.shape[1:], dataset.num_classes)
     grads_fn = _grads_fn(config, model)
     count = len(dataset.train_y)
-    sampler = _sampler(config, count, config.seed)
+    sharding = data_parallel(devices) if devices * jax.process_count() > 1 else None
+    rows_at = 1 if sharding is None else sharding.num_devices
+    sampler = _sampler(config, count, shared_seed() if config.seed is None else config.seed)
+    sampler = _divided(sampler, sampler.physical_batch_size, rows_at)
     steps = max(round(config.epochs * count / config.batch_size), 1)
     total = accounting.calibrate_noise_multiplier(
         config.epsilon,
@@ -183,8 +191,10 @@ def train(
         if checkpoints is not None:
             store = stack.enter_context(contextlib.closing(training.Checkpoints(checkpoints)))
             saved = store.sampler()
-            if saved is not None and config.seed is None:
-                sampler = _sampler(config, count, saved.seed)
+            if saved is not None:
+                seed = saved.seed if config.seed is None else config.seed
+                sampler = _sampler(config, count, seed)
+                sampler = _divided(sampler, saved.physical_batch_size, rows_at)
         run = training.fit(
             training.init(params, tx),
             training.make_step(grads_fn, tx),
@@ -198,6 +208,7 @@ def train(
             log_fn=log_fn,
             checkpoints=store,
             progress=progress,
+            sharding=sharding,
         )
     randomness = "operating system"
     if config.seed is not None:
@@ -245,8 +256,18 @@ def _bounded_by(config: Config, model: Model, params: Any, dataset: Dataset) -> 
     return f"norm at most {total(params):#.3g}, by the weights as they are (nothing is clipped)"
 
 
-def _sampler(config: Config, count: int, seed: int | None) -> PoissonSampler:
+def _sampler(config: Config, count: int, seed: int) -> PoissonSampler:
     return PoissonSampler(count, expected_batch_size=config.batch_size, seed=seed)
+
+
+def _divided(sampler: PoissonSampler, least: int, devices: int) -> PoissonSampler:
+    """The same draws in physical batches of at least so many rows, which divide among devices."""
+    return PoissonSampler(
+        sampler.num_examples,
+        sampling_rate=sampler.sampling_rate,
+        physical_batch_size=-(-least // devices) * devices,
+        seed=sampler.seed,
+    )
 
 
 def _chain(

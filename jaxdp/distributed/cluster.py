@@ -1,0 +1,50 @@
+"""How a process joins others."""
+
+import os
+
+import jax
+
+_VIRTUAL = "xla_force_host_platform_device_count"
+
+
+def join(
+    coordinator: str | None = None,
+    *,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    devices: int | None = None,
+) -> None:
+    """Makes this process one of several, by `jax.distributed.initialize`, before JAX is used.
+
+    Args:
+      coordinator: "host:port" of process 0, "auto" to detect cluster, numbers and address as JAX
+        does (SLURM, Open MPI, Kubernetes, TPU pods), or None for a process on its own.
+      num_processes: how many there are.
+      process_id: which one this is, in 0..num_processes-1.
+      devices: of this process. A CPU counts as one device unless it is told to be several; for
+        other platforms this changes nothing, see `data_parallel`.
+
+    Raises:
+      ValueError: numbers without a coordinator, or the others cannot be reached.
+
+    Example:
+      >>> join()  # on its own
+    """
+    if coordinator is None and not (num_processes is None and process_id is None):
+        raise ValueError(
+            f"num_processes={num_processes} and process_id={process_id} need a coordinator: pass "
+            "host:port of process 0, or 'auto'"
+        )
+    # JAX refuses to be told twice.
+    if devices is not None and _VIRTUAL not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices)
+    if coordinator is None:
+        return
+    address = None if coordinator == "auto" else coordinator
+    try:
+        jax.distributed.initialize(address, num_processes, process_id)
+    except RuntimeError as error:
+        raise ValueError(
+            f"coordinator {coordinator!r} cannot be joined as process {process_id} of "
+            f"{num_processes}: {error}"
+        ) from error
