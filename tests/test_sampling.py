@@ -434,3 +434,55 @@ def test_a_bad_seed_is_not_printed():
     with pytest.raises(ValueError, match="seed must be in") as caught:
         PoissonSampler(5, sampling_rate=0.1, seed=secret)
     assert str(secret) not in str(caught.value)
+
+
+PARTED = {
+    "poisson": PoissonSampler(101, expected_batch_size=30, physical_batch_size=24, seed=3),
+    "fixed size": FixedSizeSampler(101, batch_size=30, physical_batch_size=24, seed=3),
+    "shuffled": ShuffledSampler(101, batch_size=30, physical_batch_size=24, seed=3),
+}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+@pytest.mark.parametrize("kind", list(PARTED))
+def test_a_draw_in_parts_is_the_same_draw(kind: str, parts: int) -> None:
+    """The members do not change, no row of a block belongs to another part, masked ones included,
+    and all parts go through the same number of physical batches."""
+    sampler = PARTED[kind]
+    for step in range(6):
+        drawn = sampler.draw(step, parts)
+        assert [batch.is_last for batch in drawn] == [False] * (len(drawn) - 1) + [True]
+        members = [index for batch in drawn for index in batch.indices[batch.mask].tolist()]
+        assert sorted(members) == sorted(sampler.members(step).tolist())
+        for batch in drawn:
+            for part, block in enumerate(batch.indices.reshape(parts, -1)):
+                assert set(block.tolist()) <= set(sampler.part(part, parts))
+
+
+def test_parts_are_the_data_in_order() -> None:
+    sampler = PARTED["poisson"]
+    for parts in (1, 2, 7, 101):
+        ranges = [sampler.part(part, parts) for part in range(parts)]
+        assert [index for part in ranges for index in part] == list(range(101))
+        assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+        assert len(ranges[-1]) == max(map(len, ranges))
+
+
+def test_a_part_without_members_keeps_in_step() -> None:
+    """Among 200 draws there is one whose members all lie in one part, with a row for each batch."""
+    sampler = FixedSizeSampler(40, batch_size=3, physical_batch_size=4, seed=0)
+    assert max(len(sampler.draw(step, 4)) for step in range(200)) == 3
+    for step in range(200):
+        assert sum(int(batch.mask.sum()) for batch in sampler.draw(step, 4)) == 3
+
+
+def test_errors_of_parts_say_what_to_do() -> None:
+    sampler = PARTED["poisson"]
+    with pytest.raises(ValueError, match="parts must divide physical_batch_size=24, got 5. Choose"):
+        sampler.draw(0, 5)
+    with pytest.raises(ValueError, match="index must be below parts, .* got index=2 and parts=2"):
+        sampler.part(2, 2)
+    with pytest.raises(ValueError, match="parts at most num_examples=101, got index=0 .*=102"):
+        sampler.part(0, 102)
+    with pytest.raises(TypeError, match="parts must be an integer, got 2.0"):
+        sampler.draw(0, 2.0)  # pyright: ignore[reportArgumentType]

@@ -14,6 +14,7 @@ from jaxdp.accounting.checks import check_integer
 from jaxdp.accounting.schemes import SamplingScheme
 
 _SEED_BITS = 128
+_PARTS = "Pass the number of places that the data is kept in."
 
 
 class PhysicalBatch(NamedTuple):
@@ -110,6 +111,7 @@ class Sampler(ABC):
                    [1, 1]])
         """
         members = self.members(_check_step(step))
+        parts = _check_parts(parts)
         ranges = [self.part(index, parts) for index in range(parts)]
         if self.physical_batch_size % parts:
             raise ValueError(
@@ -137,14 +139,13 @@ class Sampler(ABC):
             >>> FixedSizeSampler(10, batch_size=5, seed=1).part(1, 3)
             range(3, 6)
         """
-        advice = "Pass the number of places that the data is kept in."
-        parts = check_integer("parts", parts, minimum=1, advice=advice)
+        parts = _check_parts(parts)
         index = check_integer("index", index, minimum=0, advice="Parts count from 0.")
         size = self.num_examples
         if not index < parts <= size:
             raise ValueError(
                 f"index must be below parts, and parts at most num_examples={size}, got "
-                f"index={index} and parts={parts}. {advice}"
+                f"index={index} and parts={parts}. {_PARTS}"
             )
         return range(index * size // parts, (index + 1) * size // parts)
 
@@ -207,6 +208,10 @@ def _check_seed(value: object) -> int:
     if not 0 <= value < 2**_SEED_BITS:
         raise ValueError(f"seed must be in [0, 2**{_SEED_BITS}), got one outside. {advice}")
     return int(value)
+
+
+def _check_parts(value: object) -> int:
+    return check_integer("parts", value, minimum=1, advice=_PARTS)
 
 
 def _check_step(value: object) -> int:
