@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.random import define_prng_impl
 from jax.typing import ArrayLike
 
-from jaxdp.varying import untracked_axes
+from jaxdp.varying import sample_axes
 
 # Leaf -> index of its sensitivity group, in the order of `jax.tree.leaves`. `None` marks a leaf
 # that no sample can change (an integer or frozen leaf): it has no sensitivity and gets no noise.
@@ -64,6 +64,9 @@ class Bounded(metaclass=_SpeakingType):
       sensitivity: Δ, a scalar for the whole tree, or `[K]` for K groups; same unit as the value.
       groups: for each leaf of `value` the index of its group, `None` for a leaf that no sample
         can change. Default: one group that holds every floating-point leaf.
+      unsummed: inside `shard_map` or `pmap`, axes of devices along which samples are spread and
+        over which `jaxdp.distributed.all_reduce` has not added up yet. Default: all along which
+        the value may differ.
 
     Raises:
       ValueError: groups and sensitivity do not fit each other or the value.
@@ -84,14 +87,15 @@ class Bounded(metaclass=_SpeakingType):
     value: Any
     sensitivity: jax.Array
     groups: Groups
-    # Axes of a `pmap`, or of a `shard_map` whose types do not tell what varies, within which it was
-    # made: a sum over the samples of one device only, until `jaxdp.distributed.all_reduce` has
-    # added it up over them.
     unsummed: frozenset[str]
     _seal: jax.Array
 
     def __init__(
-        self, value: Any, sensitivity: ArrayLike, groups: Iterable[int | None] | None = None
+        self,
+        value: Any,
+        sensitivity: ArrayLike,
+        groups: Iterable[int | None] | None = None,
+        unsummed: frozenset[str] | None = None,
     ):
         leaves = jax.tree.leaves(value)
         sensitivity = jnp.asarray(sensitivity)
@@ -106,7 +110,9 @@ class Bounded(metaclass=_SpeakingType):
         self.value = value
         self.sensitivity = sensitivity
         self.groups = groups
-        self.unsummed = untracked_axes()
+        if unsummed is None:
+            unsummed = sample_axes(self.moving_leaves())
+        self.unsummed = unsummed
         self.check_groups()
         self._seal = jax.random.wrap_key_data(jnp.zeros((1,), jnp.uint32), impl=_SEAL)  # pyright: ignore[reportArgumentType]
 
@@ -163,9 +169,12 @@ class Bounded(metaclass=_SpeakingType):
         self, value: Any, sensitivity: jax.Array, *, summed_over: frozenset[str] = frozenset()
     ) -> "Bounded":
         """Another sum with the same groups, added up over these axes of devices."""
-        other = Bounded(value, sensitivity, self.groups)
-        other.unsummed = self.unsummed - summed_over
-        return other
+        return Bounded(value, sensitivity, self.groups, self.unsummed - summed_over)
+
+    def moving_leaves(self) -> list[jax.Array]:
+        """The leaves that a sample can change."""
+        leaves = jax.tree.leaves(self.value)
+        return [leaf for leaf, g in zip(leaves, self.groups, strict=True) if g is not None]
 
     def _refuse(self, other: Any, *_: Any) -> Any:
         raise TypeError(f"cannot combine {type(other).__name__} with Bounded: {_NEXT_STEP}")

@@ -74,8 +74,9 @@ def _train(options: argparse.Namespace) -> None:
         process_id=options.process_id,
         devices=options.devices,
     )
-    alone = options.coordinator is None
-    devices = options.devices or (1 if alone else jax.local_device_count())
+    devices = options.devices
+    if devices is None:
+        devices = 1 if options.coordinator is None else jax.local_device_count()
     default = "names" if options.model in models.TEXT_MODELS else "mnist-sample"
     dataset = data.load(options.data or default)
     threshold, learning_rate = _CLIPLESS if options.clip == "none" else _CLIPPED

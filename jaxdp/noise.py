@@ -105,7 +105,7 @@ def add_noise(
         **_: Any,
     ) -> tuple[Any, AddNoiseState]:
         bounded = _bounded(updates)
-        _check_summed(bounded, params)
+        _check_summed(bounded)
         sigma = value_at(noise_multiplier, state.step)
         # Noise for a part of a logical batch is a release that nobody accounts for, and a negative
         # σ is none at all: both poison the result.
@@ -163,24 +163,13 @@ def _bounded(updates: Any) -> Bounded:
     )
 
 
-def _check_summed(bounded: Bounded, params: optax.Params | None) -> None:
+def _check_summed(bounded: Bounded) -> None:
     """Refuses the sum of one device: noise for each of them is not what the ledger is charged."""
-    leaves = jax.tree.leaves(bounded.value)
-    owners = [None] * len(leaves) if params is None else jax.tree.leaves(params)
-    # A leaf may vary over devices as its parameter does, of which each then holds a part.
-    unsummed = bounded.unsummed.union(
-        *(
-            varying_axes(leaf) - varying_axes(owner)
-            for leaf, owner, group in zip(leaves, owners, bounded.groups, strict=True)
-            if group is not None
-        )
-    )
-    if unsummed:
-        axes = ", ".join(repr(axis) for axis in sorted(unsummed))
+    if bounded.unsummed:
+        axes = ", ".join(repr(axis) for axis in sorted(bounded.unsummed))
         raise ValueError(
-            f"add_noise takes a sum over the samples of all devices, got one that differs along "
-            f"{axes}: put jaxdp.distributed.all_reduce({axes}) right behind the clip"
-            + (", and pass params to update if they are spread over devices" * (params is None))
+            f"add_noise takes a sum over the samples of all devices, got one of those along {axes} "
+            f"alone: put jaxdp.distributed.all_reduce({axes}) right behind the clip"
         )
 
 

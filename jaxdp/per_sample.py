@@ -34,7 +34,7 @@ from jaxdp.problem import (
     trainable_groups,
     with_gradient,
 )
-from jaxdp.varying import devices_along, varying_axes
+from jaxdp.varying import devices_along, sample_axes, varying_axes
 
 
 class PerSampleGrads:
@@ -69,7 +69,8 @@ class PerSampleGrads:
           mask: bool `[B]`; rows that are False count for nothing.
 
         Raises:
-          TypeError, ValueError: the leaves are not arrays with one common leading axis B.
+          TypeError, ValueError: the leaves are not arrays with one common leading axis B; inside
+            `shard_map`, no mask tells along which axes the samples are spread.
         """
         count = batch_size(grads, "per-sample gradients")
         grads = jax.tree.map(jnp.asarray, grads)
@@ -77,6 +78,13 @@ class PerSampleGrads:
         groups = trainable_groups(params, trainable=True)
         rows = Rows(with_gradient(jax.tree.leaves(grads), groups), None, None)
         checked = checked_mask(mask, count)
+        unknown = sorted(varying_axes(rows.grads) - varying_axes(checked))
+        if unknown:
+            raise ValueError(
+                f"gradients given as arrays that differ along {unknown} may be of other samples "
+                "there, or of another part of the model: use jaxdp.per_sample_grads(loss_fn), or "
+                "PerSampleGrads.from_arrays(grads, mask) with a mask that differs along all of them"
+            )
         handle = batches.Whole(Given(rows), Batch((), checked, jnp.zeros(count)))
         return cls(handle, params, groups)
 
@@ -145,7 +153,8 @@ class PerSampleGrads:
 
         sums = self._reduce(self._handle, Weigh(weigh, groups, rule.thresholds))
         value = self._tree(sums, zero_sum)
-        return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups)
+        spread = sample_axes(self.mask)
+        return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups, spread)
 
     def weighted_sum(self, weights: ArrayLike) -> Any:
         """Σ_i w_i g_i for weights `[B]`: a pytree like the parameters. No bound is claimed.

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
@@ -23,6 +24,11 @@ def untracked_axes() -> frozenset[str]:
     which arrays differ between devices."""
     mapped = jax.sharding.get_abstract_mesh().manual_axes
     return frozenset(axis for axis in mapped if axis not in _axes(jax.lax.axis_index(axis)))
+
+
+def sample_axes(rows: Any) -> frozenset[str]:
+    """The axes of devices along which these rows of a batch may be spread."""
+    return varying_axes(rows) | untracked_axes()
 
 
 def vary(tree: Any, axes: frozenset[str]) -> Any:
@@ -52,5 +58,5 @@ def devices_along(axes: frozenset[str]) -> int:
 
 
 def _axes(array: Any) -> frozenset[str]:
-    aval = array if isinstance(array, jax.core.ShapedArray) else jax.typeof(array)
+    aval = array if isinstance(array, ShapedArray) else jax.typeof(array)
     return frozenset(aval.mat.varying)

@@ -174,6 +174,18 @@ def test_a_lipschitz_model_trains_without_a_clip(
     assert metrics["assumptions"]["gradient of one example"] == guard
 
 
+def test_train_on_several_devices_trains_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def trained(*options: str) -> Any:
+        call(capsys, *SMALL, "--seed", "0", "--out", str(tmp_path), *options)
+        return strict((tmp_path / "metrics.json").read_text())
+
+    one, three = trained(), trained("--devices", "3")
+    assert one["epsilon"] == three["epsilon"]
+    assert abs(one["test_accuracy"] - three["test_accuracy"]) < 0.01
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("clip", CLIP_NAMES)
 def test_train_knows_every_clip(
@@ -307,6 +319,12 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "epsilon: noise": (
         lambda d: ["epsilon", "--noise-multiplier", "-1", *RUN],
         "noise_multiplier must be",
+    ),
+    "train: devices": (lambda d: [*SMALL, "--devices", "9"], "devices must be in 1..8"),
+    "train: no device": (lambda d: [*SMALL, "--devices", "0"], "devices must be at least 1"),
+    "train: processes alone": (
+        lambda d: [*SMALL, "--num-processes", "2"],
+        "need a coordinator: pass host:port of process 0",
     ),
     "epsilon: missing": (lambda d: ["epsilon", *RUN], "--noise-multiplier"),
     "epsilon: unsupported": (

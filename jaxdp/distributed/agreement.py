@@ -6,6 +6,7 @@ import secrets
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -63,7 +64,7 @@ def _digest(value: Any) -> np.ndarray:
         if not isinstance(leaf, jax.Array):
             found.update(json.dumps(leaf).encode())
         elif leaf.is_fully_addressable:
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 leaf = jax.random.key_data(leaf)
             found.update(np.asarray(leaf).tobytes())
     return np.frombuffer(found.digest(), np.uint32)

@@ -1,6 +1,5 @@
 """One sum over the samples of all devices, in the chain."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,15 +57,10 @@ def all_reduce(*axis_names: str) -> optax.GradientTransformation:
                 f"all_reduce takes the jaxdp.Bounded of a clip, got {type(updates).__name__}: put "
                 "it between the clip and jaxdp.add_noise"
             )
-        moving = [
-            leaf
-            for leaf, group in zip(jax.tree.leaves(updates.value), updates.groups, strict=True)
-            if group is not None
-        ]
-        _check_spread(moving, updates, axes)
+        _check_spread(updates, axes)
         leaves, treedef = jax.tree.flatten(updates.value)
         # In one exchange. What no sample can change is the same everywhere.
-        sums = iter(jax.lax.psum(moving, axis_names))
+        sums = iter(jax.lax.psum(updates.moving_leaves(), axis_names))
         added = [
             leaf if group is None else next(sums)
             for leaf, group in zip(leaves, updates.groups, strict=True)
@@ -77,17 +71,13 @@ def all_reduce(*axis_names: str) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _check_spread(moving: Sequence[jax.Array], updates: Bounded, axes: frozenset[str]) -> None:
-    tracked = axes - untracked_axes()
-    twice = sorted(
-        {axis for leaf in moving for axis in tracked - varying_axes(leaf)}
-        | (axes - tracked - updates.unsummed)
-    )
-    if twice:
+def _check_spread(updates: Bounded, axes: frozenset[str]) -> None:
+    others = sorted(axes - updates.unsummed)
+    if others:
         raise ValueError(
-            f"all_reduce needs a sum that differs along {twice}, got one that is the same on all "
-            "devices there: each sample would count several times, with the noise for one. Shard "
-            "the batch along that axis (in_specs), and reduce once"
+            f"all_reduce needs samples that are spread along {others}, but they are the same on "
+            "all devices there, or added up already: each would count several times, with the "
+            "noise for one. Shard the batch along that axis (in_specs), and reduce once"
         )
 
 

@@ -25,7 +25,7 @@ def join(
         other platforms this changes nothing, see `data_parallel`.
 
     Raises:
-      ValueError: numbers without a coordinator, or the others cannot be reached.
+      ValueError: numbers without a coordinator, no device, or the others cannot be reached.
 
     Example:
       >>> join()  # on its own
@@ -35,6 +35,8 @@ def join(
             f"num_processes={num_processes} and process_id={process_id} need a coordinator: pass "
             "host:port of process 0, or 'auto'"
         )
+    if devices is not None and devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
     # JAX refuses to be told twice.
     if devices is not None and _VIRTUAL not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)

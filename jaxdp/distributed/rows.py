@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
@@ -23,7 +24,6 @@ def data_parallel(devices: int | None = None) -> NamedSharding:
       ValueError: a process has fewer devices, or none is asked for.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> sharding = data_parallel(1)
       >>> batch = jax.device_put(jnp.ones((4, 2)), sharding)
       >>> sharding.spec
@@ -35,7 +35,7 @@ def data_parallel(devices: int | None = None) -> NamedSharding:
         raise ValueError(
             f"devices must be in 1..{available}, the devices of this process, got {devices}"
         )
-    chosen: dict[int, list[jax.Device]] = {}
+    chosen: dict[int, list[Any]] = {}
     for device in jax.devices():
         of_process = chosen.setdefault(device.process_index, [])
         if len(of_process) < count:
@@ -76,18 +76,17 @@ def spread_rows(
     return jax.tree.map(placed, rows_of(own))
 
 
-def spread_state(state: Any, mesh: Mesh) -> Any:
+def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The same state on all devices of a mesh. What lies there already, as parameters that are
     spread over it, stays as it is.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)["w"].sharding.spec
       PartitionSpec()
     """
 
     def everywhere(leaf: jax.Array) -> jax.Array:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             words = everywhere(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
         # Not by device_put, which takes NaN on two processes for different values.

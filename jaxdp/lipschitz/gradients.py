@@ -24,6 +24,7 @@ from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, Problem, check_function, pose, taken_apart, with_gradient
 from jaxdp.schedules import checked
 from jaxdp.trees import prefix_leaves
+from jaxdp.varying import sample_axes
 
 
 def bounded_grads(
@@ -125,6 +126,7 @@ def bounded_grads(
             problem.tree(sums, zero_sum),
             jnp.stack(sensitivity),
             [None if group is None else next(groups) for group in problem.groups],
+            sample_axes(problem.batch.mask),
         )
         return (bounded, losses) if with_losses else bounded
 

@@ -169,7 +169,8 @@ def train(
     model = build(config.model, dataset.train_x.shape[1:], dataset.num_classes)
     grads_fn = _grads_fn(config, model)
     count = len(dataset.train_y)
-    sharding = data_parallel(devices) if devices * jax.process_count() > 1 else None
+    alone = devices == 1 and jax.process_count() == 1
+    sharding = None if alone else data_parallel(devices)
     rows_at = 1 if sharding is None else sharding.num_devices
     sampler = _sampler(config, count, shared_seed() if config.seed is None else config.seed)
     sampler = _divided(sampler, sampler.physical_batch_size, rows_at)

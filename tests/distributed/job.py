@@ -30,7 +30,7 @@ class Setting(NamedTuple):
 
     Attributes:
       coordinator: address of process 0.
-      processes, index: how many there are, and which one this is.
+      processes, process: how many there are, and which one this is.
       devices: of each process.
       steps: of the run.
       out: where the result is written, as JSON.
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
 
     coordinator: str
     processes: int
-    index: int
+    process: int
     devices: int
     steps: int
     out: str
@@ -110,13 +110,13 @@ def main(setting: Setting) -> None:
     jax.distributed.initialize(
         setting.coordinator,
         setting.processes,
-        setting.index,
+        setting.process,
         heartbeat_timeout_seconds=10,
     )
     sampler = SAMPLER
     if setting.seed != SAMPLER.seed:
         sampler = jaxdp.PoissonSampler(COUNT, expected_batch_size=10, physical_batch_size=8)
-    own, seen = sampler.part(setting.index, setting.processes), []
+    own, seen = sampler.part(setting.process, setting.processes), []
 
     def data(indices: np.ndarray) -> Any:
         assert set(indices.tolist()) <= set(own), "rows of another process"

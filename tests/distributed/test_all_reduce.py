@@ -2,6 +2,7 @@
 
 # optax and shard_map type less than they let through.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportUnusedExpression=false
 
 from collections.abc import Callable
 from typing import Any
@@ -153,22 +154,46 @@ def test_an_empty_batch_gets_noise_for_one() -> None:
 
 @pytest.mark.parametrize("road", list(ROADS))
 def test_noise_for_the_sum_of_one_device_is_refused(road: str) -> None:
-    with pytest.raises(ValueError, match=r"differs along 'data': put jaxdp.distributed.all_reduce"):
+    with pytest.raises(ValueError, match=r"along 'data' alone: put jaxdp.distributed.all_reduce"):
         ROADS[road](stepped(chain(jaxdp.clip_flat(1.0))))(PARAMS, BATCH, MASK)
 
 
 @pytest.mark.parametrize("road", list(ROADS))
 def test_a_sum_that_was_added_up_already_is_refused(road: str) -> None:
     twice = chain(jaxdp.clip_flat(1.0), all_reduce("data"), all_reduce("data"))
-    with pytest.raises(ValueError, match="each sample would count several times"):
+    with pytest.raises(ValueError, match="each would count several times"):
         ROADS[road](stepped(twice))(PARAMS, BATCH, MASK)
 
 
 def test_a_batch_that_is_the_same_on_all_devices_is_refused() -> None:
     """Its samples would count once for each device, with the noise for one."""
     once = chain(jaxdp.clip_flat(1.0), all_reduce("data"))
-    with pytest.raises(ValueError, match=r"differs along \['data'\].* Shard the batch"):
+    with pytest.raises(ValueError, match=r"along \['data'\].* Shard the batch"):
         over_shards(stepped(once), spread=False)(PARAMS, BATCH, MASK)
+
+
+def test_samples_that_all_devices_share_are_not_taken_for_parts_of_a_model() -> None:
+    """Parameters cast to varying make gradients that vary; the batch is still the same on all. Four
+    copies, each clipped to half the threshold, would move the sum by twice the sensitivity."""
+    once = stepped(chain(jaxdp.clip_flat(1.0), all_reduce("data")))
+
+    def run(params: Any, batch: Any, mask: Any) -> Any:
+        return once(jax.lax.pcast(params, "data", to="varying"), batch, mask)
+
+    with pytest.raises(ValueError, match="each would count several times"):
+        over_shards(run, spread=False)(PARAMS, BATCH, MASK)
+
+
+def test_gradients_given_as_arrays_must_say_where_the_samples_are() -> None:
+    """Taken for parts of one model, their norms would be added up over samples."""
+    clip = jaxdp.clip_flat(1.0)
+
+    def run(grads: Any) -> Any:
+        return clip.update(grads, clip.init(PARAMS))[0]
+
+    split = jax.shard_map(run, mesh=MESH, in_specs=P("data"), out_specs=P())
+    with pytest.raises(ValueError, match=r"differ along \['data'\] may be of other samples"):
+        split(helpers.small_grads(8))
 
 
 def test_a_sum_of_one_device_is_not_noised_outside_either() -> None:
@@ -180,7 +205,7 @@ def test_a_sum_of_one_device_is_not_noised_outside_either() -> None:
     total = over_shards(clipped, check_vma=False)(PARAMS, BATCH, MASK)
     noise = jaxdp.add_noise(1.0, KEY)
     for bounded in (total, total * 0.5):
-        with pytest.raises(ValueError, match="differs along 'data'"):
+        with pytest.raises(ValueError, match="along 'data' alone"):
             noise.update(bounded, noise.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match="of one device to one of all"):
         total + Bounded(total.value, total.sensitivity, total.groups)

@@ -26,6 +26,28 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """A Python process of its own, without the virtual devices of the tests."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(started: list[subprocess.Popen[str]]) -> tuple[list[str], list[int]]:
+    """What they said, and their exit codes."""
+    try:
+        said = [process.communicate(timeout=TIMEOUT)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return said, [process.returncode for process in started]
+
+
 class Processes:
     """What several processes of the job said and returned."""
 
@@ -34,28 +56,12 @@ class Processes:
         self.results = [folder / f"{index}.json" for index in range(count)]
         coordinator = f"localhost:{free_port()}"
         dies = options.pop("dies", None)
-        environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
         started = []
         for index in range(count):
             own = dict(options, dies_at=options.get("dies_at", 0) if index == dies else 0)
             setting = job.Setting(coordinator, count, index, out=str(self.results[index]), **own)
-            command = [sys.executable, "-m", "tests.distributed.job", json.dumps(setting._asdict())]
-            started.append(
-                subprocess.Popen(
-                    command,
-                    cwd=Path(__file__).parents[2],
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
-        try:
-            self.said = [process.communicate(timeout=TIMEOUT)[0] for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        self.codes = [process.returncode for process in started]
+            started.append(start("-m", "tests.distributed.job", json.dumps(setting._asdict())))
+        self.said, self.codes = ended(started)
 
     def found(self) -> list[dict[str, Any]]:
         """The results; all processes must have ended well."""
@@ -93,6 +99,22 @@ def test_a_killed_process_ends_the_job_which_resumes_on_another_number(tmp_path:
         assert re.search("another of the 4 processes|another task died", job_of_four.said[index])
     found = Processes(2, tmp_path / "2", devices=2, steps=6, checkpoints=checkpoints).found()
     check_equal_to_one_device(found, job.train(steps=6))
+
+
+@pytest.mark.slow
+def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
+    arguments = ["train", "--data", "digits", "--model", "tanh-mlp", "--epochs", "0.5", "--quiet"]
+    arguments += ["--batch-size", "128", "--accountant", "rdp", "--coordinator"]
+    arguments += [f"localhost:{free_port()}", "--num-processes", "2", "--process-id"]
+    started = [
+        start("-m", "jaxdp", *arguments, str(index), "--out", str(tmp_path / str(index)))
+        for index in range(2)
+    ]
+    said, codes = ended(started)
+    assert codes == [0, 0], "\n".join(said)
+    assert "Private training" in said[0] and "Private training" not in said[1]
+    assert json.loads((tmp_path / "0" / "metrics.json").read_text())["epsilon"] <= 8
+    assert not (tmp_path / "1" / "metrics.json").exists()
 
 
 def test_a_lost_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
