@@ -1,4 +1,5 @@
-"""What holds for every test: eight virtual CPU devices, strict promotion, repeatable examples.
+"""What holds for every test: eight virtual CPU devices, strict promotion, repeatable examples,
+programs that are compiled quickly.
 
 The environment variables stand before the first import of jax, which reads them once.
 """
@@ -10,8 +11,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+# Tests compile thousands of programs and run each once: without the optimisations of the backend
+# that takes two thirds of the time, and the program that jaxdp has built is the same. What it
+# rounds is not, which tests of rounding see; they are marked `optimized`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import zlib  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -42,6 +48,17 @@ ONCE = (
     "tests/test_sampling",
     "tests/training",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Compiles what a test marked `optimized` runs as users do."""
+    quickly = item.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    try:
+        return (yield)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.hookimpl(tryfirst=True)

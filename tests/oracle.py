@@ -19,10 +19,6 @@ from tests.helpers import is_float
 # Methods that compute without materialising, whatever the program.
 METHODS = ("auto", "slots", "taps", "fused")
 
-# Tests compile thousands of programs and run each once: without LLVM's optimisations that takes
-# half the time, and the program that jaxdp has built is the same.
-QUICK = {"xla_backend_optimization_level": 0}
-
 
 class Case(NamedTuple):
     """A loss of one example, data for it, and how closely its gradients must be met.
@@ -107,7 +103,7 @@ def differentiate(case: Case) -> Reference:
         values = [leaf for leaf, move in zip(leaves, moving, strict=True) if move]
         fixed = [leaf for leaf, move in zip(leaves, moving, strict=True) if not move]
         run = jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, None, 0))
-        (losses, aux), grads = jax.jit(run, compiler_options=QUICK)(values, fixed, batch)
+        (losses, aux), grads = jax.jit(run)(values, fixed, batch)
         aux = jax.tree.map(_plain, aux)
         return Reference(moving, [_plain(grad) for grad in grads], _plain(losses), aux)
 
@@ -262,7 +258,7 @@ def _ask(case: Case, method: str, mask: np.ndarray, truth: _Truth) -> _Answers:
         return _Answers(norms, leaf_norms, sums, rows, grads.losses, grads.aux, grads.nonfinite)
 
     numbers = (truth.threshold, truth.leaf_thresholds, truth.weights)
-    answers = jax.jit(ask, compiler_options=QUICK)(
+    answers = jax.jit(ask)(
         case.params, case.batch, mask, *map(jnp.float32, numbers)
     )
     for tree in (*answers.sums.values(), answers.rows):

@@ -23,6 +23,9 @@ from jaxdp.engine.rule import ClipRule
 from tests import helpers
 from tests.helpers import KEY, PARAMS
 
+# What is compiled must round as it does for users.
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("shape", ["gaussian", "one_large_then_small"])
 def test_a_long_gradient_has_the_norm_it_has_in_double_precision(shape: str) -> None:

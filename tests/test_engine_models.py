@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from tests.oracle import QUICK, Case, Reference, check_case, differentiate, every_method
+from tests.oracle import Case, Reference, check_case, differentiate, every_method
 from tests.program_table import Integers, arrays
 
 ROWS = 4
@@ -43,7 +43,7 @@ def next_word(logits: jax.Array, words: jax.Array) -> jax.Array:
 
 def initial(model: Any, example: Any) -> Any:
     """Parameters of a flax or haiku model; compiled, since one operation at a time is slower."""
-    return jax.jit(model.init, compiler_options=QUICK)(KEY, example)
+    return jax.jit(model.init)(KEY, example)
 
 
 # ---- flax.linen ---------------------------------------------------------------------------------

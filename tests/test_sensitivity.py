@@ -26,6 +26,9 @@ from jaxdp.engine.rule import ClipRule
 from tests import helpers
 from tests.helpers import CLIPS, PARAMS
 
+# What is compiled must round as it does for users.
+pytestmark = pytest.mark.optimized
+
 ROWS = 4
 SHAPES = [leaf.shape for leaf in jax.tree.leaves(PARAMS)]
 

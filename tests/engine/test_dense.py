@@ -14,6 +14,9 @@ from jaxdp.engine.numerics import select_rows, square_sums
 from jaxdp.engine.reduction import Batch, Weigh
 from tests import helpers
 
+# What is compiled must round as it does for users.
+pytestmark = pytest.mark.optimized
+
 COUNT = 5
 LEAVES = [jnp.array([1.0, -2.0]), jnp.array([[0.5], [1.5]])]
 X = jnp.asarray(np.random.default_rng(0).normal(size=(COUNT, 2)), jnp.float32)

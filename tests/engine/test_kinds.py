@@ -21,7 +21,6 @@ from jaxdp.engine.slots import Slots
 from tests import helpers
 
 ROWS = 3
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 class Site(NamedTuple):
@@ -86,10 +85,10 @@ def check(site: Site, chooser: Any = None, *forced: str) -> None:
                 answers[method] = answer(leaf, batch)
         return answers
 
-    answers = jax.jit(every_way, compiler_options=QUICK)(leaf, batch)
+    answers = jax.jit(every_way)(leaf, batch)
     with jax.enable_x64(True):
         wide = np.asarray(batch, np.float64) if helpers.is_float(batch) else batch
-        grad = jax.jit(jax.vmap(jax.grad(loss_of(site)), (None, 0)), compiler_options=QUICK)
+        grad = jax.jit(jax.vmap(jax.grad(loss_of(site)), (None, 0)))
         expected = np.asarray(grad(np.asarray(leaf, np.float64), wide))
     true = np.sum(expected.reshape(count, -1) ** 2, axis=1)
     scale = np.sqrt(np.max(true)) + 1e-30

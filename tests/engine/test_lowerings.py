@@ -34,9 +34,6 @@ FEW = [
 ROWS, LENGTH, WIDTH, WORDS = 5, 4, 3, 6
 EVERYONE = np.ones(ROWS, bool)
 
-# Tests compile much and run it once.
-QUICK = {"xla_backend_optimization_level": 0}
-
 SMALL = {"bias": (WIDTH,), "cell": (WIDTH, WIDTH), "table": (WORDS, WIDTH)}
 LARGE = SMALL | {
     "down": (WIDTH, 2),
@@ -118,10 +115,6 @@ def ask(method: str, params: Any, batch: Any, mask: Any, **options: Any) -> Answ
     )
 
 
-def jitted(fun: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.jit(fun, compiler_options=QUICK)
-
-
 @functools.cache
 def reference(seed: int, model: str) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Gradients, losses and logits of every row in double precision."""
@@ -131,7 +124,7 @@ def reference(seed: int, model: str) -> tuple[list[np.ndarray], np.ndarray, np.n
             make(seed, model),
         )
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (losses, aux), grads = jitted(jax.vmap(value_and_grad, (None, 0)))(params, batch)
+        (losses, aux), grads = jax.jit(jax.vmap(value_and_grad, (None, 0)))(params, batch)
         return [np.asarray(leaf) for leaf in grads.values()], np.asarray(losses), aux["logits"]
 
 
@@ -174,7 +167,7 @@ def check(
 @pytest.mark.parametrize("method", METHODS)
 def test_all_methods_agree_and_both_clips_bite(method: str) -> None:
     assert np.any(truth(EVERYONE, 0, "large").norms > FLAT)
-    got = jitted(functools.partial(ask, method))(*make(model="large"), EVERYONE)
+    got = jax.jit(functools.partial(ask, method))(*make(model="large"), EVERYONE)
     check(got, model="large")
 
 
@@ -209,7 +202,7 @@ def test_a_sample_that_is_not_finite_counts_for_nothing(method: str, how: str) -
     x, root = jnp.asarray(rng.normal(size=(ROWS, 3)), jnp.float32), jnp.ones(ROWS)
     good = np.arange(ROWS) != 1
 
-    @jitted
+    @jax.jit
     def run(batch: Any, mask: Any) -> Any:
         grads = jaxdp.per_sample_grads(square_loss, method=method)(SQUARE_PARAMS, batch, mask)
         flat, layers = jaxdp.clip_flat(1.0), jaxdp.clip_per_layer(1.0)
@@ -271,7 +264,7 @@ def arguments(pattern: str, seed: int = 0) -> tuple[Any, Any, Any]:
 
 @functools.cache
 def compiled(method: str, microbatch_size: int | None = None) -> Callable[..., Answers]:
-    return jitted(functools.partial(ask, method, microbatch_size=microbatch_size))
+    return jax.jit(functools.partial(ask, method, microbatch_size=microbatch_size))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -322,7 +315,7 @@ def check_stacked(got: Answers) -> None:
 
 @pytest.mark.parametrize("method", FEW)
 def test_inside_vmap_over_parameters_and_batches(method: str) -> None:
-    check_stacked(jitted(jax.vmap(functools.partial(ask, method)))(*stacked_arguments()))
+    check_stacked(jax.jit(jax.vmap(functools.partial(ask, method)))(*stacked_arguments()))
 
 
 @pytest.mark.slow
@@ -331,7 +324,7 @@ def test_inside_vmap_over_parameters_alone(method: str) -> None:
     params, batch, mask = arguments("one bad, another masked")
     other, _ = make(1)
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, other)
-    run = jitted(jax.vmap(functools.partial(ask, method), (0, None, None)))
+    run = jax.jit(jax.vmap(functools.partial(ask, method), (0, None, None)))
     got = run(both, batch, mask)
     check_pattern(jax.tree.map(lambda leaf: leaf[0], got), "one bad, another masked")
     alone = compiled(method)(other, batch, mask)
@@ -343,7 +336,7 @@ def test_inside_a_scan(method: str) -> None:
     def step(carry: None, args: Any) -> tuple[None, Answers]:
         return carry, ask(method, *args)
 
-    _, got = jitted(lambda args: lax.scan(step, None, args))(stacked_arguments())
+    _, got = jax.jit(lambda args: lax.scan(step, None, args))(stacked_arguments())
     check_stacked(got)
 
 
@@ -356,7 +349,7 @@ def test_inside_a_loop_that_changes_the_parameters(method: str) -> None:
         total = ask(method, params, batch, mask).flat
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, total), None
 
-    looped, _ = jitted(lambda params: lax.scan(step, params, None, length=3))(params)
+    looped, _ = jax.jit(lambda params: lax.scan(step, params, None, length=3))(params)
     for _ in range(3):
         total = compiled(method)(params, batch, mask).flat
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, total)
@@ -404,7 +397,7 @@ def many_rows(model: str) -> tuple[Any, Any, Any]:
 
 @functools.cache
 def on_one_device(model: str) -> Answers:
-    return jitted(functools.partial(ask, "slots"))(*many_rows(model))
+    return jax.jit(functools.partial(ask, "slots"))(*many_rows(model))
 
 
 def check_many(got: Answers, model: str = "small") -> None:
@@ -465,7 +458,7 @@ def test_shard_map(method: str, params_are: str, check_vma: bool) -> None:
             params = lax.pcast(params, "devices", to="varying")
         return summed_over_devices(ask(method, params, batch, mask))
 
-    check_many(jitted(over_devices(run, check_vma=check_vma))(*many_rows("small")))
+    check_many(jax.jit(over_devices(run, check_vma=check_vma))(*many_rows("small")))
 
 
 @pytest.mark.slow
@@ -476,7 +469,7 @@ def test_shard_map_of_every_kind_of_use(method: str, microbatch_size: int | None
         answers = ask(method, params, batch, mask, microbatch_size=microbatch_size)
         return summed_over_devices(answers)
 
-    check_many(jitted(over_devices(run, check_vma=True))(*many_rows("large")), "large")
+    check_many(jax.jit(over_devices(run, check_vma=True))(*many_rows("large")), "large")
 
 
 def test_shard_map_of_a_loss_that_rematerialises() -> None:
@@ -503,7 +496,7 @@ def test_shard_map_of_a_loss_that_rematerialises() -> None:
         out_specs=EVERYWHERE,
     )
     np.testing.assert_allclose(
-        jitted(split)(stack, batch), clipped("dense", stack, batch), atol=1e-5
+        jax.jit(split)(stack, batch), clipped("dense", stack, batch), atol=1e-5
     )
 
 
@@ -527,4 +520,4 @@ def test_jit_over_rows_that_are_sharded(method: str, model: str) -> None:
     params, *rows = many_rows(model)
     params = jax.device_put(params, jax.NamedSharding(mesh, EVERYWHERE))
     rows = jax.device_put(rows, jax.NamedSharding(mesh, SPLIT))
-    check_many(jitted(functools.partial(ask, method))(params, *rows), model)
+    check_many(jax.jit(functools.partial(ask, method))(params, *rows), model)

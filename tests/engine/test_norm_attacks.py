@@ -21,8 +21,9 @@ from jax import lax
 import jaxdp
 from tests import helpers
 
-# One half with the oldest JAX, the other half with newer ones (tests/conftest.py).
-pytestmark = pytest.mark.sweep
+# One half with the oldest JAX, the other half with newer ones (tests/conftest.py); and what is
+# compiled must round as it does for users.
+pytestmark = [pytest.mark.sweep, pytest.mark.optimized]
 
 METHODS = ("slots", "taps", "fused", "dense")
 ROWS = 24

@@ -10,6 +10,9 @@ import pytest
 from jaxdp.engine.rule import ClipRule, finite_rows, group_norms
 from jaxdp.engine.rule import sample_weights as weights_of_sizes
 
+# What is compiled must round as it does for users.
+pytestmark = pytest.mark.optimized
+
 # Squared norms [B, L] of four samples in three leaves.
 SQUARED = jnp.array([[9.0, 16.0, 4.0], [0.0, 0.0, 0.0], [0.01, 0.0, 0.04], [1e6, 1.0, 1e-6]])
 

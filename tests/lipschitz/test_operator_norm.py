@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jaxdp.lipschitz.operator_norm import convolution_norm, matrix_norm, patch_multiplicity
 
+# Tests of it are compiled as for users: it must round up whatever is rounded there.
 norm_of_matrix = jax.jit(matrix_norm)
 
 
@@ -43,6 +44,7 @@ MATRICES: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", list(MATRICES))
 def test_a_matrix_norm_is_an_upper_bound_within_three_percent(kind: str) -> None:
     matrix = MATRICES[kind](np.random.default_rng(0)).astype(np.float32)
@@ -50,6 +52,7 @@ def test_a_matrix_norm_is_an_upper_bound_within_three_percent(kind: str) -> None
     assert true <= bound <= 1.03 * true + 1e-30
 
 
+@pytest.mark.optimized
 @given(
     rows=st.sampled_from([2, 5]),
     columns=st.sampled_from([3, 4]),
@@ -64,6 +67,7 @@ def test_no_matrix_is_longer_than_its_norm(rows: int, columns: int, seed: int, s
     assert largest_singular_value(matrix) <= float(norm_of_matrix(matrix))
 
 
+@pytest.mark.optimized
 def test_a_batch_of_complex_matrices() -> None:
     rng = np.random.default_rng(0)
     stack = (rng.normal(size=(5, 4, 6)) + 1j * rng.normal(size=(5, 4, 6))).astype(np.complex64)

@@ -12,7 +12,6 @@ import pytest
 from jaxdp import nn
 from tests.golden import cases
 from tests.golden.cases import Golden, masks
-from tests.oracle import QUICK
 
 # Of how many cases the default run takes one; `make slow` takes all.
 SAMPLED = {
@@ -49,7 +48,7 @@ def run(apply: Callable[..., Any], params: Any, *args: Any) -> Any:
     """Of all examples."""
     examples = [jnp.asarray(a, jnp.int32 if a.dtype.kind == "i" else jnp.float32) for a in args]
     mapped = jax.vmap(apply, (None, *[0] * len(args)))
-    return jax.jit(mapped, compiler_options=QUICK)(params, *examples)
+    return jax.jit(mapped)(params, *examples)
 
 
 def assert_close(got: Any, expected: np.ndarray, tolerance: float = 1e-5) -> None:

@@ -12,7 +12,7 @@ import jaxdp
 from jaxdp import nn
 from tests.helpers import assert_trees_close
 from tests.nn.layer_table import KEY, LAYERS
-from tests.oracle import QUICK, Case, Reference, check_case, every_method
+from tests.oracle import Case, Reference, check_case, every_method
 
 # Their gradients are sums over positions, never larger than what they are added to or scale.
 VECTORS = ("bias", "scale", "slope")
@@ -32,7 +32,7 @@ def one_at_a_time(case: Case) -> Reference:
             lambda leaf: jnp.asarray(np.asarray(leaf), kind if leaf.dtype.kind == "f" else None),
             (case.params, case.batch),
         )
-        grad = jax.jit(jax.value_and_grad(case.loss_fn), compiler_options=QUICK)
+        grad = jax.jit(jax.value_and_grad(case.loss_fn))
         count = len(jax.tree.leaves(batch)[0])
         answers = [grad(params, jax.tree.map(lambda a, i=i: a[i], batch)) for i in range(count)]
         losses = np.array([float(loss) for loss, _ in answers])
@@ -98,7 +98,7 @@ def test_any_batch_size(name: str) -> None:
     def norms(params: Any, batch: Any) -> jax.Array:
         return jaxdp.per_sample_grads(case.loss_fn)(params, batch).norms()
 
-    run = jax.jit(norms, compiler_options=QUICK)
+    run = jax.jit(norms)
     many = run(case.params, case.batch)
     single = run(case.params, jax.tree.map(lambda leaf: leaf[:1], case.batch))
     none = run(case.params, jax.tree.map(lambda leaf: leaf[:0], case.batch))
@@ -109,7 +109,7 @@ def test_any_batch_size(name: str) -> None:
 @pytest.mark.parametrize("name", thinned(LAYERS))
 def test_parameters_are_plain_dicts_that_follow_the_key(name: str) -> None:
     layer = LAYERS[name].layer
-    init = jax.jit(layer.init, compiler_options=QUICK)
+    init = jax.jit(layer.init)
     params, same, other = init(KEY), init(KEY), init(jax.random.key(1))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, params, same))
     for (path, a), b in zip(

@@ -196,6 +196,7 @@ def _strip() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.optimized
 def test_announcing_the_noise_costs_next_to_nothing() -> None:
     model = models.build("tanh-cnn", (28, 28, 1), 10)
     clip = jaxdp.clip_adaptive(0.1, key=KEY, count_noise_multiplier=6.0, expected_batch_size=8.0)
