@@ -41,6 +41,8 @@ ONCE = (
     "jaxdp/recipes",
     "jaxdp/sampling",
     "jaxdp/training",
+    "tests/distributed/test_fit",
+    "tests/distributed/test_processes",
     "tests/recipes",
     "tests/test_accounting",
     "tests/test_cli",

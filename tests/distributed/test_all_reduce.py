@@ -84,6 +84,7 @@ ROADS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("road", list(ROADS))
 @pytest.mark.parametrize("clip", ["flat", "per_layer_list"])
 def test_it_does_what_one_device_does(road: str, clip: str) -> None:

@@ -54,15 +54,14 @@ def problem(model: str) -> tuple[Callable[..., Any], Any, Any]:
 
 
 def asked(grads_fn: Callable[..., Any], params: Any, batch: Any, mask: Any) -> dict[str, Any]:
-    """Everything that a step asks for, and noise."""
+    """What a step asks for, and noise."""
     grads = grads_fn(params, batch, mask)
-    tx = optax.chain(jaxdp.clip_per_layer(0.1), jaxdp.add_noise(1.0, KEY))
+    tx = optax.chain(jaxdp.clip_flat(0.1), jaxdp.add_noise(1.0, KEY))
     return {
         "updates": tx.update(grads, tx.init(params), params)[0],
         "norms": jnp.where(grads.counted, grads.norms(), 0.0),
         "losses": jnp.where(grads.counted, grads.losses, 0.0),
         "nonfinite": grads.nonfinite,
-        "weighted": grads.weighted_sum(jnp.arange(ROWS, dtype=jnp.float32)),
     }
 
 
@@ -88,6 +87,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("model", "types", "method"), CASES)
 def test_gradients_are_computed_where_their_rows_lie(model: str, types: str, method: str) -> None:
     """The numbers of one device, and nothing is exchanged but one sum of gradients."""
@@ -100,17 +100,31 @@ def test_gradients_are_computed_where_their_rows_lie(model: str, types: str, met
     grads_fn = jaxdp.per_sample_grads(loss_fn, sharding=told, **METHODS[method])
     spread = jax.device_put((batch, MASK), rows)
     held = jax.device_put(params, NamedSharding(rows.mesh, P()))
-    got = jax.jit(functools.partial(asked, grads_fn))(held, *spread)
+    lowered = jax.jit(functools.partial(asked, grads_fn)).lower(held, *spread)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert helpers.exchanged(lowered) == {"all-reduce": entries + 1}  # how many are not finite
+    got = lowered.compile()(held, *spread)
     helpers.assert_trees_close(jax.device_get(got), expected, rtol=2e-5, atol=2e-6)
 
-    def update(params: Any, batch: Any, mask: Any) -> Any:
-        grads = grads_fn(params, batch, mask)
-        tx = optax.chain(jaxdp.clip_flat(0.1), jaxdp.add_noise(1.0, KEY))
-        return tx.update(grads, tx.init(params), params)[0], jnp.sum(grads.losses)
 
-    exchanged = helpers.exchanged(jax.jit(update).lower(held, *spread))
-    entries = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert exchanged == {"all-reduce": entries + 1}  # the loss
+@pytest.mark.sweep
+@pytest.mark.parametrize("types", list(TYPES))
+def test_weights_and_rows_stay_with_their_samples(types: str) -> None:
+    loss_fn, params, batch = problem("mlp")
+    rows = NamedSharding(mesh_of(types, data=DEVICES), P("data"))
+
+    def run(sharding: Any, params: Any, batch: Any, mask: Any, weights: Any) -> Any:
+        grads = jaxdp.per_sample_grads(loss_fn, sharding=sharding)(params, batch, mask)
+        finite = jax.tree.map(jnp.nan_to_num, grads.materialize())
+        return grads.weighted_sum(weights), finite
+
+    weights = jnp.arange(ROWS, dtype=jnp.float32)
+    expected = jax.jit(functools.partial(run, None))(params, batch, MASK, weights)
+    told = rows if types == "auto" else None
+    held = jax.device_put(params, NamedSharding(rows.mesh, P()))
+    spread = jax.device_put((batch, MASK, weights), rows)
+    got = jax.jit(functools.partial(run, told))(held, *spread)
+    helpers.assert_trees_close(jax.device_get(got), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_a_mesh_that_says_nothing_gives_the_same_numbers() -> None:
@@ -123,6 +137,7 @@ def test_a_mesh_that_says_nothing_gives_the_same_numbers() -> None:
     helpers.assert_trees_close(jax.device_get(got), expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("types", list(TYPES))
 def test_gradients_without_clipping_are_computed_where_their_rows_lie(types: str) -> None:
     layer, _ = MODELS["mlp"]
@@ -167,6 +182,7 @@ PLACES = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("types", list(TYPES))
 @pytest.mark.parametrize("place", list(PLACES))
 def test_parameters_that_are_spread_under_jit(place: str, types: str) -> None:
@@ -272,6 +288,7 @@ def over_model(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", ["slots", "taps", "fused", "dense"])
 def test_a_model_that_is_spread_by_hand_has_one_norm(method: str) -> None:
     """Squares of all parts add up before the root; clipping each part alone would let a sample
