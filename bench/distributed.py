@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import re
 import statistics
 import time
 from pathlib import Path
@@ -110,20 +109,6 @@ def steps_of(case: Case) -> dict[str, Any]:
     return {name: jax.jit(step) for name, step in found.items()}
 
 
-def exchanged(compiled: Any) -> dict[str, int]:
-    """Numbers that devices exchange in a step, by kind of communication."""
-    totals: dict[str, int] = {}
-    kinds = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
-    for line in compiled.as_text().splitlines():
-        if (match := re.search(rf"= (.+?) ({kinds})(?:-start)?\(", line)) is not None:
-            for shape in re.findall(r"\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", match[1])):
-                count = 1
-                for size in filter(None, shape.split(",")):
-                    count *= int(size)
-                totals[match[2]] = totals.get(match[2], 0) + count
-    return totals
-
-
 def measure(case: Case, devices: int, rows: int, rounds: int) -> dict[str, Any]:
     """Medians in turns, in milliseconds, and what is exchanged."""
     sharding = jaxdp.distributed.data_parallel(devices)
@@ -147,7 +132,7 @@ def measure(case: Case, devices: int, rows: int, rounds: int) -> dict[str, Any]:
         "devices": devices,
         "rows": rows,
         "milliseconds": medians,
-        "exchanged": {name: exchanged(step) for name, step in compiled.items()},
+        "exchanged": {name: jaxdp.distributed.exchanged(step) for name, step in compiled.items()},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
 

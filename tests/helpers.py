@@ -1,7 +1,5 @@
 """What several test files need: clips, parameter trees, models, and norms in float64."""
 
-import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -165,15 +163,3 @@ def difference64(a: Bounded, b: Bounded) -> list[np.ndarray]:
     pairs = zip(jax.tree.leaves(a.value), jax.tree.leaves(b.value), strict=True)
     return [np.asarray(x, np.float64) - np.asarray(y, np.float64) for x, y in pairs]
 
-
-def exchanged(lowered: Any) -> dict[str, int]:
-    """How many numbers each kind of communication between devices gives, in a compiled program."""
-    found: dict[str, int] = {}
-    kinds = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
-    for line in lowered.compile().as_text().splitlines():
-        match = re.search(rf"= (.+?) ({kinds})(?:-start)?\(", line)
-        if match is not None:
-            shapes = re.findall(r"\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", match[1]))
-            sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
-            found[match[2]] = found.get(match[2], 0) + sum(sizes)
-    return found

@@ -78,7 +78,7 @@ def test_a_clip_inside_shard_map_sums_over_devices_with_the_sensitivity_of_one()
         # The mask says that devices along "data" hold other samples, not other parts of a model.
         mask = jax.lax.pcast(jnp.ones(2, bool), "data", to="varying")
         grads = jaxdp.PerSampleGrads.from_arrays(shard, mask)
-        total, _ = clip.update(grads, clip.init(helpers.PARAMS))
+        total, _ = clip.update(grads, clip.init(helpers.PARAMS))  # pyright: ignore[reportArgumentType]
         return Bounded(jax.lax.psum(total.value, "data"), total.sensitivity, total.groups)
 
     got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P()))(rows)

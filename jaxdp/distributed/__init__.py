@@ -16,6 +16,7 @@ from jaxdp.distributed.agreement import check_agreement as check_agreement
 from jaxdp.distributed.agreement import shared_seed as shared_seed
 from jaxdp.distributed.all_reduce import all_reduce as all_reduce
 from jaxdp.distributed.cluster import join as join
+from jaxdp.distributed.exchange import exchanged as exchanged
 from jaxdp.distributed.lost import ProcessLost as ProcessLost
 from jaxdp.distributed.rows import data_parallel as data_parallel
 from jaxdp.distributed.rows import spread_rows as spread_rows

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxdp
 from jaxdp.bounded import Bounded
-from jaxdp.distributed import all_reduce
+from jaxdp.distributed import all_reduce, exchanged
 from tests import helpers
 from tests.helpers import KEY, PARAMS
 
@@ -258,8 +258,8 @@ def test_two_axes_of_samples_are_one_sum() -> None:
 def test_devices_exchange_the_gradients_once() -> None:
     tx = chain(jaxdp.clip_per_layer(1.0), all_reduce("data"))
     lowered = over_shards(stepped(tx)).lower(PARAMS, BATCH, MASK)
-    exchanged = helpers.exchanged(lowered)
-    assert exchanged == {"all-reduce": sum(leaf.size for leaf in jax.tree.leaves(PARAMS))}
+    entries = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+    assert exchanged(lowered.compile()) == {"all-reduce": entries}
 
 
 def test_errors_say_what_to_do() -> None:
