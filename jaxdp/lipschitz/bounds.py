@@ -86,7 +86,9 @@ def bounds(
 
     The loss is traced; a bound X on values goes forward through its program and a bound G on
     cotangents backward, one rule for each primitive (`register_bound_rule`). Norms of the
-    parameters themselves enter as they are, so the bounds hold for these parameters.
+    parameters themselves enter as they are, so the bounds hold for these parameters. A `scan` is
+    unrolled, since what is known of its state changes from step to step: tracing and compiling
+    its bounds takes time in proportion to its length.
 
     Args:
       loss_fn: the loss of one example, as for `jaxdp.per_sample_grads`.

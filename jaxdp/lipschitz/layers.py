@@ -349,7 +349,8 @@ def _constrained(layer: Layer, projection: Callable[[jax.Array], jax.Array]) -> 
     def project(params: Params) -> Params:
         return {**params, "kernel": projection(params["kernel"])}
 
-    return layer._replace(init=lambda key: project(layer.init(key)), project=project)
+    # Of random square matrices one round leaves some singular values near zero.
+    return layer._replace(init=lambda key: project(project(layer.init(key))), project=project)
 
 
 def _check_constraint(constraint: str) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +81,7 @@ class Value:
         self.per_sample = per_sample
         self.moves = moves and jnp.issubdtype(dtype, jnp.floating)
         self._range = Range() if range is None else range
+        self._found: dict[Any, jax.Array] = {}
 
     @classmethod
     def known(cls, array: Any, *, moves: bool = False) -> "Value":
@@ -91,6 +92,13 @@ class Value:
     def size(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
+
+    def once(self, what: Hashable, compute: Callable[[], jax.Array]) -> jax.Array:
+        """What `compute` finds out about this value, found out once: the steps of a loop share
+        their weights."""
+        if what not in self._found:
+            self._found[what] = compute()
+        return self._found[what]
 
     @functools.cached_property
     def range(self) -> Range:

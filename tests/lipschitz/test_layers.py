@@ -123,6 +123,14 @@ def test_constraints_hold_after_any_update() -> None:
     assert float(jnp.linalg.norm(frobenius)) == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_square_matrix_is_orthogonal_from_the_start(seed: int) -> None:
+    """Its smallest singular value is far below the others before."""
+    params = lipschitz.linear(72, 72).init(jax.random.key(seed))
+    np.testing.assert_allclose(singular_values(params["kernel"]), 1, atol=1e-3)
+    assert 1 <= float(lipschitz.matrix_norm(params["kernel"])) < 1.001
+
+
 @pytest.mark.parametrize("constraint", ["spectral", "frobenius"])
 def test_small_weights_stay_as_they_are(constraint: str) -> None:
     small = {"kernel": 0.01 * jax.random.normal(KEY, (3, 3, 2, 4))}

@@ -148,6 +148,18 @@ def test_an_unknown_primitive_on_public_values_needs_no_rule() -> None:
     assert float(lipschitz.bounds(loss_fn, jnp.ones(3), jnp.ones(3), 1.0).total) > 0
 
 
+def test_the_steps_of_a_loop_share_the_norm_of_their_weights() -> None:
+    params = PROGRAMS["rnn"].w
+
+    def norms(length: int) -> int:
+        loss_fn = lambda w, x: jnp.sum(PROGRAMS["rnn"].fun(w, x))  # noqa: E731
+        x = jnp.zeros((length, 6))
+        found = jax.make_jaxpr(lambda w: lipschitz.bounds(loss_fn, w, x, 1.0).total)(params)
+        return str(found).count("name=matrix_norm")
+
+    assert norms(9) == norms(3) > 0
+
+
 @jax.custom_vjp
 def pulled_to_zero(x: jax.Array) -> jax.Array:
     """Its gradient has a part that no loss asked for, in rows without a sample, too."""

@@ -28,12 +28,17 @@ def _dot(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
 
 def _gain(value: Value, contract: Sequence[int], batch: Sequence[int]) -> jax.Array:
     """By how much a product with this matrix lengthens the other one, or a cotangent."""
-    if value.array is None:
+    array = value.array
+    if array is None:
         return value.norm  # the Frobenius norm bounds the operator norm
     free = [axis for axis in range(len(value.shape)) if axis not in {*contract, *batch}]
     sizes = [math.prod(value.shape[axis] for axis in axes) for axes in (batch, contract, free)]
-    matrix = value.array.transpose(*batch, *contract, *free).reshape(sizes)
-    return matrix_norm(matrix).max(initial=0.0)
+
+    def largest() -> jax.Array:
+        matrix = array.transpose(*batch, *contract, *free).reshape(sizes)
+        return matrix_norm(matrix).max(initial=0.0)
+
+    return value.once((tuple(contract), tuple(batch)), largest)
 
 
 @register_bound_rule("conv_general_dilated")
