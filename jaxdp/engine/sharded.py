@@ -15,7 +15,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdp.engine.reduction import Batch, Handle, Reduction, Rows, Weigh
-from jaxdp.varying import summed_over_devices
 
 
 class RowSharding(NamedTuple):
@@ -99,11 +98,10 @@ def on_each_device(
     Returns:
       The sums over all rows, and the results `[B, ...]`.
     """
-    axes = frozenset(rows.axes)
 
     def on_one(common: Any, by_row: Any) -> tuple[Any, Any]:
         sums, found = run(common, by_row)
-        return jax.tree.map(lambda leaf: summed_over_devices(leaf, axes), sums), found
+        return jax.lax.psum(sums, rows.axes), found
 
     spread = P(rows.axes)
     explicit = tuple(
@@ -116,7 +114,10 @@ def on_each_device(
         mesh=None if explicit else rows.mesh,
         in_specs=(P(), spread),
         out_specs=(P(), spread),
-        axis_names=axes,
+        axis_names=frozenset(rows.axes),
+        # A loss is written for one device: with types that tell what varies, every loop in it that
+        # begins with zeros would have to say that they do.
+        check_vma=False,
     )
     if explicit:
         # Within, the other axes are XLA's affair, too: few operations of a model can tell how

@@ -21,6 +21,7 @@ from jaxdp.nn.layer import (
     split_key,
     uniform,
 )
+from jaxdp.varying import vary, varying_axes
 
 
 def lstm(
@@ -234,6 +235,8 @@ def _recurrent(
         check_input(cell.name, x, last=input_size, rank=2)
         dtype = jnp.result_type(x, params["l0"]["recurrent"]["kernel"])
         start = _start(cell, state, (num_layers * len(directions), hidden_size), dtype)
+        # Inside `shard_map` a loop begins as it goes on: varying over devices.
+        start = vary(start, varying_axes((x, params, start)))
         _check_mask(mask, len(x))
         keys = split_key(key, num_layers)
         ends = []

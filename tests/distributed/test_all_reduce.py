@@ -246,6 +246,19 @@ def test_gradients_without_clipping_take_the_same_road() -> None:
         helpers.assert_trees_close(road(run(all_reduce("data")))(w, BATCH, MASK), expected)
 
 
+def test_a_layer_with_a_loop_needs_no_word_inside_shard_map() -> None:
+    layer = jaxdp.nn.lstm(2, 4)
+    params, x = layer.init(KEY), jnp.stack([BATCH, -BATCH, BATCH], axis=1)
+    grads_fn = jaxdp.per_sample_grads(lambda p, x: jnp.sum(layer.apply(p, x)[0]))
+
+    def run(*between: Any) -> Callable[..., Any]:
+        tx = chain(jaxdp.clip_flat(0.1), *between)
+        return lambda p, x, mask: tx.update(grads_fn(p, x, mask), tx.init(p), p)[0]
+
+    expected = jax.jit(run())(params, x, MASK)
+    helpers.assert_trees_close(over_shards(run(all_reduce("data")))(params, x, MASK), expected)
+
+
 def test_two_axes_of_samples_are_one_sum() -> None:
     mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(2, 2), ("replica", "data"))
     tx = chain(jaxdp.clip_flat(1.0), all_reduce("replica", "data"))

@@ -32,6 +32,11 @@ MODELS: dict[str, tuple[nn.Layer, tuple[int, ...]]] = {
         nn.sequential(nn.conv2d(2, 16, 3, padding=1), jnp.tanh, nn.flatten(), nn.linear(1024, 4)),
         (8, 8, 2),
     ),
+    # A loop that begins with zeros, as losses for one device do.
+    "lstm": (
+        nn.sequential(nn.lstm(3, 8), lambda found: found[0][-1], nn.linear(8, 4)),
+        (5, 3),
+    ),
 }
 
 
@@ -76,6 +81,8 @@ MORE = pytest.mark.slow
 CASES = [
     ("mlp", "explicit", "auto"),
     ("cnn", "explicit", "auto"),
+    ("lstm", "explicit", "auto"),
+    ("lstm", "auto", "microbatches"),
     ("cnn", "auto", "microbatches"),
     ("mlp", "auto", "taps"),
     *(
