@@ -16,7 +16,9 @@ ENDS := $(or $(strip $(ENDS)),newest)
 # Lint and types run in the first of the test environments.
 DEV := .venv-$(firstword $(ENDS))
 JOBS ?= 2
-PYTEST := -m pytest -n $(JOBS) --dist loadfile
+# A file stays with one worker, since its tests share what they compile; in the order of collection
+# the examples of the docstrings come last and fill both workers up to the end.
+PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test slow lint types clean tested $(ENDS:%=test-%) $(ENDS:%=slow-%)
 

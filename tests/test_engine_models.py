@@ -476,8 +476,19 @@ MODELS: Mapping[str, Callable[[], Case]] = {
 }
 
 
-# Others by default hold what these hold.
-SLOW = ("linen_vision_transformer", "linen_language_model", "plain_transformer")
+# Others by default hold what these hold: the same kind of network in another library, or the same
+# library with another network.
+SLOW = (
+    "equinox_perceptron",
+    "haiku_lstm",
+    "haiku_perceptron",
+    "linen_bidirectional",
+    "linen_gru",
+    "linen_language_model",
+    "linen_vision_transformer",
+    "plain_mixed_precision",
+    "plain_transformer",
+)
 
 
 @functools.cache

@@ -18,6 +18,9 @@ from tests.oracle import (
 from tests.program_table import PROGRAMS
 from tests.programs import Program, programs
 
+# One half with the oldest JAX, the other half with newer ones (tests/conftest.py).
+pytestmark = pytest.mark.sweep
+
 # One row in the middle does not count, and holds NaN.
 MASK = np.array([True, True, False, True, True])
 
@@ -53,8 +56,11 @@ def reference_of(name: str) -> Reference:
     return differentiate(PROGRAMS[name])
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize(("name", "method"), every_method(PROGRAMS))
+# Of the programs that are there narrow and wide, every second wide one is left to `make slow`.
+WIDE = [name for name in PROGRAMS if name.endswith("_wide")]
+
+
+@pytest.mark.parametrize(("name", "method"), every_method(PROGRAMS, slow=WIDE[::2]))
 def test_program(name: str, method: str) -> None:
     check_case(PROGRAMS[name], method, MASK, reference_of(name))
 

@@ -164,6 +164,7 @@ def check(
         np.testing.assert_allclose(found, value, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", METHODS)
 def test_all_methods_agree_and_both_clips_bite(method: str) -> None:
     assert np.any(truth(EVERYONE, 0, "large").norms > FLAT)
@@ -267,12 +268,14 @@ def compiled(method: str, microbatch_size: int | None = None) -> Callable[..., A
     return jax.jit(functools.partial(ask, method, microbatch_size=microbatch_size))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", list(PATTERNS))
 def test_rows_of_nan_and_masked_rows(method: str, pattern: str) -> None:
     check_pattern(compiled(method)(*arguments(pattern)), pattern)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", list(PATTERNS))
 def test_rows_of_nan_and_masked_rows_in_microbatches(method: str, pattern: str) -> None:
@@ -286,6 +289,7 @@ def test_without_jit(method: str) -> None:
     check_pattern(ask(method, *arguments("one bad, another masked")), "one bad, another masked")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", METHODS)
 def test_parameters_of_nan_leave_nothing(method: str) -> None:
     """Every gradient is NaN: the sum is zero, and nothing runs forever."""
@@ -313,6 +317,7 @@ def check_stacked(got: Answers) -> None:
         check_pattern(jax.tree.map(lambda leaf, seed=seed: leaf[seed], got), pattern, seed)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", FEW)
 def test_inside_vmap_over_parameters_and_batches(method: str) -> None:
     check_stacked(jax.jit(jax.vmap(functools.partial(ask, method)))(*stacked_arguments()))
@@ -331,6 +336,7 @@ def test_inside_vmap_over_parameters_alone(method: str) -> None:
     helpers.assert_trees_close(jax.tree.map(lambda leaf: leaf[1], got), alone, rtol=1e-5)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", FEW)
 def test_inside_a_scan(method: str) -> None:
     def step(carry: None, args: Any) -> tuple[None, Answers]:
@@ -340,6 +346,7 @@ def test_inside_a_scan(method: str) -> None:
     check_stacked(got)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", FEW)
 def test_inside_a_loop_that_changes_the_parameters(method: str) -> None:
     """As a training loop does. The handle traces its program anew in every context."""
@@ -356,6 +363,7 @@ def test_inside_a_loop_that_changes_the_parameters(method: str) -> None:
     helpers.assert_trees_close(looped, params, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", METHODS)
 def test_a_second_call_traces_and_compiles_nothing(method: str) -> None:
     traced = []

@@ -9,6 +9,7 @@ errors, or their factors over- and underflow where the gradient does not.
 # pyright: reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,13 +39,11 @@ class Attack(NamedTuple):
     batch: Any
 
 
-def contributions(
-    attack: Attack, method: str, thresholds: np.ndarray, make_clip: Any = jaxdp.clip_flat
-) -> np.ndarray:
-    """‖what a clip lets through of one sample‖ / C for every sample, alone in its batch."""
-    grads_fn = jaxdp.per_sample_grads(attack.loss_fn, method=method)
+@functools.cache
+def clipped_alone(loss_fn: Any, method: str, make_clip: Any) -> Callable[..., Any]:
+    """Compiled `(params, batch, masks, thresholds) -> sums`, one clipped sum for each mask."""
+    grads_fn = jaxdp.per_sample_grads(loss_fn, method=method)
 
-    @jax.jit
     def alone(params: Any, batch: Any, masks: jax.Array, thresholds: jax.Array) -> Any:
         def one(chosen: tuple[jax.Array, jax.Array]) -> Any:
             mask, threshold = chosen
@@ -54,18 +53,34 @@ def contributions(
 
         return lax.map(one, (masks, thresholds))
 
+    return jax.jit(alone)
+
+
+def contributions(
+    attack: Attack, method: str, thresholds: np.ndarray, make_clip: Any = jaxdp.clip_flat
+) -> np.ndarray:
+    """‖what a clip lets through of one sample‖ / C for every sample, alone in its batch."""
     count = len(thresholds)
+    alone = clipped_alone(attack.loss_fn, method, make_clip)
     sums = alone(attack.params, attack.batch, np.eye(count, dtype=bool), jnp.float32(thresholds))
     leaves = [np.asarray(leaf, np.float64).reshape(count, -1) for leaf in jax.tree.leaves(sums)]
     return np.linalg.norm(np.concatenate(leaves, axis=1), axis=1) / np.float32(thresholds)
 
 
+@functools.cache
+def compiled_norms(loss_fn: Any, method: str) -> Callable[..., Any]:
+    grads_fn = jaxdp.per_sample_grads(loss_fn, method=method)
+    return jax.jit(lambda params, batch: grads_fn(params, batch).norms())
+
+
 def norms(attack: Attack, method: str) -> np.ndarray:
-    grads_fn = jaxdp.per_sample_grads(attack.loss_fn, method=method)
-    got = jax.jit(lambda params, batch: grads_fn(params, batch).norms())(
-        attack.params, attack.batch
-    )
+    got = compiled_norms(attack.loss_fn, method)(attack.params, attack.batch)
     return np.asarray(got, np.float64)
+
+
+@functools.cache
+def compiled_gradients(loss_fn: Any) -> Callable[..., Any]:
+    return jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0)))
 
 
 def true_norms(attack: Attack, change: Callable[[np.ndarray], np.ndarray] = np.asarray) -> Any:
@@ -76,7 +91,7 @@ def true_norms(attack: Attack, change: Callable[[np.ndarray], np.ndarray] = np.a
     with jax.enable_x64(True):
         params = jax.tree.map(double, attack.params)
         batch = jax.tree.map(lambda leaf: change(double(leaf)), attack.batch)
-        grads = jax.jit(jax.vmap(jax.grad(attack.loss_fn), (None, 0)))(params, batch)
+        grads = compiled_gradients(attack.loss_fn)(params, batch)
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
     rows = [leaf.reshape(len(leaf), -1) for leaf in leaves]
     return np.linalg.norm(np.concatenate(rows, axis=1), axis=1)

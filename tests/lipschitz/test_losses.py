@@ -89,7 +89,7 @@ def test_no_gradient_is_longer_than_its_bound(name: str, limit: float) -> None:
     z, targets = predictions(min(limit, 1e4))
     norms = jnp.linalg.norm(z, axis=1, keepdims=True)
     z = z * jnp.minimum(1, limit / jnp.maximum(norms, 1e-9))
-    grads = jax.vmap(jax.grad(loss.fun))(z, targets[loss.target])
+    grads = jax.jit(jax.vmap(jax.grad(loss.fun)))(z, targets[loss.target])
     longest = np.linalg.norm(np.asarray(grads, np.float64), axis=1).max()
     bound = bound_of(loss, limit)
     assert longest <= bound * (1 + 1e-5)

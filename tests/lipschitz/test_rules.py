@@ -50,6 +50,11 @@ def surrounded(program: Program) -> tuple[Any, Any]:
     return loss_fn, params
 
 
+def per_sample(loss_fn: Any) -> Any:
+    """Gradients of every row, in one program."""
+    return jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0)))
+
+
 @pytest.mark.sweep
 @cases
 def test_values_stay_within_their_range(name: str) -> None:
@@ -60,7 +65,8 @@ def test_values_stay_within_their_range(name: str) -> None:
     )
     x = Value(program.shape, jnp.float32, range=Range(BOUND), per_sample=True)
     (output,), _ = propagate(traced, [*(Value.known(leaf, moves=True) for leaf in w), x])
-    y = np.asarray(jax.vmap(program.fun, (None, 0))(program.w, inputs(program.shape)), np.float64)
+    run = jax.jit(jax.vmap(program.fun, (None, 0)))
+    y = np.asarray(run(program.w, inputs(program.shape)), np.float64)
     assert y.shape[1:] == output.shape
     norms = np.linalg.norm(y.reshape(len(y), -1), axis=1)
     assert norms.max() <= float(output.norm) * ROUNDING
@@ -74,7 +80,7 @@ def test_no_gradient_is_longer_than_its_bound(name: str) -> None:
     loss_fn, params = surrounded(PROGRAMS[name])
     x = inputs(PROGRAMS[name].shape)
     found = lipschitz.bounds(loss_fn, params, x[0], BOUND)
-    grads = jax.vmap(jax.grad(loss_fn), (None, 0))(params, x)
+    grads = per_sample(loss_fn)(params, x)
     for grad, bound in zip(jax.tree.leaves(grads), jax.tree.leaves(found.sensitivity), strict=True):
         norms = np.linalg.norm(np.asarray(grad, np.float64).reshape(len(x), -1), axis=1)
         assert np.isfinite(bound)
@@ -105,7 +111,7 @@ def tight(loss_fn: Any, params: Any, shape: tuple[int, ...]) -> dict[str, float]
     """Largest gradient found over bound, for each leaf."""
     x = inputs(shape, 2000)
     found = lipschitz.bounds(loss_fn, params, x[0], BOUND)
-    grads = jax.vmap(jax.grad(loss_fn), (None, 0))(params, x)
+    grads = per_sample(loss_fn)(params, x)
     norms = jax.tree.map(lambda g: jnp.linalg.norm(g.reshape(len(x), -1), axis=1).max(), grads)
     return jax.tree.map(lambda norm, bound: float(norm / bound), norms, found.sensitivity)
 
@@ -267,7 +273,7 @@ def test_rounds_of_random_programs_do_not_break_a_bound() -> None:
 
         x = inputs((6,), 50)
         found = lipschitz.bounds(loss_fn, params, x[0], BOUND)
-        grads = jax.vmap(jax.grad(loss_fn), (None, 0))(params, x)
+        grads = per_sample(loss_fn)(params, x)
         for grad, bound in zip(
             jax.tree.leaves(grads), jax.tree.leaves(found.sensitivity), strict=True
         ):
