@@ -15,7 +15,6 @@ from flax import nnx
 import jaxdp
 from jaxdp import lipschitz, nn
 from tests import helpers
-from tests.oracle import QUICK
 
 KEY = jax.random.key(0)
 SHAPE, CLASSES, ROWS = (6, 6, 2), 3, 32
@@ -33,7 +32,7 @@ class Network(NamedTuple):
 
 
 def of_linen(module: linen.Module) -> Network:
-    params = jax.jit(module.init, compiler_options=QUICK)(KEY, jnp.zeros(SHAPE))
+    params = jax.jit(module.init)(KEY, jnp.zeros(SHAPE))
     return Network(lambda params, x: jnp.asarray(module.apply(params, x)), params)
 
 
@@ -86,7 +85,7 @@ def nnx_conv(rngs: nnx.Rngs) -> Any:
 def of_haiku(build: Callable[[Any, jax.Array], jax.Array]) -> Network:
     hk = pytest.importorskip("haiku")
     model = hk.without_apply_rng(hk.transform(lambda x: build(hk, x)))
-    return Network(model.apply, jax.jit(model.init, compiler_options=QUICK)(KEY, jnp.zeros(SHAPE)))
+    return Network(model.apply, jax.jit(model.init)(KEY, jnp.zeros(SHAPE)))
 
 
 def haiku_dense(hk: Any, x: jax.Array) -> jax.Array:
@@ -201,7 +200,7 @@ def trained(network: Network, steps: int) -> Any:
     tx = optax.chain(jaxdp.add_noise(0.2, KEY), optax.sgd(1 / ROWS))
     # Gradients and projections are not compiled as a whole: norms are, once for each shape.
     grads_fn = lipschitz.bounded_grads(loss_of(network), 1.0)
-    update = jax.jit(tx.update, compiler_options=QUICK)
+    update = jax.jit(tx.update)
     params, state = network.params, tx.init(network.params)
     for _ in range(steps):
         updates, state = update(grads_fn(params, batch()), state, params)
@@ -231,7 +230,7 @@ def networks(*quick: str) -> pytest.MarkDecorator:
 def test_the_bounds_of_a_model_hold_at_the_start_and_after_noised_updates(name: str) -> None:
     network = NETWORKS[name]()
     loss_fn = loss_of(network)
-    each_fn = jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0)), compiler_options=QUICK)
+    each_fn = jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0)))
     for params in (network.params, trained(network, 3)):
         bounded = lipschitz.bounded_grads(loss_fn, 1.0)(params, batch())
         each = each_fn(params, batch())
@@ -267,7 +266,7 @@ def test_the_bounds_of_an_orthogonal_chain_are_met_at_any_depth(layers: int) -> 
     found = lipschitz.bounds(loss_of(network), network.params, EXAMPLE, 1.0)
     images, _ = batch()
     unit = images / jnp.sqrt(jnp.sum(jnp.square(images), (1, 2, 3), keepdims=True))
-    each_fn = jax.jit(jax.vmap(jax.grad(loss_of(network)), (None, 0)), compiler_options=QUICK)
+    each_fn = jax.jit(jax.vmap(jax.grad(loss_of(network)), (None, 0)))
     each = each_fn(network.params, (unit, jnp.arange(ROWS) % CLASSES))
     for norms, bound in zip(norms_of(each), found.by_name.values(), strict=True):
         assert 0.6 < norms.max() / float(bound) <= 1
