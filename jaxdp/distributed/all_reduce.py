@@ -33,19 +33,20 @@ def all_reduce(*axis_names: str) -> optax.GradientTransformation:
         count several times.
 
     Example:
-      >>> import jax, jaxdp
-      >>> from jax.sharding import PartitionSpec as P
+      >>> import jax.numpy as jnp, jaxdp
+      >>> from jax.sharding import AxisType, PartitionSpec as P
       >>> tx = optax.chain(jaxdp.clip_flat(1.0), all_reduce("data"),
       ...                  jaxdp.add_noise(0.0, jax.random.key(0)))
-      >>> mesh = jax.make_mesh((1,), ("data",))
-      >>> @jax.shard_map(mesh=mesh, in_specs=P("data"), out_specs=P())
-      ... def summed(per_sample):
-      ...     return tx.update(per_sample, tx.init(jnp.zeros(1)), jnp.zeros(1))[0]
-      >>> print(summed(jnp.array([[3.0], [0.5]])))
-      [1.5]
+      >>> grads_fn = jaxdp.per_sample_grads(lambda w, x: w @ x)
+      >>> def step(w, batch):
+      ...     return tx.update(grads_fn(w, batch), tx.init(w), w)[0]
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+      >>> spread = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+      >>> print(spread(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.0, 0.5]])))
+      [0.6 1.3]
 
-    Source: seed of Opacus's `DistributedDPOptimizer` and its kin, which leave the noise to one
-    worker; here all draw the same.
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", algorithm 1, whose sum
+    over the lot runs over all devices here.
     """
     if not axis_names:
         raise ValueError("all_reduce needs the axis along which samples are spread, got none")
