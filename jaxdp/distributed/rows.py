@@ -26,8 +26,8 @@ def data_parallel(devices: int | None = None) -> NamedSharding:
     Example:
       >>> sharding = data_parallel(1)
       >>> batch = jax.device_put(jnp.ones((4, 2)), sharding)
-      >>> sharding.spec
-      PartitionSpec('data',)
+      >>> tuple(sharding.spec)
+      ('data',)
     """
     available = jax.local_device_count()
     count = available if devices is None else devices
@@ -81,8 +81,9 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     spread over it, stays as it is.
 
     Example:
-      >>> spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)["w"].sharding.spec
-      PartitionSpec()
+      >>> state = spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)
+      >>> tuple(state["w"].sharding.spec)
+      ()
     """
 
     def everywhere(leaf: jax.Array) -> jax.Array:
