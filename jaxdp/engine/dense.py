@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 
-from jaxdp.engine.numerics import select_rows, square_sums, weighted_sum, widened
+from jaxdp.engine.numerics import select_rows, square_sums, widened
 from jaxdp.engine.reduction import Batch, LeafLoss, Reduction, Rows, Weigh, stacked
+from jaxdp.engine.sums import weighted_sum
 
 
 def squared_norms(grads: list[jax.Array], mask: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from jaxdp.engine.fused import Fused
 from jaxdp.engine.plan import Plan, one_example
 from jaxdp.engine.reduction import Batch, LeafLoss, Lowering
 from jaxdp.engine.slots import Slots
+from jaxdp.engine.sums import BLOCK
 from jaxdp.engine.taps import Taps, tapped_uses
 
 _FACTORED = {"slots": Slots, "taps": Taps, "fused": Fused}
@@ -41,6 +42,25 @@ def choose(
     gradient keeps. Any other without a budget has slots on the whole batch. An empty batch has
     nothing to factor, and is left to dense.
     """
+    choice = _chosen(
+        method, loss, leaves, batch, microbatch_size=microbatch_size, memory_budget=memory_budget
+    )
+    at_once = min(choice.microbatch_size or batch.mask.shape[0], batch.mask.shape[0])
+    if isinstance(choice.lowering, Taps) and at_once > BLOCK:
+        # Their sum over samples is XLA's, which may be one running total (`engine.sums`).
+        return choice._replace(microbatch_size=BLOCK, reason=f"{choice.reason}; sums in blocks")
+    return choice
+
+
+def _chosen(
+    method: str,
+    loss: LeafLoss,
+    leaves: list[jax.Array],
+    batch: Batch,
+    *,
+    microbatch_size: int | None,
+    memory_budget: int | None,
+) -> Choice:
     if batch.mask.shape[0] == 0:
         return Choice("dense", Dense(loss, leaves), None, "the batch is empty")
     if method == "dense":

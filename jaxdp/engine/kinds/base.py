@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.numerics import square_sums, weighted_sum, widened
+from jaxdp.engine.numerics import square_sums, widened
+from jaxdp.engine.sums import weighted_sum
 from jaxdp.engine.views import Box, Dim, Part, View, place
 from jaxdp.engine.walker import Equation
 
