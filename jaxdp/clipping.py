@@ -40,8 +40,8 @@ from jaxdp.schedules import FloatOrSchedule, checked, value_at
 from jaxdp.trees import prefix_leaves
 from jaxdp.varying import summed_over_devices, untracked_axes, varying_axes
 
-# Below, sums of weighted gradients would underflow where the norms do not, and a sample add more than
-# its threshold: 1.13 times at 1e-18.
+# Below, sums of weighted gradients would underflow where the norms do not, and a sample add more
+# than its threshold: 1.13 times at 1e-18.
 SMALLEST_THRESHOLD = 1e-12
 
 # How far an adaptive threshold may go from where it began. Where over half of the gradients vanish,
@@ -320,7 +320,7 @@ def clip_adaptive(
     `[σ, σ_b]` to the ledger. In the paper's notation σ_b here is 2σ_b there: noise relative to
     the sensitivity, as everywhere in jaxdp.
 
-    C_t stays between C_0/10⁶ and 10⁶·C_0 (and above `SMALLEST_THRESHOLD`). So where gradients vanish,
+    C_t stays between C_0/10⁶ and 10⁶·C_0, and above `SMALLEST_THRESHOLD`: where gradients vanish,
     as on data that is fitted, it stops falling, and when they return it follows them.
 
     Args:

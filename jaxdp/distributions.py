@@ -15,11 +15,11 @@ lie symmetric about both axes, from a third (2⁶⁴ points from two words in fl
 R = (-2 ln V)^(1/2) is exactly N(0, I), and the pair X that is returned lies next to it:
 
 * |X - Z| ≤ 2⁻²⁰|X| + 2⁻²⁷ where R ≤ 7, and ≤ 2⁻¹² where R ≤ 8.5; R > 8.5 has the chance e^(-36.1),
-  below 2⁻⁵². Proof: |r - R| = 2|ln(u/V)| / (r + R), and |ln(u/V)| ≤ 2⁻⁶³/u = 2⁻⁶³ e^(r²/2), which is
-  2⁻²⁷ at r = 7 and 2⁻¹⁰ at 8.5; where r < 1, |r - R| ≤ (2|ln(u/V)|)^(1/2) < 2⁻³⁰. The angle moves
-  by π·2⁻³²·R < 2⁻²⁷·⁵ for R ≤ 7. Arithmetic is the first term, by the lemma below.
+  below 2⁻⁵². Proof: |r - R| = 2|ln(u/V)| / (r + R), and |ln(u/V)| ≤ 2⁻⁶³/u = 2⁻⁶³ e^(r²/2), which
+  is below 2⁻²⁷ at r = 7 and 2⁻¹⁰ at 8.5; where r < 1, |r - R| ≤ (2|ln(u/V)|)^(1/2) < 2⁻³⁰. The
+  angle moves by π·2⁻³²·R < 2⁻²⁷·⁵ for R ≤ 7. The lemma below is the first term.
 * The largest value is (128 ln 2)^(1/2) = 9.42. Zero is never drawn; the smallest size is 2⁻⁶¹·⁸.
-* X and -X have the same chance, exactly, and so have (X, Y) and (Y, X).
+* X and -X have the same chance, exactly, and so have (X, Y) and (-Y, X).
 
 **Lemma.** In float32 the returned x is r cos θ·(1 + ε) with |ε| ≤ 15v < 2⁻²⁰, where v = 2⁻²⁴ bounds
 the relative error of one operation (+, -, ·, /, √, conversion of a word), for every U and θ; in
@@ -53,8 +53,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 _WORD = 2.0**-32
-# Taylor series, cut off where the rest is below the rounding of the precision: of artanh(s)/s in s²,
-# s² ≤ 1/9; of sin(φ)/φ and cos(φ) in φ², φ² ≤ π²/16.
+# Taylor series, cut off where the rest is below the rounding of the precision: of artanh(s)/s in
+# s² ≤ 1/9, of sin(φ)/φ and of cos(φ) in φ² ≤ π²/16.
 _TERMS = {32: (7, 5, 6), 64: (17, 9, 10)}
 
 

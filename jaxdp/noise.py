@@ -256,8 +256,8 @@ def _same_for_all(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 def _least_power(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
-    # Minimises Σ n_k s_k² at Σ (Δ_k/s_k)² = 1, by Lagrange: s_k² ∝ Δ_k/√n_k. Relative to the largest
-    # Δ, roots taken apart.
+    # Minimises Σ n_k s_k² at Σ (Δ_k/s_k)² = 1, by Lagrange: s_k² ∝ Δ_k/√n_k. Relative to the
+    # largest Δ, roots taken apart.
     roots = jnp.sqrt(jnp.maximum(sizes, 1))
     largest = jnp.max(sensitivity)
     total = jnp.sum(sensitivity / jnp.where(largest > 0, largest, 1) * roots)

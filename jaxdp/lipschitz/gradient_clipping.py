@@ -159,8 +159,9 @@ def track_quantile(
     checked("expected_batch_size", expected_batch_size)
 
     def init(params: Any) -> TrackQuantileState:
-        lowest = jax.tree.map(lambda leaf: adaptive_limits(leaf)[0], params)
-        return TrackQuantileState(lowest, jax.tree.map(lambda leaf: adaptive_limits(leaf)[1], params))
+        limits = [adaptive_limits(leaf) for leaf in jax.tree.leaves(params)]
+        unflatten = jax.tree.structure(params).unflatten
+        return TrackQuantileState(*map(unflatten, zip(*limits, strict=True)))
 
     def update(
         updates: Any, state: TrackQuantileState, params: Any = None
