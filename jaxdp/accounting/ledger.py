@@ -14,7 +14,7 @@ Example:
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import dp_accounting
@@ -171,7 +171,7 @@ class Ledger(Record):
         accountant: AccountantName = "pld",
         neighboring_relation: RelationName = "add_or_remove_one",
         at_most: int = 10_000_000,
-        draws: Iterable[Draws] = (),
+        draws: Sequence[Draws] = (),
     ) -> int:
         """How many more steps of one kind fit into a privacy budget.
 
@@ -261,7 +261,7 @@ class Ledger(Record):
         try:
             data = check_keys("ledger", parse(text), {"format", "version", "closed", "current"})
             version = data["version"]
-            known = version in (_BEFORE_DRAWS, _VERSION) and not isinstance(version, bool)
+            known = version in (_BEFORE_DRAWS, _VERSION) and type(version) is int
             if data["format"] != _FORMAT or not known:
                 found = data["format"], version
                 raise ValueError(

@@ -8,7 +8,7 @@ Example:
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -95,7 +95,7 @@ class Record:
         noise_multiplier: NoiseMultiplier,
         sampling: SamplingScheme,
         steps: int = 1,
-        draws: Iterable[Draws] = (),
+        draws: Sequence[Draws] = (),
     ) -> Self:
         """Returns a ledger with `steps` more executed steps.
 
@@ -127,7 +127,9 @@ class Record:
             check_scheme(sampling)
             check_draws(draws)
             return self
-        entry = LedgerEntry(as_noise_multipliers(noise_multiplier), sampling, steps, tuple(draws))
+        entry = LedgerEntry(
+            as_noise_multipliers(noise_multiplier), sampling, steps, draws
+        )
         drawn = joined(self.draws, entry.draws)
         return type(self)(self.closed, appended(self.current, entry), drawn)
 
@@ -135,7 +137,7 @@ class Record:
         self,
         epsilon: float,
         sampling: PoissonSampling | None = None,
-        draws: Iterable[Draws] = (),
+        draws: Sequence[Draws] = (),
     ) -> Self:
         """Returns a ledger with one more release that is (ε, 0)-differentially private.
 
@@ -159,7 +161,7 @@ class Record:
             >>> Record().charge_pure(0.5).steps
             0
         """
-        entry = PureRelease(epsilon, sampling, tuple(draws))
+        entry = PureRelease(epsilon, sampling, draws)
         return type(self)(self.closed, (*self.current, entry), joined(self.draws, entry.draws))
 
     def merge(self, other: "Record") -> Self:
