@@ -17,7 +17,6 @@ $$ \sigma_{\text{eff}} = \Bigl( \sum_k (\Delta_k / s_k)^2 \Bigr)^{-1/2}, $$
 with n_k the number of entries of group k and S = Σ_j Δ_j·√n_j.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -142,23 +141,6 @@ def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:
 
     states = jax.tree.leaves(opt_state, is_leaf=releases)
     return [state.noise_multiplier for state in states if releases(state)]
-
-
-def noise_draws(opt_state: optax.OptState) -> tuple[tuple[str, str, int], ...]:
-    """Which noise comes next: (purpose, fingerprint of the key, step) of everything noised."""
-
-    def releases(state: Any) -> bool:
-        return hasattr(state, "noise_multiplier")
-
-    states = [s for s in jax.tree.leaves(opt_state, is_leaf=releases) if releases(s)]
-    return tuple(
-        (
-            "gradient noise" if isinstance(state, AddNoiseState) else "count noise",
-            hashlib.sha256(np.asarray(jax.random.key_data(state.key)).tobytes()).hexdigest(),
-            int(state.step),
-        )
-        for state in states
-    )
 
 
 def _whole(is_last: ArrayLike) -> jax.Array:

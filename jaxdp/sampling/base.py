@@ -1,6 +1,5 @@
 """What all samplers share: physical batches, and draws that are functions of (seed, step)."""
 
-import hashlib
 import itertools
 import secrets
 from abc import ABC, abstractmethod
@@ -121,11 +120,6 @@ class Sampler(ABC):
                 f"Choose a physical batch that is a multiple of {parts}."
             )
         return _packed(members, ranges, self.physical_batch_size // parts)
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the seed without telling it: SHA-256, 64 hex digits."""
-        return hashlib.sha256(f"jaxdp sampler seed\n{self.seed}".encode()).hexdigest()
 
     def draws(self, step: int, count: int = 1) -> tuple[Draws, ...]:
         """What a ledger must know of the random numbers behind a step's batch.
