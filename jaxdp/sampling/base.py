@@ -1,5 +1,6 @@
 """What all samplers share: physical batches, and draws that are functions of (seed, step)."""
 
+import hashlib
 import itertools
 import secrets
 from abc import ABC, abstractmethod
@@ -120,6 +121,22 @@ class Sampler(ABC):
                 f"Choose a physical batch that is a multiple of {parts}."
             )
         return _packed(members, ranges, self.physical_batch_size // parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the seed without telling it: SHA-256, 64 hex digits.
+
+        Of the seed alone: samplers that share it, of another rate or size, draw batches that depend
+        on each other. It cannot be turned back, but a guess can be checked: a small seed is found
+        by trying them all, one of 128 bits from the system is not.
+
+        Example:
+            >>> from jaxdp.sampling import FixedSizeSampler
+            >>> one, other = (FixedSizeSampler(9, batch_size=b, seed=1) for b in (2, 3))
+            >>> one.fingerprint == other.fingerprint, len(one.fingerprint)
+            (True, 64)
+        """
+        return hashlib.sha256(f"jaxdp sampler seed\n{self.seed}".encode()).hexdigest()
 
     def draws(self, step: int, count: int = 1) -> tuple[Draws, ...]:
         """What a ledger must know of the random numbers behind a step's batch.
