@@ -127,9 +127,7 @@ class Record:
             check_scheme(sampling)
             check_draws(draws)
             return self
-        entry = LedgerEntry(
-            as_noise_multipliers(noise_multiplier), sampling, steps, draws
-        )
+        entry = LedgerEntry(as_noise_multipliers(noise_multiplier), sampling, steps, draws)
         drawn = joined(self.draws, entry.draws)
         return type(self)(self.closed, appended(self.current, entry), drawn)
 
