@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxdp.accounting.checks import check_integer
+from jaxdp.accounting.draws import BATCHES, Draws
 from jaxdp.accounting.schemes import SamplingScheme
 
 _SEED_BITS = 128
@@ -136,6 +137,32 @@ class Sampler(ABC):
             (True, 64)
         """
         return hashlib.sha256(f"jaxdp sampler seed\n{self.seed}".encode()).hexdigest()
+
+    def draws(self, step: int, count: int = 1) -> tuple[Draws, ...]:
+        """What a ledger must know of the random numbers behind a step's batch.
+
+        Two steps with the same batch are not independent, so a ledger that was charged with these
+        refuses them a second time. They are of the seed: samplers of another rate, size or kind
+        with the same seed draw batches that are alike, and count as the same.
+
+        Args:
+            step: number of the first step, ≥ 0.
+            count: how many steps, ≥ 1.
+
+        Returns:
+            The draws of these steps, for `Ledger.charge(..., draws=...)`.
+
+        Raises:
+            TypeError: an argument is no integer.
+            ValueError: an argument is out of range.
+
+        Example:
+            >>> from jaxdp.sampling import FixedSizeSampler
+            >>> [drawn] = FixedSizeSampler(100, batch_size=5, seed=1).draws(7)
+            >>> drawn.purpose, drawn.first, drawn.count
+            ('batches', 7, 1)
+        """
+        return (Draws(BATCHES, self.fingerprint, _check_step(step), count),)
 
     def part(self, index: int, parts: int) -> range:
         """The examples of one part of the data: contiguous, and of the same number up to one.

@@ -346,8 +346,8 @@ def selecting(**changes: Any) -> Any:
         (selecting(candidates=1.0), ValueError, "candidates must be a sequence of numbers"),
         (selecting(candidates=[]), ValueError, "candidates must be a sequence of numbers"),
         (selecting(quantile=1.0), ValueError, "quantile must be in .0, 1., got 1.0"),
-        (selecting(expected_count=0.0), ValueError, "expected_count must be finite and above 0"),
-        (selecting(epsilon=0.0), ValueError, "epsilon must be finite and above 0"),
+        (selecting(expected_count=0.0), ValueError, "expected_count must be finite, > 0"),
+        (selecting(epsilon=0.0), ValueError, "epsilon must be finite, > 0"),
         (lambda: COUNTS(3, 1.0, [1.0], leaf=LEAF), TypeError, "loss_fn must be a function"),
         (lambda: COUNTS(loss_fn, 1.0, [2.0, 1.0], leaf=LEAF), ValueError, "ascending"),
         (
