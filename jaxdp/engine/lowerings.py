@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdp.coupling import BatchStatisticsError
 from jaxdp.engine import effects
+from jaxdp.engine.batch_of_one import own_statistics
 from jaxdp.engine.dense import Dense
 from jaxdp.engine.fused import Fused
 from jaxdp.engine.plan import Plan, one_example, trace
@@ -44,7 +46,7 @@ def choose(
 
     Raises:
       ValueError: what the loss does besides computing on one example is not understood
-        (`engine.effects`); one sample exceeds the budget.
+        (`engine.effects`); it normalises over a batch; one sample exceeds the budget.
     """
     if batch.mask.shape[0] == 0:
         return Choice("dense", Dense(loss, leaves), None, "the batch is empty")
@@ -54,6 +56,8 @@ def choose(
     if microbatch_size == 1:
         harmless.add("alone")
     effects.check(program, loss, leaves, batch, harmless)
+    for eqn in own_statistics(program, len(leaves)):
+        raise BatchStatisticsError.at(eqn.source)
     if method == "dense":
         candidates: dict[str, Lowering] = {"dense": Dense(loss, leaves)}
     else:
