@@ -41,6 +41,7 @@ RESULT = Result(
     epsilon=2.98765,
     noise_multiplier=1.23456,
     steps=1234,
+    stopped_by="steps",
     history=[row(10, 0.25, 1.0), row(20, 0.5, 2.0), row(30, 0.8125, 2.98765)],
     assumptions={"sampling": "Poisson, rate 0.1 per step", "randomness": f"seed {SECRET}"},
 )
