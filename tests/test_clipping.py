@@ -348,18 +348,18 @@ MISUSES: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "count noise": (
         lambda: helpers.adaptive(1.0, count_noise_multiplier=-1.0),
         ValueError,
-        "count_noise_multiplier must be finite and at least 0, got .*=-1.0",
+        "count_noise_multiplier must be finite, >= 0, got -1.0",
     ),
     "batch size": (
         lambda: helpers.adaptive(1.0, expected_batch_size=0.0),
         ValueError,
-        "expected_batch_size must be finite and above 0",
+        "expected_batch_size must be finite, > 0",
     ),
     "learning rate": (
         lambda: helpers.adaptive(1.0, learning_rate=0.0), ValueError, "learning_rate must be"
     ),
     "stability": (
-        lambda: jaxdp.clip_automatic(stability=0.0), ValueError, "stability must be .* above 0"
+        lambda: jaxdp.clip_automatic(stability=0.0), ValueError, "stability must be .* > 0"
     ),
 }
 
@@ -385,7 +385,7 @@ def test_misuse_is_told_with_name_rule_and_value(misuse: str) -> None:
     ],
 )
 def test_a_threshold_must_be_a_finite_number_above_zero(make: Any, threshold: float) -> None:
-    with pytest.raises(ValueError, match=r"threshold.* must be finite and above 0, got"):
+    with pytest.raises(ValueError, match=r"threshold.* must be finite, > 0, got"):
         make(threshold)
 
 

@@ -406,9 +406,9 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: S(5, batch_size=1, seed=1).draw(-1), ValueError, "step must be at least 0, got -1"),
     (lambda: F(5, batch_size=1, seed=1).draw(0.0), TypeError, "step must be an integer, got 0.0"),
     (lambda: F(5, batch_size=1, seed=1).batches(-2), ValueError, "step must be at least 0, got -2"),
-    (lambda: sampling.sampler_from_dict(None), ValueError, "sampler kind must be 'poisson' or"),
+    (lambda: sampling.sampler_from_dict(None), TypeError, "sampler kind must be 'poisson' or"),
     (lambda: sampling.sampler_from_dict({"kind": "sobol"}), ValueError, "got 'sobol'"),
-    (lambda: sampling.sampler_from_dict({"kind": []}), ValueError, "sampler kind must be"),
+    (lambda: sampling.sampler_from_dict({"kind": []}), TypeError, "sampler kind must be"),
     (lambda: sampling.sampler_from_dict({"kind": "poisson"}), ValueError, "sampler must be a map"),
     (
         lambda: sampling.sampler_from_dict(F(5, batch_size=1, seed=1).to_dict() | {"seed": None}),

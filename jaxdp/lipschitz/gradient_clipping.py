@@ -7,13 +7,14 @@ epochs instead.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxdp.clipping import adaptive_limits
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
 from jaxdp.lipschitz.rules.registry import PullBack
@@ -104,6 +105,18 @@ def adaptive_gradient_clip(initial: float = 1.0) -> Layer:
     return Layer(init=lambda key: {"clip_value": initial * jnp.ones(())}, apply=apply)
 
 
+class TrackQuantileState(NamedTuple):
+    """State of `track_quantile`.
+
+    Attributes:
+      lowest: the least value of each threshold, like the thresholds.
+      highest: the largest value of each threshold, like the thresholds.
+    """
+
+    lowest: Any
+    highest: Any
+
+
 def track_quantile(
     quantile: float = 0.5, *, learning_rate: float = 0.2, expected_batch_size: float
 ) -> optax.GradientTransformation:
@@ -112,7 +125,8 @@ def track_quantile(
     $$ C \leftarrow C \exp(-\eta (\tilde b - \gamma)), \qquad
        \tilde b = \tfrac12 + \tfrac1B \Bigl( \sum_i (b_i - \tfrac12) + \text{noise} \Bigr) $$
 
-    with b_i whether sample i was not clipped.
+    with b_i whether sample i was not clipped. C stays between a millionth and a million times its
+    value at `init`: where cotangents vanish it stops falling, and when they return it follows them.
 
     Args:
       quantile: γ in (0, 1), of the norms, where C is to be.
@@ -144,20 +158,30 @@ def track_quantile(
     checked("learning_rate", learning_rate)
     checked("expected_batch_size", expected_batch_size)
 
-    def update(updates: Any, params: Any) -> Any:
+    def init(params: Any) -> TrackQuantileState:
+        limits = [adaptive_limits(leaf) for leaf in jax.tree.leaves(params)]
+        unflatten = jax.tree.structure(params).unflatten
+        return TrackQuantileState(*map(unflatten, zip(*limits, strict=True)))
+
+    def update(
+        updates: Any, state: TrackQuantileState, params: Any = None
+    ) -> tuple[Any, TrackQuantileState]:
         if params is None:
             raise ValueError(
                 "track_quantile needs the parameters, got None: call "
                 "tx.update(updates, state, params)"
             )
 
-        def moved(count: jax.Array, clip_value: jax.Array) -> jax.Array:
+        def moved(
+            count: jax.Array, clip_value: jax.Array, lowest: jax.Array, highest: jax.Array
+        ) -> jax.Array:
             kept = 0.5 + count / expected_batch_size
-            return clip_value * jnp.expm1(-learning_rate * (kept - quantile))
+            target = clip_value * jnp.exp(-learning_rate * (kept - quantile))
+            return jnp.clip(target, lowest, highest) - clip_value
 
-        return jax.tree.map(moved, updates, params)
+        return jax.tree.map(moved, updates, params, state.lowest, state.highest), state
 
-    return optax.stateless(update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 @jax.custom_vjp

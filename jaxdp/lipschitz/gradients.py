@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxdp.bounded import Bounded
-from jaxdp.clipping import clip_per_layer
+from jaxdp.clipping import check_threshold, clip_per_layer
 from jaxdp.engine.numerics import select_rows, square_sums
 from jaxdp.engine.reduction import Batch, zero_sum
 from jaxdp.engine.sharded import on_each_device, row_sharding
 from jaxdp.lipschitz.bounds import input_limits, is_float, leaf_bounds
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, Problem, check_function, pose, taken_apart, with_gradient
-from jaxdp.schedules import checked
 from jaxdp.trees import prefix_leaves
 from jaxdp.varying import sample_axes
 
@@ -190,5 +189,5 @@ def _caps(thresholds: Any, params: Any) -> list[float]:
     caps = prefix_leaves("thresholds", thresholds, params)
     for cap in caps:
         if cap != math.inf:
-            checked("thresholds", cap)
+            check_threshold("thresholds", cap)
     return caps
