@@ -163,7 +163,9 @@ def write_plot(path: Path, config: Config, dataset: Dataset, result: Result) -> 
     left = figure.subplots()
     right = left.twinx()
     (accuracy_line,) = left.plot(epochs, accuracies, color="tab:blue", marker="o", markersize=3)
-    (epsilon_line,) = right.plot(epochs, epsilons, color="tab:orange", linestyle="--")
+    (epsilon_line,) = right.plot(
+        epochs, epsilons, color="tab:orange", linestyle="--", marker="o", markersize=3
+    )
     left.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100), xlim=(0, None))
     right.set(ylabel=f"ε spent (δ = {config.delta:g})", ylim=(0, None))
     spent = f"ε = {rounded_up(result.epsilon, 2)}"

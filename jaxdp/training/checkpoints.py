@@ -155,7 +155,12 @@ class Checkpoints:
           ValueError: the checkpoint is damaged.
         """
         newest = self._newest()
-        return None if newest is None else sampler_from_dict(self._run(newest)["sampler"])
+        if newest is None:
+            return None
+        try:
+            return sampler_from_dict(self._run(newest)["sampler"])
+        except TypeError as error:
+            raise self._damaged(newest, error) from error
 
     def configuration(self) -> Any:
         """The configuration in the newest checkpoint, or None where there is none.
@@ -253,7 +258,7 @@ class Checkpoints:
                 raise ValueError(
                     f"run.json holds {run['format']} {run['version']} of step {run['step']}"
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise self._damaged(place, error) from error
         return run
 
