@@ -77,9 +77,9 @@ class Equation:
         own = source_info_util.summarize(self._eqn.source_info)
         return own if own or self._caller is None else self._caller.source
 
-    def bind(self, values: Sequence[Any]) -> list[Any]:
-        """The primitive applied to these values."""
-        params = self._eqn.primitive.get_bind_params(self.params)
+    def bind(self, values: Sequence[Any], **changed: Any) -> list[Any]:
+        """The primitive applied to these values, with other parameters where these are given."""
+        params = self._eqn.primitive.get_bind_params({**self.params, **changed})
         with self._eqn.ctx.manager:
             outputs = self._eqn.primitive.bind(*values, **params)
         return list(outputs) if self._eqn.primitive.multiple_results else [outputs]
