@@ -1,6 +1,5 @@
 """The dense lowering, and what every lowering goes through: a batch whole or in microbatches."""
 
-import math
 from typing import Any
 
 import jax
