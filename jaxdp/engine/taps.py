@@ -23,20 +23,23 @@ Source: Lee and Kifer 2021, "Scaling up Differentially Private Deep Learning wit
 Gradient Clipping" (a second, reweighted pass).
 """
 
+import math
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import Precision
 
 from jaxdp.engine import instrument, views
-from jaxdp.engine.assemble import LeafGradients, assemble
+from jaxdp.engine.assemble import LeafGradients, assemble, joined_norms
 from jaxdp.engine.instrument import Taps as TapsAt
 from jaxdp.engine.kinds.base import Site, Target
-from jaxdp.engine.numerics import accumulation_dtype
+from jaxdp.engine.numerics import accumulation_dtype, held
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
+from jaxdp.engine.rounding import ROOT, lost, rounded_up
 from jaxdp.engine.settle import nothing_seen, settle
 from jaxdp.engine.sites import Use
 from jaxdp.engine.slots import Slots, with_twins, zero_slots
@@ -98,10 +101,10 @@ class Taps(NamedTuple):
         _, cotangents, seen = pull_back((seed, jax.tree.map(jnp.zeros_like, gates)))
         cotangents = with_twins(slotted, cotangents)
         gradients = assemble(plan.program, slotted, self.leaves, captures, cotangents)
-        squared = stacked(_squared_norms(gradients, tapped, seen, count), part.mask)
+        norms = stacked(_certified_norms(gradients, tapped, seen, count), part.mask)
         sums = []
         if weigh is not None:
-            weights = weigh.of(squared, part)
+            weights = weigh.of(norms, part)
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
             # Behind a barrier: XLA would see that both passes have the same cotangents, and keep
             # those of the first.
@@ -109,7 +112,7 @@ class Taps(NamedTuple):
             totals, _, _ = pull_back((seed, _opened(gates, tapped, weights)))
             for number, total in totals.items():
                 _add_to_leaves(sums, tapped[number], total)
-        return Reduction(sums, squared, losses, aux)
+        return Reduction(sums, norms, losses, aux)
 
 
 def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool) -> dict[int, Use]:
@@ -154,18 +157,27 @@ def _can_be_tapped(use: Use, leaves: list[Any], one_weight: bool) -> bool:
     return not (shared or half or several)
 
 
-def _squared_norms(
+def _certified_norms(
     gradients: list[LeafGradients],
     tapped: Mapping[int, Use],
     seen: Mapping[int, jax.Array],
     count: int,
 ) -> list[jax.Array]:
     """`[B]` for every leaf, from its slots and its taps."""
-    columns = [leaf.squared_norms(count) for leaf in gradients]
+    slotted = [leaf.certified_norms(count) for leaf in gradients]
+    found = [
+        [column] if leaf.pieces else [] for leaf, column in zip(gradients, slotted, strict=True)
+    ]
     for number, use in tapped.items():
+        steps = math.prod(use.lengths)
         for column, part in enumerate(use.view or ()):
-            columns[part.source] += seen[number][:, column].astype(columns[part.source].dtype)
-    return columns
+            # Squares of all steps of the loops, which the backward pass added up.
+            norms = rounded_up(jnp.sqrt(seen[number][:, column]), steps // 2 + 1 + ROOT)
+            found[part.source].append(norms)
+    return [
+        joined_norms(pieces, column.dtype) if pieces else column
+        for pieces, column in zip(found, slotted, strict=True)
+    ]
 
 
 def _opened(
@@ -175,7 +187,7 @@ def _opened(
 
     def of_use(use: Use, gate: jax.Array) -> jax.Array:
         # Where a use has several leaves, their weights are equal (`tapped_uses`).
-        weight = weights[:, min(use.sources)].astype(gate.dtype)
+        weight = held(weights[:, min(use.sources)].astype(gate.dtype))
         opened = jnp.broadcast_to(weight.reshape(-1, *[1] * (gate.ndim - 1)), gate.shape)
         return vary(opened, varying_axes(gate))
 
@@ -210,10 +222,16 @@ def _tap(
     output, *rest = use.eqn.bind(of_sample)
     # The gate is made of the accumulator, which is zero, since that is mapped over the samples.
     closed = jnp.sum(jax.lax.stop_gradient(accumulator))
-    by_parameter, gate = _gated(use.eqn.bind(of_parameter)[0], closed)
+    by_parameter, gate = _gated(use.eqn.bind(of_parameter, **_precise(use))[0], closed)
     operands = jax.tree.map(jax.lax.stop_gradient, instrument.captured(use, values))
     output = _watched(use, instrument.attach(output, by_parameter), operands, accumulator)
     return [output, *rest], [gate]
+
+
+def _precise(use: Use) -> dict[str, Any]:
+    """The gradient with respect to the parameter in the precision that its norm is certified for
+    (`engine.rounding`), whatever precision the model asks of its products."""
+    return {"precision": (Precision.HIGHEST,) * 2} if "precision" in use.eqn.params else {}
 
 
 @jax.custom_vjp
@@ -276,17 +294,15 @@ def _norms_of_one(use: Use, operands: list[Any], cotangent: jax.Array) -> jax.Ar
 
 
 def _norms(use: Use, operands: list[jax.Array], cotangent: jax.Array) -> jax.Array:
-    """The same for a batch, `[B, parts]`, at one step of the enclosing scans."""
+    """The same for a batch, `[B, parts]`, at one step of the enclosing scans; for a sum that
+    another pass computes."""
     assert use.kind is not None
     columns = []
     for part in use.view or ():
         here = part._replace(loops=())
         site = Site(use.eqn, use.operand, (), operands, cotangent)
         factor = use.kind.factor(site, here, Target.whole(here.shape))
-        squared = factor.prepared().squared_norms()
-        if factor.method != "outer product":
-            # The sum comes from another pass with other rounding errors, so that where terms
-            # cancel it may be larger than what is seen here.
-            squared += 4 * jnp.finfo(squared.dtype).eps * factor.spread()
-        columns.append(squared.astype(accumulation_dtype(use.aval.dtype)))
+        norms = factor.certified_norms_elsewhere()
+        squares = jnp.square(norms) + lost(2, norms.dtype)
+        columns.append(squares.astype(accumulation_dtype(use.aval.dtype)))
     return jnp.stack(columns, axis=1)

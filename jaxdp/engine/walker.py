@@ -122,9 +122,9 @@ class Equation:
         """Whether its primitive is not one of JAX's own, so that nobody knows what it means."""
         return not _is_of_jax(self._eqn.primitive)
 
-    def bind(self, values: Sequence[Any]) -> list[Any]:
-        """The primitive applied to these values."""
-        params = self._eqn.primitive.get_bind_params(self.params)
+    def bind(self, values: Sequence[Any], **changed: Any) -> list[Any]:
+        """The primitive applied to these values, with other parameters where these are given."""
+        params = self._eqn.primitive.get_bind_params({**self.params, **changed})
         with self._eqn.ctx.manager:
             outputs = self._eqn.primitive.bind(*values, **params)
         return list(outputs) if self._eqn.primitive.multiple_results else [outputs]
