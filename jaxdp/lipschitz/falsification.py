@@ -116,7 +116,7 @@ def falsify(
 
     @jax.jit
     def found(params: Any) -> list[jax.Array]:
-        return leaf_bounds(pose_one(loss_fn, params, example, kwargs, trainable), limits)[0]
+        return leaf_bounds(pose_one(loss_fn, params, example, kwargs, trainable), limits).bounds
 
     @jax.jit
     def norms(batch: Any) -> jax.Array:
