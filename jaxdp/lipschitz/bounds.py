@@ -175,7 +175,7 @@ class LeafBounds(NamedTuple):
         """See `Bounds`."""
         if not any(known_infinite(bound) for bound in self.bounds):
             return ""
-        return culprit(self.tape, self.cotangents) or "a parameter is not finite"
+        return culprit(self.tape, self.cotangents) or "of a branch or a derivative of its own"
 
 
 def known_infinite(bound: Cotangent) -> bool:

@@ -92,29 +92,34 @@ def pull_back(tape: Tape, outputs: Sequence[Value], bounds: Sequence[Cotangent])
 
 
 def culprit(tape: Tape, cotangents: Cotangents) -> str:
-    """What made a bound infinite, in words: the first equation whose result may be infinite or NaN
-    though its operands are not, if what has an infinite cotangent meets it, or else the one behind
-    which a cotangent is not bounded any more. "" where the bounds are traced."""
-
-    def infinite(bound: Cotangent) -> bool | None:
-        if bound is None or isinstance(bound, jax.core.Tracer):
-            return False
-        return not np.isfinite(bound)
-
+    """What made the bound on a cotangent infinite, in words, with its place: an equation that is
+    arbitrarily steep, or one whose result may be infinite or NaN though its operands are not.
+    "" where the bounds are traced."""
+    makers = {id(output): step for step in tape for output in step.outputs}
     for step in reversed(tape):
-        if not any(infinite(cotangents[value]) for value in step.operands):
+        if any(_infinite(cotangents[value]) for value in step.outputs):
             continue
-        if any(infinite(cotangents[value]) for value in step.outputs):
+        if not any(_infinite(cotangents[value]) for value in step.operands):
             continue
-        if any(infinite(value.norm) for value in step.operands):
-            break
-        return f"{step.name} ({step.source}) can be arbitrarily steep"
-    for step in tape:
-        if any(infinite(value.norm) for value in step.outputs) and not any(
-            infinite(value.norm) for value in step.operands
-        ):
-            return f"{step.name} ({step.source}) may give what is infinite or no number"
+        suspects = [value for value in step.operands if _infinite(value.norm)]
+        if not suspects:
+            return f"{step.name} ({step.source}) can be arbitrarily steep"
+        (suspect, *_) = suspects
+        while (maker := makers.get(id(suspect))) is not None:
+            before = [value for value in maker.operands if _infinite(value.norm)]
+            if not before:
+                return f"{maker.name} ({maker.source}) may give what is infinite or no number"
+            (suspect, *_) = before
+        if suspect.array is None:
+            return f"{step.name} ({step.source}) is given numbers that have no bound"
+        return f"{step.name} ({step.source}) meets parameters or constants that are not finite"
     return ""
+
+
+def _infinite(bound: Cotangent) -> bool:
+    """As far as it is known outside of compiled code."""
+    traced = bound is None or isinstance(bound, jax.core.Tracer)
+    return not traced and not np.isfinite(np.asarray(bound))
 
 
 def _evaluate(
