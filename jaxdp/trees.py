@@ -5,9 +5,7 @@ from typing import Any
 import jax
 
 
-def prefix_leaves(
-    name: str, prefix: Any, tree: Any, whole: str = "the parameters"
-) -> list[Any]:
+def prefix_leaves(name: str, prefix: Any, tree: Any, whole: str = "the parameters") -> list[Any]:
     """The value that `prefix` gives to each leaf of `tree`, in the order of its leaves.
 
     Args:

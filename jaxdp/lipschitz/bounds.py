@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxdp.engine import walker
 from jaxdp.lipschitz.propagation import Cotangents, Step, Tape, culprit, propagate, pull_back
@@ -141,8 +142,8 @@ def bounds(
     limits = input_limits(input_bound, example)
     found = leaf_bounds(problem, limits)
     return Bounds(
-        problem.tree(found.bounds, lambda leaf: jnp.zeros(())),
-        dict(zip(problem.names, map(jnp.asarray, found.bounds), strict=True)),
+        problem.tree(found.arrays, lambda leaf: jnp.zeros(())),
+        dict(zip(problem.names, found.arrays, strict=True)),
         found.layers,
         {name: limits[index] for index, name in float_leaves(example).items()},
         found.reason(),
@@ -171,6 +172,11 @@ class LeafBounds(NamedTuple):
     tape: Tape
     cotangents: Cotangents
 
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """The bounds as arrays."""
+        return [jnp.asarray(bound, jnp.float32) for bound in self.bounds]
+
     def reason(self) -> str:
         """See `Bounds`."""
         if not any(known_infinite(bound) for bound in self.bounds):
@@ -180,7 +186,7 @@ class LeafBounds(NamedTuple):
 
 def known_infinite(bound: Cotangent) -> bool:
     """Whether it is infinite, as far as that is known outside of compiled code."""
-    return not isinstance(bound, jax.core.Tracer) and not np.isfinite(np.asarray(bound))
+    return not isinstance(bound, Tracer) and not np.isfinite(np.asarray(bound))
 
 
 def leaf_bounds(problem: Problem, limits: list[float]) -> LeafBounds:
@@ -251,8 +257,7 @@ def input_limits(input_bound: Any, example: Any) -> list[float]:
                 "example, with math.inf for what is not to be scaled, as targets"
             )
     return [
-        _limit(number.value) if index in names else math.inf
-        for index, number in enumerate(which)
+        _limit(number.value) if index in names else math.inf for index, number in enumerate(which)
     ]
 
 
@@ -274,7 +279,8 @@ def _limit(value: Any) -> float:
     limit = float(value)
     if not (limit == 0 or limit >= SHORTEST):
         raise ValueError(
-            f"input_bound must hold norms that are 0 or at least {SHORTEST:g}, got {limit}. {advice}"
+            f"input_bound must hold norms that are 0 or at least {SHORTEST:g}, got {limit}. "
+            + advice
         )
     return limit
 

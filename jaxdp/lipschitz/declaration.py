@@ -125,9 +125,7 @@ def _side_by_side(declared: _Declared) -> BoundRule:
             for value, shape in zip(values, declared.shapes, strict=True)
         ]  # fmt: skip
         ranges, pull_back = declared.registered.rule(eqn, one)
-        ranges = [
-            each._replace(norm=times(math.sqrt(calls), each.norm)) for each in ranges
-        ]
+        ranges = [each._replace(norm=times(math.sqrt(calls), each.norm)) for each in ranges]
 
         def back(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
             mapped = 1.0 if declared.linear else math.sqrt(calls)

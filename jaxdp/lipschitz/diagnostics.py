@@ -124,7 +124,7 @@ def _compared(
     limits = input_limits(input_bound, batch)
     found = leaf_bounds(problem, limits)
     refuse_infinite(found, [math.inf] * len(problem.names), problem.names)
-    bounds = found.bounds
+    bounds = found.arrays
     examples, counted = admitted(problem.batch.examples, problem.batch.mask, limits)
     grads_fn = per_sample_grads(lambda leaves, example: problem.loss(leaves, example)[0])
     norms = norms_of(grads_fn(problem.leaves, examples, counted))

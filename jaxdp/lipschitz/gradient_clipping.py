@@ -26,9 +26,10 @@ from jaxdp.schedules import checked
 
 
 def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
-    r"""x; on the way back, the cotangent g of this one example is $g \min(1, C/\lVert g\rVert_2)$.
+    r"""x; on the way back, the cotangent g of this one example is $g \min(1, C/\lVert g\rVert_2)$,
+    and zero where g is not finite.
 
-    A cotangent that is not finite becomes zero. So the bound on all gradients below becomes small, at the price of a bias where it acts. C is
+    So the bound on all gradients below becomes small, at the price of a bias where it acts. C is
     in the unit of one example's gradient: under `jax.vmap`, as here, each example is clipped
     alone, and no mean divides it before.
 

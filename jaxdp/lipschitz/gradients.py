@@ -104,8 +104,8 @@ def bounded_grads(
         refuse_infinite(found, caps, problem.names)
         # A clip needs a threshold above zero, which a bound is not where a leaf is not used.
         sensitivity = [
-            jnp.asarray(bound) if cap == math.inf else jnp.clip(bound, _LEAST, cap)
-            for bound, cap in zip(found.bounds, caps, strict=True)
+            bound if cap == math.inf else jnp.clip(bound, _LEAST, cap)
+            for bound, cap in zip(found.arrays, caps, strict=True)
         ]
         loose = [cap < math.inf for cap in caps]
 

@@ -23,7 +23,7 @@ from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
 from jaxdp.lipschitz.operator_norm import convolution_norm, patch_multiplicity
 from jaxdp.lipschitz.projections import onto_ball, onto_spectral_ball, orthogonal
-from jaxdp.lipschitz.rounding import gamma
+from jaxdp.lipschitz.rounding import gamma, times
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
 from jaxdp.nn.composition import LayerLike, combined, function
@@ -386,8 +386,9 @@ def _blocks(x: jax.Array, window: Sequence[int]) -> tuple[jax.Array, tuple[int, 
 def _through(bound: Cotangent, x: Value, gain: float) -> Cotangent:
     """The cotangent behind a layer that multiplies it by entries of x on the way: infinite where
     that may overflow."""
-    product = scaled(bound, x.norm)
-    return product if product is None else scaled(bound, gain) + 0 * product
+    if bound is None:
+        return None
+    return times(bound, gain) + 0 * times(bound, x.norm)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxdp.accounting.checks import check_real
@@ -281,15 +282,15 @@ def _checked_label(label: Any, classes: int) -> jax.Array:
     dtype, shape = jnp.result_type(label), tuple(jnp.shape(label))
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(
-            f"label must be one integer, got dtype {dtype}. Convert it (astype), and one-hot labels "
-            "with jnp.argmax."
+            f"label must be one integer, got dtype {dtype}. Convert it (astype), and one-hot "
+            "labels with jnp.argmax."
         )
     if shape:
         raise ValueError(
             f"label must be one integer, got shape {shape}. Give one label for each example, and "
             "one-hot labels as jnp.argmax of them."
         )
-    if not isinstance(label, jax.core.Tracer) and not 0 <= int(label) < classes:
+    if not isinstance(label, Tracer) and not 0 <= int(label) < classes:
         raise ValueError(
             f"label must be in 0..{classes - 1}, got {int(label)}. Count classes from zero, one "
             "logit for each."
@@ -453,9 +454,7 @@ def _kantorovich_rubinstein(proportions: tuple[float, ...]) -> Callable[..., jax
         math.hypot(*(own[k] if k == label else other[k] for k in range(count))) for label in labels
     ]
     slope, reach = max(norms) / count, max(own + other)
-    return _declared(
-        kantorovich_rubinstein, lambda _: slope, count=count, reach=reach, at_zero=0
-    )
+    return _declared(kantorovich_rubinstein, lambda _: slope, count=count, reach=reach, at_zero=0)
 
 
 def _public(proportions: Sequence[float], classes: int) -> tuple[float, ...]:

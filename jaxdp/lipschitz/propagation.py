@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxdp.engine import walker
 from jaxdp.engine.walker import Equation, Program
@@ -118,7 +119,7 @@ def culprit(tape: Tape, cotangents: Cotangents) -> str:
 
 def _infinite(bound: Cotangent) -> bool:
     """As far as it is known outside of compiled code."""
-    traced = bound is None or isinstance(bound, jax.core.Tracer)
+    traced = bound is None or isinstance(bound, Tracer)
     return not traced and not np.isfinite(np.asarray(bound))
 
 

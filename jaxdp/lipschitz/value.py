@@ -65,7 +65,10 @@ class Range(NamedTuple):
         norm, low, high = (jnp.asarray(bound, jnp.float32) for bound in self)
         widest = times(up(math.sqrt(size)), jnp.maximum(jnp.abs(low), jnp.abs(high)))
         norm = jnp.minimum(jnp.where(jnp.isnan(norm), jnp.inf, norm), widest)
-        low, high = jnp.where(jnp.isnan(low), -jnp.inf, low), jnp.where(jnp.isnan(high), jnp.inf, high)
+        low, high = (
+            jnp.where(jnp.isnan(low), -jnp.inf, low),
+            jnp.where(jnp.isnan(high), jnp.inf, high),
+        )
         finite = jnp.isfinite(norm)
         low, high = jnp.maximum(low, -norm), jnp.minimum(high, norm)
         return Range(norm, jnp.where(finite, low, -jnp.inf), jnp.where(finite, high, jnp.inf))
@@ -141,8 +144,10 @@ class Value:
         if not jnp.issubdtype(self.dtype, jnp.floating):
             entries = entries.astype(jnp.float32)
         # In float32 a number of another dtype is rounded.
-        return Range(rounding.norm(entries), jnp.min(entries), jnp.max(entries)).outward().tightened(
-            self.size
+        return (
+            Range(rounding.norm(entries), jnp.min(entries), jnp.max(entries))
+            .outward()
+            .tightened(self.size)
         )
 
     @property
@@ -172,7 +177,7 @@ def _has_numbers(dtype: Any) -> bool:
 
 def _all_of(dtype: Any) -> Range:
     """What an array of that dtype may hold."""
-    if dtype == bool:
+    if jnp.issubdtype(dtype, jnp.bool_):
         return Range(low=0, high=1)
     if jnp.issubdtype(dtype, jnp.integer):
         info = jnp.iinfo(dtype)

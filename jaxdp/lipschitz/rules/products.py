@@ -22,16 +22,17 @@ def _dot(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
     terms, precision = _size(x, contract_x), eqn.params["precision"]
     rounded = product(terms, precision)
     norm = jnp.minimum(
-        times(x.norm, gain_y + times(rounded, y.norm)), times(y.norm, gain_x + times(rounded, x.norm))
+        times(x.norm, gain_y + times(rounded, y.norm)),
+        times(y.norm, gain_x + times(rounded, x.norm)),
     )
 
-    def back(
-        bound: Cotangent, gain: jax.Array, other: Value, summed: Sequence[int]
-    ) -> Cotangent:
+    def back(bound: Cotangent, gain: jax.Array, other: Value, summed: Sequence[int]) -> Cotangent:
         """The cotangent times the other operand, whose free axes it is summed over."""
         # Entry by entry a product is off in proportion to the product of absolute values, whose
         # norm is at most that of all entries.
-        off = product(_size(other, [k for k in range(len(other.shape)) if k not in summed]), precision)
+        off = product(
+            _size(other, [k for k in range(len(other.shape)) if k not in summed]), precision
+        )
         return scaled(bound, gain + times(off, other.norm))
 
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:

@@ -17,6 +17,7 @@ PullBack = Callable[[Sequence[Cotangent]], Sequence[Cotangent]]
 BoundRule = Callable[[Equation, Sequence[Value]], tuple[Sequence[Range], PullBack]]
 """`(equation, operands) -> (ranges of the outputs, pull_back)`, as `jax.vjp` does with arrays."""
 
+
 class Registered(NamedTuple):
     """A rule, and what is done beside it.
 
@@ -43,9 +44,9 @@ class Registered(NamedTuple):
         doubt = self._doubt(values)
         rounded = found if self.exact else [each.outward() for each in found]
         return [
-            each if each.unknown or doubt is None else each._replace(
-                norm=each.norm + doubt, low=each.low + doubt, high=each.high + doubt
-            )
+            each
+            if each.unknown or doubt is None
+            else each._replace(norm=each.norm + doubt, low=each.low + doubt, high=each.high + doubt)
             for each in rounded
         ]
 
