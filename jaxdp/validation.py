@@ -126,7 +126,7 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
         programs = [program]
         try:
             programs.append(walker.trace(gradient, leaves, inputs)[0])
-        except ValueError:
+        except (ValueError, NotImplementedError):
             # Callbacks have no gradient, and other effects may have none; they are findings enough.
             if not any(_equations(program)):
                 raise
