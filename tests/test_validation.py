@@ -246,4 +246,4 @@ def test_a_host_function_with_a_derivative_hides_no_backward_rule() -> None:
 
     doubled.defjvp(lambda primals, tangents: (doubled(*primals), jax.lax.psum(tangents[0], "b")))
     found = jaxdp.validate(lambda p, x: jnp.sum(doubled(p["w"] * x)), W, X)
-    assert not found.ok and "named axis: b" in str(found)
+    assert not found.ok and "axis name: b" in str(found)

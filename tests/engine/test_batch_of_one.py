@@ -107,13 +107,18 @@ DEGENERATE: dict[str, Model] = {
 }
 
 
+def norms(loss: Any, params: Any, method: str = "auto") -> jax.Array:
+    """Traced only."""
+    grads_fn = jaxdp.per_sample_grads(loss, method=method)
+    return jax.eval_shape(lambda params, x: grads_fn(params, x).norms(), params, X)
+
+
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_a_normalisation_over_a_batch_is_refused(name: str) -> None:
     loss, params = DEGENERATE[name]
     for method in ("auto", "dense"):
-        grads_fn = jaxdp.per_sample_grads(loss, method=method)
         with pytest.raises(ValueError, match="must not normalise over a batch.*py:.*GroupNorm"):
-            jax.eval_shape(lambda params, x: grads_fn(params, x).norms(), params, X)
+            norms(loss, params, method)
     found = jaxdp.validate(loss, params, X[0])
     assert not found.ok and "normalise over a batch" in str(found)
 
@@ -151,6 +156,5 @@ HARMLESS: dict[str, Model] = {
 @pytest.mark.parametrize("name", HARMLESS)
 def test_other_normalisations_are_left_alone(name: str) -> None:
     loss, params = HARMLESS[name]
-    grads_fn = jaxdp.per_sample_grads(loss)
-    assert jax.eval_shape(lambda params, x: grads_fn(params, x).norms(), params, X).shape == (4,)
+    assert norms(loss, params).shape == (4,)
     assert "normalise over a batch" not in str(jaxdp.validate(loss, params, X[0]))

@@ -1,4 +1,4 @@
-"""What a loss does besides computing on one example: refused with its line, or harmless for sure."""
+"""What a loss does besides computing on one example: refused with its line, or harmless."""
 
 import functools
 from collections.abc import Callable
