@@ -15,9 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax.lax import GatherScatterMode, Precision
 
-from jaxdp.engine.kinds.base import Factored, Site, Target, factored, split_loops, static
+from jaxdp.engine.gram import Gram, certificate, gram_sum, spread, sum_error
+from jaxdp.engine.kinds.base import (
+    Factored,
+    Site,
+    Target,
+    factored,
+    row_norms,
+    split_loops,
+    static,
+)
 from jaxdp.engine.kinds.dot import OuterProducts
-from jaxdp.engine.numerics import lost, scale_rows, square_sums, widened
+from jaxdp.engine.numerics import scale_rows, widened
+from jaxdp.engine.rounding import norms, rounded_up, roundings, total, unit_roundoff
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
@@ -50,12 +60,14 @@ class LookedUp:
         ids, sums = jax.vmap(_distinct_rows)(self.ids, widened(self.cotangents))
         return replace(self, ids=ids, cotangents=sums)
 
-    def squared_norms(self) -> jax.Array:
-        rows = widened(self.cotangents)
-        return square_sums(rows.reshape(rows.shape[0], -1))
+    def certified_norms(self) -> jax.Array:
+        return row_norms(self.cotangents)
 
-    def spread(self) -> jax.Array:
-        return jnp.sum(jnp.linalg.norm(widened(self.cotangents), axis=2), axis=1) ** 2
+    def certified_norms_elsewhere(self) -> jax.Array:
+        # Of one-hot vectors u: both the rows here and the sum there are off by `sum_error`.
+        each = norms(widened(self.cotangents))
+        error = sum_error(rounded_up(total(each), roundings(each.shape[1])), each.shape[1])
+        return rounded_up(self.prepared().certified_norms() + 2 * error, 2)
 
     def rows(self) -> jax.Array:
         return self._placed(jax.vmap(self._table)(self.ids, widened(self.cotangents)))
@@ -113,22 +125,37 @@ class Tied:
         assert isinstance(looked_up, LookedUp)
         return replace(self, looked_up=looked_up)
 
-    def spread(self) -> jax.Array:
-        return 2 * (self.looked_up.spread() + self.products.spread())
+    def certified_norms(self) -> jax.Array:
+        """As `engine.gram`, of the products G and the look-ups L, with size S + ‖L‖:
 
-    def squared_norms(self) -> jax.Array:
+            ‖G + L‖² = ‖G‖² + ‖L‖² + 2 Σ_t Σ_s u[t, i_s] ⟨v_t, w_s⟩
+
+        Ids are distinct, so that Σ_s |u[t, i_s]| ‖w_s‖ ≤ ‖u_t‖ ‖L‖; the terms of the cross sum are
+        2 S ‖L‖ together, and all of them (S + ‖L‖)². Adding up the three takes three roundings.
+        """
         u, v = (side[:, 0] for side in self.products.vectors())
-        w = widened(self.looked_up.cotangents)
+        w, ids = widened(self.looked_up.cotangents), self.looked_up.ids
         # [B, T, S]: the vocabulary side of every position at every looked-up id.
-        at_ids = jax.vmap(lambda side, ids: jnp.take(side, ids, axis=1))(u, self.looked_up.ids)
+        at_ids = jax.vmap(lambda side, ids: jnp.take(side, ids, axis=1))(u, ids)
         inner = jnp.einsum("btp,bsp->bts", v, w, precision=Precision.HIGHEST)
-        v_norms, w_norms = jnp.linalg.norm(v, axis=2), jnp.linalg.norm(w, axis=2)
-        sizes = v_norms[:, :, None] * w_norms[:, None, :]
-        slack = 2 * jnp.finfo(inner.dtype).eps
-        off = slack * sizes + lost(v.shape[-1], v.dtype)
-        cross = jnp.sum(at_ids * inner + jnp.abs(at_ids) * off, axis=(1, 2))
-        alone = self.looked_up.squared_norms() + self.products.squared_norms()
-        return jnp.maximum(alone + 2 * cross, 0)
+        positions, looked_up = inner.shape[1:]
+        cross = total(total(at_ids * inner))
+        crossed = w.shape[-1] + roundings(positions) + roundings(looked_up)
+
+        u_gram, v_gram = Gram.of(u), Gram.of(v)
+        alone, off = gram_sum(u_gram, v_gram)
+        rows = self._looked_up_norms(w)
+        size = spread(u_gram.lengths, v_gram.lengths) + rows
+        squared = alone + rows * rows + 2 * cross
+        # As many positions have no fewer roundings, in either sum, nor less to lose.
+        count = 2 * max(positions, looked_up)
+        return certificate(squared, rounded_up(size, 1), max(off, crossed) + 3, count)
+
+    def _looked_up_norms(self, w: jax.Array) -> jax.Array:
+        """‖L‖ `[B]`, with √e for each looked-up row, so that the theorem counts underflow; unused
+        rows have the id 0 once more, and are zero."""
+        tiny = math.sqrt(2 * float(jnp.finfo(w.dtype).tiny) / unit_roundoff(w.dtype))
+        return rounded_up(norms(w.reshape(w.shape[0], -1)) + w.shape[1] * tiny, 2)
 
     def rows(self) -> jax.Array:
         return self.looked_up.rows() + self.products.rows()
