@@ -171,7 +171,7 @@ class Ledger(Record):
         accountant: AccountantName = "pld",
         neighboring_relation: RelationName = "add_or_remove_one",
         at_most: int = 10_000_000,
-        draws: Sequence[Draws] = (),
+        draws: Sequence[Draws | tuple[str, str, int]] = (),
     ) -> int:
         """How many more steps of one kind fit into a privacy budget.
 

@@ -95,7 +95,7 @@ class Record:
         noise_multiplier: NoiseMultiplier,
         sampling: SamplingScheme,
         steps: int = 1,
-        draws: Sequence[Draws] = (),
+        draws: Sequence[Draws | tuple[str, str, int]] = (),
     ) -> Self:
         """Returns a ledger with `steps` more executed steps.
 
@@ -104,9 +104,10 @@ class Record:
                 releases from the same batch; `jaxdp.executed_noise_multipliers(state)` does.
             sampling: the scheme that really drew the batches.
             steps: how many steps, ≥ 0.
-            draws: the random numbers that the steps were made of: `sampler.draws(step)`, and those
-                of the noise. For shuffled epochs they also tell where in an epoch the steps lie.
-                Without them, steps begin with an epoch or go on with the steps before them.
+            draws: the random numbers that the steps are made of: `sampler.draws(step)`, and
+                `jaxdp.noise_draws(opt_state)` of the state before the first of them. For shuffled
+                epochs they also tell where in an epoch the steps lie. Without them, steps begin
+                with an epoch, or go on with the equal steps right before them.
 
         Returns:
             The longer ledger; this one is unchanged.
@@ -135,7 +136,7 @@ class Record:
         self,
         epsilon: float,
         sampling: PoissonSampling | None = None,
-        draws: Sequence[Draws] = (),
+        draws: Sequence[Draws | tuple[str, str, int]] = (),
     ) -> Self:
         """Returns a ledger with one more release that is (ε, 0)-differentially private.
 
@@ -146,7 +147,8 @@ class Record:
             epsilon: ε > 0, of adding or removing one example, before any sampling.
             sampling: None if the whole data set was looked at; Poisson sampling if a draw was,
                 made afresh for this release alone (see `PureRelease`).
-            draws: the random numbers that it was made of.
+            draws: the random numbers that it was made of, such as those of
+                `lipschitz.selection_draws(key, step)`.
 
         Returns:
             The longer ledger; this one is unchanged.

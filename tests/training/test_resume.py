@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxdp import training
 from jaxdp.accounting import Draws, Ledger, LedgerEntry, PoissonSampling, PureRelease
+from jaxdp.training.loading import data_digest
 from tests.training import small
 from tests.training.small import chain, fit, poisson, start
 
@@ -179,3 +181,39 @@ def test_a_saved_ledger_that_misses_steps_of_its_state_is_refused(tmp_path: Path
     edited(run, lambda ledger: other, tmp_path / "other")
     with pytest.raises(ValueError, match="got 0 of the 4 draws of 'gradient noise'"):
         going_on(tmp_path / "other", steps=6)
+
+
+# The data.
+
+
+def changed(array: np.ndarray, row: int = 0) -> np.ndarray:
+    copy = array.copy()
+    copy[row, 0] += 1
+    return copy
+
+
+@pytest.mark.parametrize(
+    "other",
+    [changed(small.DATA), changed(small.DATA, -1), small.DATA[::-1], (small.DATA,)],
+    ids=["a row", "the last row", "another order", "another structure"],
+)
+def test_other_data_of_the_same_size_is_refused(tmp_path: Path, other: Any) -> None:
+    going_on(tmp_path, steps=2)
+    with pytest.raises(ValueError, match="was trained on other data, to which its ledger says"):
+        going_on(tmp_path, steps=4, data=other)
+    assert going_on(tmp_path, steps=4, data=small.DATA.copy()).ledger.steps == 4
+
+
+def test_of_a_function_nobody_knows_what_it_returns_next(tmp_path: Path) -> None:
+    going_on(tmp_path, steps=2)
+    run = going_on(tmp_path, steps=4, data=lambda indices: small.DATA[indices])
+    assert run.ledger.steps == 4
+    small.assert_same(going_on(tmp_path, steps=6), fit(steps=6))
+
+
+def test_the_digest_of_data_tells_nothing_without_the_seed() -> None:
+    one, other = (data_digest(small.DATA, poisson(seed)) for seed in (1, 2))
+    assert one == data_digest(small.DATA.copy(), poisson(1)) != other
+    assert data_digest(jnp.asarray(small.DATA), poisson(1)) == one
+    keys = jax.random.split(jax.random.key(0), 24)
+    assert data_digest(keys, poisson()) != data_digest(keys[::-1], poisson())
