@@ -122,6 +122,10 @@ class Draws:
         }
 
 
+DrawsLike = Draws | tuple[str, str, int]
+"""Draws, or a tuple of purpose, fingerprint and step, as `jaxdp.noise_draws` gives them."""
+
+
 def draws_from_list(data: object) -> tuple[Draws, ...]:
     """Rebuilds draws from a list of what `to_dict` returned.
 
@@ -165,15 +169,17 @@ def check_draws(value: object) -> tuple[Draws, ...]:
     """
     advice = "Pass those of sampler.draws(step) and of jaxdp.noise_draws(opt_state)."
     draws = tuple(
-        Draws(*each) if isinstance(each, tuple) and len(each) in (3, 4) else each
+        check_instance("draws", _as_draws(each), Draws, advice=advice)
         for each in check_sequence("draws", value, advice=advice)
     )
-    for each in draws:
-        check_instance("draws", each, Draws, advice=advice)
     joined((), draws)
     if sum(each.purpose == EPOCHS for each in draws) > 1:
         raise ValueError(f"draws must name one sampler of epochs, got {shown(draws)}. {advice}")
     return draws
+
+
+def _as_draws(value: object) -> object:
+    return Draws(*value) if isinstance(value, tuple) and len(value) in (3, 4) else value
 
 
 def joined(

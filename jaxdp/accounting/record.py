@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from jaxdp.accounting.checks import check_instance, check_integer
-from jaxdp.accounting.draws import Draws, check_draws, joined
+from jaxdp.accounting.draws import Draws, DrawsLike, check_draws, joined
 from jaxdp.accounting.entries import Entry, LedgerEntry, appended, begins_with
 from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.schemes import (
@@ -95,7 +95,7 @@ class Record:
         noise_multiplier: NoiseMultiplier,
         sampling: SamplingScheme,
         steps: int = 1,
-        draws: Sequence[Draws | tuple[str, str, int]] = (),
+        draws: Sequence[DrawsLike] = (),
     ) -> Self:
         """Returns a ledger with `steps` more executed steps.
 
@@ -128,7 +128,7 @@ class Record:
             check_scheme(sampling)
             check_draws(draws)
             return self
-        entry = LedgerEntry(as_noise_multipliers(noise_multiplier), sampling, steps, draws)
+        entry = LedgerEntry(as_noise_multipliers(noise_multiplier), sampling, steps, draws)  # pyright: ignore[reportArgumentType]  # it checks its fields
         drawn = joined(self.draws, entry.draws)
         return type(self)(self.closed, appended(self.current, entry), drawn)
 
@@ -136,7 +136,7 @@ class Record:
         self,
         epsilon: float,
         sampling: PoissonSampling | None = None,
-        draws: Sequence[Draws | tuple[str, str, int]] = (),
+        draws: Sequence[DrawsLike] = (),
     ) -> Self:
         """Returns a ledger with one more release that is (ε, 0)-differentially private.
 
@@ -161,7 +161,7 @@ class Record:
             >>> Record().charge_pure(0.5).steps
             0
         """
-        entry = PureRelease(epsilon, sampling, draws)
+        entry = PureRelease(epsilon, sampling, draws)  # pyright: ignore[reportArgumentType]  # as above
         return type(self)(self.closed, (*self.current, entry), joined(self.draws, entry.draws))
 
     def merge(self, other: "Record") -> Self:

@@ -177,7 +177,8 @@ def test_a_checkpoint_that_was_continued_twice_cannot_be_merged() -> None:
 @pytest.mark.parametrize("array", [np.asarray, jnp.asarray, lambda value: value])
 def test_noise_multipliers_may_be_arrays(sigma: Any, array: Callable[[Any], Any]) -> None:
     expected = Ledger().charge(sigma, POISSON, 3)
-    assert Ledger().charge(array(sigma), POISSON, np.int64(3)) == expected
+    count: Any = np.int64(3)
+    assert Ledger().charge(array(sigma), POISSON, count) == expected
     if isinstance(sigma, list):
         assert Ledger().charge([array(each) for each in sigma], POISSON, 3) == expected
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 import jaxdp
@@ -114,7 +115,7 @@ def nudged(run: Callable[..., Any], by: float) -> Callable[..., Any]:
 
     def other(state: training.TrainState, *arguments: Any) -> Any:
         state, metrics = run(state, *arguments)
-        if not isinstance(state.step, jax.core.Tracer):
+        if not isinstance(state.step, Tracer):
             state = state._replace(params=jax.tree.map(lambda leaf: leaf + by, state.params))
         return state, metrics
 

@@ -70,7 +70,7 @@ GIVEN: dict[str, tuple[Ledger, Ledger, list[float], int]] = {
 def test_what_was_charged_counts_once(
     tmp_path: Path, first: Ledger, second: Ledger, releases: list[float], steps: int
 ) -> None:
-    going_on(tmp_path, steps=2, ledger=first)
+    run = going_on(tmp_path, steps=2, ledger=first)
     for _ in range(2):  # started again, it says the same
         run = going_on(tmp_path, steps=4, ledger=second)
         assert sorted(pure(run.ledger)) == releases
@@ -82,9 +82,11 @@ def test_what_was_charged_counts_once(
 
 def test_a_script_that_selects_at_every_start_is_charged_for_every_start(tmp_path: Path) -> None:
     """With its draws: a fresh key is a fresh release."""
-    for start_number in range(3):
-        run = going_on(tmp_path, steps=2 * start_number + 2, ledger=selected(f"key {start_number}"))
-    assert pure(run.ledger) == [0.5] * 3
+    runs = [
+        going_on(tmp_path, steps=2 * number + 2, ledger=selected(f"key {number}"))
+        for number in range(3)
+    ]
+    assert pure(runs[-1].ledger) == [0.5] * 3
 
 
 def test_a_ledger_that_went_on_from_what_was_saved_takes_its_place(tmp_path: Path) -> None:
