@@ -134,6 +134,7 @@ WAYS: dict[str, Callable[[np.ndarray], float]] = {
     "dense": by(product, (WIDTH,), vector, method="dense"),
     "slots, product": by(product, (WIDTH,), vector, method="slots"),
     "slots, materialized": by(lambda p, x: jnp.sum(p * x), (WIDTH,), vector),
+    "slots, look-up": by(lambda p, e: p[e[0]] @ e[1], (4, WIDTH), look_up, method="slots"),
     "taps, product": by(product, (WIDTH,), vector, method="taps"),
     "microbatches of 4": by(product, (WIDTH,), spaced, microbatch_size=4),
     "physical batches of 4": in_physical_batches,
@@ -141,7 +142,6 @@ WAYS: dict[str, Callable[[np.ndarray], float]] = {
         lambda p, x: jnp.sum(x @ p), (WIDTH, 1), repeated, method="slots"
     ),
     "* slots, convolution": by(convolution, (3, 1, 1), image, method="slots"),
-    "* slots, look-up": by(lambda p, e: p[e[0]] @ e[1], (4, WIDTH), look_up, method="slots"),
 }
 
 

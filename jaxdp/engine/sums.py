@@ -90,24 +90,24 @@ def in_blocks(contract: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arr
       contract: `arrays [b, ...] -> sum over their first axes`, linear in the samples.
       arrays: `[B, ...]` each.
     """
-    count = arrays[0].shape[0]
-    if count <= BLOCK:
+    if arrays[0].shape[0] <= BLOCK:
         return contract(*arrays)
-    size = _block_size(count)
-    blocks = -(-count // size)
-
-    def split(array: jax.Array) -> jax.Array:
-        missing = blocks * size - count
-        if missing:
-            array = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-        return array.reshape(blocks, size, *array.shape[1:])
-
-    sums = jax.vmap(contract)(*map(split, arrays))
+    sums = jax.vmap(contract)(*map(as_blocks, arrays))
     while sums.shape[0] > 1:
         half, odd = divmod(sums.shape[0], 2)
         pairs = sums[:half] + sums[half : 2 * half]
         sums = jnp.concatenate([pairs, sums[2 * half :]]) if odd else pairs
     return sums[0]
+
+
+def as_blocks(array: jax.Array) -> jax.Array:
+    """`[B, ...] -> [blocks, block, ...]`, filled up with zeros."""
+    count = array.shape[0]
+    size = _block_size(count)
+    blocks = -(-count // size)
+    if missing := blocks * size - count:
+        array = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+    return array.reshape(blocks, size, *array.shape[1:])
 
 
 def _block_size(count: int) -> int:
