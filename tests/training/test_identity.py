@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxdp
@@ -149,6 +150,36 @@ def test_runs_with_keys_and_seeds_of_their_own_compose() -> None:
     second = fit(chain(1, adaptive=6), poisson(2), ledger=first.ledger)
     assert second.ledger.steps == 8 and len(second.ledger.draws) == 6
     assert first.ledger.merge(fit(chain(7, adaptive=8), poisson(9)).ledger).steps == 8
+
+
+def test_a_loop_of_one_s_own_says_what_it_draws() -> None:
+    """And has the ledger of `fit`."""
+    tx, sampler, ledger = chain(0, adaptive=5), shuffled(), Ledger()
+    grads_fn = jaxdp.per_sample_grads(small.loss_fn)
+    params = jnp.asarray(small.INITIAL)
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def update(params: Any, opt_state: Any, batch: Any, mask: Any) -> Any:
+        updates, opt_state = tx.update(
+            grads_fn(params, batch, mask),  # pyright: ignore[reportArgumentType]
+            opt_state,
+            params,
+            is_last=True,  # pyright: ignore[reportCallIssue]
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+    for step in range(5):
+        draws = (*sampler.draws(step), *jaxdp.noise_draws(opt_state))
+        [part] = sampler.draw(step)
+        params, opt_state = update(params, opt_state, small.DATA[part.indices], part.mask)
+        sigmas = [round(float(s), 6) for s in jaxdp.executed_noise_multipliers(opt_state)]
+        ledger = ledger.charge(sigmas, sampler.scheme, draws=draws)
+    run = fit(tx, sampler, steps=5)
+    assert sorted(ledger.draws) == sorted(run.ledger.draws)
+    assert [entry.steps for entry in ledger.entries] == [5]
+    with pytest.raises(ValueError, match=AGAIN):
+        ledger.merge(run.ledger)
 
 
 # One run.
