@@ -62,7 +62,10 @@ class Draws:
     def __post_init__(self) -> None:
         for name in ("purpose", "fingerprint"):
             value = check_instance(
-                name, getattr(self, name), str, advice="Take it from sampler.draws or noise_draws."
+                name,
+                getattr(self, name),
+                str,
+                advice="Take it from sampler.draws or jaxdp.noise_draws.",
             )
             if not value:
                 raise ValueError(f"{name} must not be empty, got ''. A stream needs a name.")
@@ -119,6 +122,10 @@ class Draws:
         }
 
 
+DrawsLike = Draws | tuple[str, str, int]
+"""Draws, or a tuple of purpose, fingerprint and step, as `jaxdp.noise_draws` gives them."""
+
+
 def draws_from_list(data: object) -> tuple[Draws, ...]:
     """Rebuilds draws from a list of what `to_dict` returned.
 
@@ -146,27 +153,33 @@ def check_draws(value: object) -> tuple[Draws, ...]:
     """Returns the draws of one release as a tuple, or says what they must be.
 
     Args:
-        value: what the caller passed.
+        value: what the caller passed: draws, or tuples of purpose, fingerprint and step, as
+            `jaxdp.noise_draws` gives them.
 
     Returns:
         Draws of distinct streams.
 
     Raises:
-        TypeError: it is no sequence of `Draws`.
+        TypeError: it is no sequence of such.
         ValueError: a stream comes twice.
 
     Example:
-        >>> check_draws([Draws("batches", "5eed", first=7)])
+        >>> check_draws([("batches", "5eed", 7)])
         (Draws(purpose='batches', fingerprint='5eed', first=7, count=1),)
     """
-    advice = "Pass Draws, such as those of sampler.draws(step)."
-    draws = check_sequence("draws", value, advice=advice)
-    for each in draws:
-        check_instance("draws", each, Draws, advice=advice)
+    advice = "Pass those of sampler.draws(step) and of jaxdp.noise_draws(opt_state)."
+    draws = tuple(
+        check_instance("draws", _as_draws(each), Draws, advice=advice)
+        for each in check_sequence("draws", value, advice=advice)
+    )
     joined((), draws)
     if sum(each.purpose == EPOCHS for each in draws) > 1:
         raise ValueError(f"draws must name one sampler of epochs, got {shown(draws)}. {advice}")
     return draws
+
+
+def _as_draws(value: object) -> object:
+    return Draws(*value) if isinstance(value, tuple) and len(value) in (3, 4) else value
 
 
 def joined(

@@ -29,7 +29,7 @@ from jaxdp.accounting.composition import (
     delta_of,
     epsilon_of,
 )
-from jaxdp.accounting.draws import Draws, check_draws
+from jaxdp.accounting.draws import DrawsLike, check_draws
 from jaxdp.accounting.entries import Entry, LedgerEntry, appended, entry_from_dict, entry_to_dict
 from jaxdp.accounting.mechanisms import Mechanism, Release, events_of, mechanisms_of
 from jaxdp.accounting.pure import PureRelease
@@ -171,7 +171,7 @@ class Ledger(Record):
         accountant: AccountantName = "pld",
         neighboring_relation: RelationName = "add_or_remove_one",
         at_most: int = 10_000_000,
-        draws: Sequence[Draws] = (),
+        draws: Sequence[DrawsLike] = (),
     ) -> int:
         """How many more steps of one kind fit into a privacy budget.
 

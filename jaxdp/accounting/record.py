@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from jaxdp.accounting.checks import check_instance, check_integer
-from jaxdp.accounting.draws import Draws, check_draws, joined
+from jaxdp.accounting.draws import Draws, DrawsLike, check_draws, joined
 from jaxdp.accounting.entries import Entry, LedgerEntry, appended, begins_with
 from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.schemes import (
@@ -95,7 +95,7 @@ class Record:
         noise_multiplier: NoiseMultiplier,
         sampling: SamplingScheme,
         steps: int = 1,
-        draws: Sequence[Draws] = (),
+        draws: Sequence[DrawsLike] = (),
     ) -> Self:
         """Returns a ledger with `steps` more executed steps.
 
@@ -104,9 +104,10 @@ class Record:
                 releases from the same batch; `jaxdp.executed_noise_multipliers(state)` does.
             sampling: the scheme that really drew the batches.
             steps: how many steps, ≥ 0.
-            draws: the random numbers that the steps were made of: `sampler.draws(step)`, and those
-                of the noise. For shuffled epochs they also tell where in an epoch the steps lie.
-                Without them, steps begin with an epoch or go on with the steps before them.
+            draws: the random numbers that the steps are made of: `sampler.draws(step)`, and
+                `jaxdp.noise_draws(opt_state)` of the state before the first of them. For shuffled
+                epochs they also tell where in an epoch the steps lie. Without them, steps begin
+                with an epoch, or go on with the equal steps right before them.
 
         Returns:
             The longer ledger; this one is unchanged.
@@ -127,9 +128,7 @@ class Record:
             check_scheme(sampling)
             check_draws(draws)
             return self
-        entry = LedgerEntry(
-            as_noise_multipliers(noise_multiplier), sampling, steps, draws
-        )
+        entry = LedgerEntry(as_noise_multipliers(noise_multiplier), sampling, steps, draws)  # pyright: ignore[reportArgumentType]  # it checks its fields
         drawn = joined(self.draws, entry.draws)
         return type(self)(self.closed, appended(self.current, entry), drawn)
 
@@ -137,7 +136,7 @@ class Record:
         self,
         epsilon: float,
         sampling: PoissonSampling | None = None,
-        draws: Sequence[Draws] = (),
+        draws: Sequence[DrawsLike] = (),
     ) -> Self:
         """Returns a ledger with one more release that is (ε, 0)-differentially private.
 
@@ -148,7 +147,8 @@ class Record:
             epsilon: ε > 0, of adding or removing one example, before any sampling.
             sampling: None if the whole data set was looked at; Poisson sampling if a draw was,
                 made afresh for this release alone (see `PureRelease`).
-            draws: the random numbers that it was made of.
+            draws: the random numbers that it was made of, such as those of
+                `lipschitz.selection_draws(key, step)`.
 
         Returns:
             The longer ledger; this one is unchanged.
@@ -161,7 +161,7 @@ class Record:
             >>> Record().charge_pure(0.5).steps
             0
         """
-        entry = PureRelease(epsilon, sampling, draws)
+        entry = PureRelease(epsilon, sampling, draws)  # pyright: ignore[reportArgumentType]  # as above
         return type(self)(self.closed, (*self.current, entry), joined(self.draws, entry.draws))
 
     def merge(self, other: "Record") -> Self:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.extend import core
 
 
 def shared_seed() -> int:
@@ -84,21 +84,20 @@ def program_digest(fun: Callable[..., Any], *arguments: Any) -> str:
     return found.hexdigest()
 
 
-def _constants(closed: jax.extend.core.ClosedJaxpr) -> Iterator[Any]:
+def _constants(program: Any) -> Iterator[Any]:
     """What a program and those in it close over, in the order of the program."""
-    yield from closed.consts
-    for eqn in closed.jaxpr.eqns:
+    yield from getattr(program, "consts", ())
+    for eqn in program.eqns:
         # As text, a long array is cut.
-        yield from (atom.val for atom in eqn.invars if isinstance(atom, jax.extend.core.Literal))
+        yield from (atom.val for atom in eqn.invars if isinstance(atom, core.Literal))
         for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
-            if isinstance(value, jax.extend.core.ClosedJaxpr):
+            if _is_program(value):
                 yield from _constants(value)
-            elif isinstance(value, jax.extend.core.Jaxpr):
-                yield from _constants(jax.extend.core.ClosedJaxpr(value, ()))
 
 
 def _is_program(value: Any) -> bool:
-    return isinstance(value, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr)
+    # Closed or not: which of them is a class of its own differs between versions of JAX.
+    return hasattr(value, "eqns")
 
 
 def _digest(value: Any) -> np.ndarray:

@@ -1,8 +1,8 @@
 """From what each use saw to the gradients of each parameter leaf.
 
 A leaf's gradient is the sum over its uses. Uses of boxes without a common entry are orthogonal:
-their squared norms add. Uses of the same box are joined into one factor, cross terms included.
-Where neither holds the leaf is materialised: squared norms of overlapping uses never just add.
+the squares of their norms add. Uses of the same box are joined into one factor, cross terms
+included. Where neither holds the leaf is materialised: norms of overlapping uses never just add.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from jaxdp.engine import views, walker
 from jaxdp.engine.instrument import Captures, Slots
 from jaxdp.engine.kinds.base import Factored, Materialized, Site, Target, factored, static
 from jaxdp.engine.numerics import accumulation_dtype
+from jaxdp.engine.rounding import joint_norm, rounded_up
 from jaxdp.engine.sites import Use, by_path
 from jaxdp.engine.views import Part
 from jaxdp.engine.walker import Equation, Path, Program
@@ -30,10 +31,14 @@ class LeafGradients:
     pieces: tuple[Factored, ...]
     leaf: jax.ShapeDtypeStruct = static()
 
-    def squared_norms(self, batch_size: int) -> jax.Array:
-        """`[B]`."""
-        zero = jnp.zeros(batch_size, accumulation_dtype(self.leaf.dtype))
-        return sum((piece.squared_norms() for piece in self.pieces), zero)
+    def certified_norms(self, batch_size: int) -> jax.Array:
+        """`[B]`: what `weighted_sum` adds for one sample of weight w has the norm w times that at
+        most (`Factored.certified_norms`)."""
+        dtype = accumulation_dtype(self.leaf.dtype)
+        if not self.pieces:
+            return jnp.zeros(batch_size, dtype)
+        pieces = [piece.certified_norms() for piece in self.pieces]
+        return joined_norms(pieces, dtype)
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
         """Σ_i w_i g_i, of the leaf's shape."""
@@ -46,6 +51,14 @@ class LeafGradients:
         zero = jnp.zeros((batch_size, *self.leaf.shape), self.leaf.dtype)
         rows = [piece.rows().astype(zero.dtype) for piece in self.pieces]
         return reduce(jnp.add, rows) if rows else zero
+
+
+def joined_norms(pieces: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """Certified norms `[B]` of gradients in pieces without a common entry, from those of the
+    pieces; in the dtype in which the leaf's sum accumulates, to which either may be cast."""
+    widest = jnp.result_type(dtype, *pieces)
+    whole = joint_norm(jnp.stack([piece.astype(widest) for piece in pieces], axis=-1))
+    return rounded_up(whole.astype(dtype), 2)
 
 
 def assemble(

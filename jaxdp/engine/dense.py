@@ -4,23 +4,19 @@ It materialises the per-sample gradients. Always right, for any JAX program; the
 are held against it.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 
-from jaxdp.engine.numerics import select_rows, square_sums, weighted_sum, widened
+from jaxdp.engine.kinds.base import row_norms
+from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.reduction import Batch, LeafLoss, Reduction, Rows, Weigh, stacked
+from jaxdp.engine.sums import weighted_sum
 
 
-def squared_norms(grads: list[jax.Array], mask: jax.Array) -> jax.Array:
-    """Squared L2 norms `[b, L]` of per-sample gradients; zero where there is no sample."""
-
-    def of_leaf(grad: jax.Array) -> jax.Array:
-        flat = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
-        return square_sums(widened(flat))
-
-    return select_rows(mask, stacked([of_leaf(grad) for grad in grads], mask))
+def certified_norms(grads: list[jax.Array], mask: jax.Array) -> jax.Array:
+    """Certified L2 norms `[b, L]` of per-sample gradients; zero where there is no sample."""
+    return select_rows(mask, stacked([row_norms(grad) for grad in grads], mask))
 
 
 def weighted_sums(grads: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
@@ -34,12 +30,12 @@ def weighted_sums(grads: list[jax.Array], weights: jax.Array) -> list[jax.Array]
 
 def reduce_rows(rows: Rows, part: Batch, weigh: Weigh | None) -> Reduction:
     """Norms, then weights, then weighted sums (none without `weigh`) of materialised rows."""
-    squared = squared_norms(rows.grads, part.mask)
+    norms = certified_norms(rows.grads, part.mask)
     sums = []
     if weigh is not None:
-        sums = weighted_sums(rows.grads, weigh.of(squared, part))
+        sums = weighted_sums(rows.grads, weigh.of(norms, part))
     losses = None if rows.losses is None else select_rows(part.mask, rows.losses)
-    return Reduction(sums, squared, losses, rows.aux)
+    return Reduction(sums, norms, losses, rows.aux)
 
 
 class Given(NamedTuple):

@@ -38,7 +38,7 @@ class Fused(NamedTuple):
 
     def _reduce(self, part: Batch, weigh: Weigh) -> Reduction:
         gradients, losses, aux = Slots(self.plan, self.leaves).factors(part)
-        columns = [leaf.squared_norms(losses.shape[0]) for leaf in gradients]
+        columns = [leaf.certified_norms(losses.shape[0]) for leaf in gradients]
         sums = []
         for index, leaf in enumerate(gradients):
             # The norms of the other groups are left out, so that nothing depends on them.

@@ -1,66 +1,165 @@
-"""Norms from Gram matrices, rounded up.
+"""Norms of sums of outer products, certified: never below what a sample adds to the sum.
 
-With A_ts = ⟨u_t, u_s⟩ and V_ts = ⟨v_t, v_s⟩,
+For vectors u_t and v_t, t = 1..T, with A_ts = ⟨u_t, u_s⟩ and V_ts = ⟨v_t, v_s⟩,
 
-    ‖Σ_t u_t v_tᵀ‖² = Σ_ts A_ts V_ts
+    G = Σ_t u_t v_tᵀ,   ‖G‖² = Σ_ts A_ts V_ts
 
-without the matrix itself. The terms can cancel, down to their rounding errors and below zero even:
-so the error is bounded, and the bound added.
+without the matrix itself. The terms can cancel down to their rounding errors, below zero even, and
+the errors grow with the length of the vectors. So what is returned is an upper bound, a
+*certificate* of the norm, for the arithmetic of `engine.rounding`:
+
+**Theorem.** Let S = Σ_t ‖u_t‖‖v_t‖. Let every computed entry Â_ts be off by γ_i ‖u_t‖‖u_s‖ at most,
+and V̂_ts by γ_j ‖v_t‖‖v_s‖. Let f be the computed Σ_t (Σ_s Â_ts V̂_ts), each of its terms with k
+roundings at most. Then
+
+    ‖G‖² ≤ f + γ_{i+j+k} S²
+
+and the sum over the positions that a lowering computes of the weighted vectors, in any order, with
+n roundings of each term, has the norm w·N at most, with
+
+    N = √(max(f, 0) + γ_{i+j+k} S²) + γ_n S.
+
+*Proof.* Write a_t = ‖u_t‖ and b_t = ‖v_t‖. Entry by entry, |Â_ts V̂_ts − A_ts V_ts| is at most
+((1 + γ_i)(1 + γ_j) − 1) a_t a_s b_t b_s by Cauchy–Schwarz for |A_ts| and |V_ts|, and the sum of the
+computed terms is off by γ_k Σ |Â_ts V̂_ts| (Higham 2002, theorem 3.1), at most
+γ_k (1 + γ_i)(1 + γ_j) a_t a_s b_t b_s for each term. Together that is
+((1 + γ_i)(1 + γ_j)(1 + γ_k) − 1) ≤ γ_{i+j+k} times Σ_ts a_t a_s b_t b_s = S². The computed sum G̃ is
+off by γ_n Σ_t |w u_t||v_tᵀ| entry by entry, of Frobenius norm γ_n w S at most. ∎
+
+*An inner product* of d terms in any order has γ_d ‖x‖‖y‖, in m blocks γ_{⌈d/m⌉+m−1}.
+
+*Underflow.* An inner product of d terms, with i roundings, may lose 2d·tiny. With lengths
+√(‖u_t‖² + e), e = 2d·tiny / (i·u), this is γ_i e at most, which γ_i √(‖u_t‖² + e) √(‖u_s‖² + e)
+holds beside γ_i ‖u_t‖‖u_s‖; so the theorem holds as it stands with these lengths. The sum over T²
+terms may lose 2T²·tiny, which is added. The weight w of a sample is multiplied into one of the
+factors, which may lose entries of that: √p·tiny ‖u_t‖, at most w·4u ‖u_t‖√e for p ≤ 2²⁶ and w not
+below `rounding.least_weight`: four more roundings in n pay for it.
+
+*Not finite.* Where f is not finite the certificate is infinite, and the sample counts for nothing.
+No zero is made by selection: a length of zero times NaN is NaN.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.numerics import lost
+from jaxdp.engine.rounding import ROOT, gamma, lost, rounded_up, roundings, total, unit_roundoff
 
-# The largest errors found by search were 15 times those of `Gram.off`; they are allowed for where
-# the sum is below a thousandth of its terms.
-_WORST, _CANCELS = 16, 1e-3
+# Inner products are taken in as many blocks as it takes for their roundings times T to stay below
+# this; then they raise the norm of positions at random, S² = T ‖G‖², by 0.4% at most.
+_OFF_BY_POSITIONS = 2**17
+# More blocks than this take too long to compile.
+_MOST_BLOCKS = 32
+
+# Roundings of w·u_t, of a weight that was cast, of the product with v_t, of casts of the sum and
+# of adding it to other pieces; and the four that pay for underflow.
+_OF_ONE_TERM = 4 + 4
 
 
 class Gram(NamedTuple):
     """A Gram matrix, and how far rounding may have taken it off.
 
     Attributes:
-      products: inner products `[B, E, T, T]` of vectors w_t.
-      trace: Σ_t ‖w_t‖² `[B, E]`, which no norm of the matrix exceeds; above zero.
-      off: `[B, E]`, the Frobenius norm of the errors: an entry is off by about ε‖w_t‖‖w_s‖, and
-        by what underflowed.
+      products: inner products `[..., T, T]` of vectors w_t.
+      lengths: ‖w_t‖ `[..., T]`, not below the true ones; above zero.
+      roundings: k, if an entry is off by γ_k ‖w_t‖‖w_s‖ at most.
     """
 
     products: jax.Array
-    trace: jax.Array
-    off: jax.Array
+    lengths: jax.Array
+    roundings: int
 
     @classmethod
-    def of(cls, products: jax.Array, trace: jax.Array, entries: int) -> "Gram":
-        """From inner products, their trace, and how many products one of them adds up."""
-        dtype = products.dtype
-        underflow = products.shape[-1] * lost(entries, dtype)
-        return cls(products, trace + underflow, jnp.finfo(dtype).eps * trace + underflow)
+    def of(cls, vectors: jax.Array) -> "Gram":
+        """From the vectors `[..., T, d]`."""
+        products, off = inner_products(vectors)
+        # Not the diagonal of the products, which XLA would copy before it multiplies them.
+        return cls(products, lengths(vectors, off), off)
 
-    def norms(self) -> jax.Array:
-        """Frobenius norms `[B, E]`."""
-        # Relative to the trace: the squares of the entries themselves may overflow.
-        relative = self.products * (1 / self.trace)[..., None, None]
-        return self.trace * jnp.sqrt(jnp.sum(jnp.square(relative), axis=(2, 3)))
+    @classmethod
+    def of_products(cls, products: jax.Array, terms: int, off: int) -> "Gram":
+        """From inner products of so many terms, each with `off` roundings."""
+        squares = jnp.diagonal(products, axis1=-2, axis2=-1)
+        return cls(products, lengths_of_squares(squares, off, terms, off), off)
+
+
+def inner_products(vectors: jax.Array) -> tuple[jax.Array, int]:
+    """⟨w_t, w_s⟩ `[..., T, T]` of vectors `[..., T, d]`, and the roundings of each."""
+    positions, length = vectors.shape[-2:]
+    count = 1
+    while count < min(_MOST_BLOCKS, length) and positions * length > count * _OFF_BY_POSITIONS:
+        count += 1
+    size = -(-length // count)
+
+    def of_block(start: int) -> jax.Array:
+        block = vectors[..., start : start + size]
+        return jnp.einsum("...td,...sd->...ts", block, block, precision=jax.lax.Precision.HIGHEST)
+
+    blocks = range(0, length, size)
+    return reduce(jnp.add, map(of_block, blocks)), size + len(blocks) - 1
+
+
+def lengths(vectors: jax.Array, off: int | None = None) -> jax.Array:
+    """√(‖w_t‖² + e) `[..., T]` of vectors `[..., T, d]`, not below the true ones.
+
+    Args:
+      vectors: w_t.
+      off: the roundings of an inner product in e; d if there is none.
+    """
+    terms = vectors.shape[-1]
+    squares = total(jnp.square(vectors))
+    return lengths_of_squares(squares, roundings(terms), terms, off)
+
+
+def lengths_of_squares(
+    squares: jax.Array, off: int, terms: int, entry: int | None = None
+) -> jax.Array:
+    """The same from computed ‖w_t‖² of so many terms, with `off` roundings each, where an inner
+    product has `entry`."""
+    dtype = squares.dtype
+    flushed = lost(2 * terms, dtype)
+    added = flushed + flushed / ((entry or terms) * unit_roundoff(dtype))
+    return rounded_up(jnp.sqrt(squares + added), off // 2 + 1 + ROOT)
+
+
+def spread(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+    """S = Σ_t ‖u_t‖‖v_t‖ `[...]` from lengths `[..., T]`, not below the true one."""
+    return rounded_up(total(inputs * cotangents), roundings(inputs.shape[-1]))
 
 
 def gram_norms(inputs: Gram, cotangents: Gram) -> jax.Array:
-    """Σ_{e,t,s} A_ts V_ts `[B]` for the Gram matrices A of the u_t and V of the v_t, rounded up.
+    """Certified norms `[...]` of Σ_t u_t v_tᵀ, from the Gram matrices of the u_t and the v_t."""
+    squared, off = gram_sum(inputs, cotangents)
+    size = spread(inputs.lengths, cotangents.lengths)
+    return certificate(squared, size, off, inputs.lengths.shape[-1])
 
-    By Cauchy–Schwarz errors of Frobenius norms a of A and v of V change the sum by
-    ‖A‖v + ‖V‖a + av at most; that is added, so that the norm is never below the true one.
+
+def gram_sum(inputs: Gram, cotangents: Gram) -> tuple[jax.Array, int]:
+    """Σ_t Σ_s A_ts V_ts `[...]`, and the roundings i + j + k of the theorem."""
+    squared = total(total(inputs.products * cotangents.products))
+    positions = inputs.products.shape[-1]
+    return squared, inputs.roundings + cotangents.roundings + 2 * roundings(positions)
+
+
+def certificate(squared: jax.Array, size: jax.Array, off: int, positions: int) -> jax.Array:
+    """N of the theorem, rounded up.
+
+    Args:
+      squared: f.
+      size: S.
+      off: i + j + k.
+      positions: T.
     """
-    a, v = inputs.off, cotangents.off
-    slack = inputs.norms() * v + cotangents.norms() * a + a * v
-    # In two steps, which XLA would merge: T terms add up smaller errors than T² terms.
-    rows = jnp.sum(inputs.products * cotangents.products, axis=3)
-    total = jnp.sum(jax.lax.optimization_barrier(rows), axis=2)
-    # Errors that all go one way, as of vectors with equal entries, are larger; only beside a sum
-    # that nearly cancels does that matter.
-    cancels = total * jnp.finfo(total.dtype).eps < _CANCELS * slack
-    total += jnp.where(cancels, _WORST, 1) * slack
-    return jnp.maximum(jnp.sum(total, axis=1), 0)
+    dtype = squared.dtype
+    # S² before the factor: what is small times what is smaller would be lost.
+    error = gamma(off, dtype) * (size * size) + lost(2 * positions**2 + 4, dtype)
+    norm = jnp.sqrt(jnp.maximum(squared, 0) + error) + sum_error(size, positions)
+    norm = rounded_up(norm, ROOT + 4)
+    return jnp.where(jnp.isfinite(squared), norm, jnp.inf)
+
+
+def sum_error(size: jax.Array, positions: int) -> jax.Array:
+    """γ_n S: by how much a sum over so many positions is off, for a weight of one."""
+    return gamma(positions + _OF_ONE_TERM, size.dtype) * size

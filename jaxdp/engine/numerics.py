@@ -1,13 +1,11 @@
-"""Sums that do not lose what is small, and zeros by selection."""
+"""Zeros by selection, and sums in a precision that is wide enough."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# Rows up to this length are summed in one go, longer ones in blocks of blocks: adding a small
-# square to a large running sum rounds it away, and a norm that is too small is a leak.
-_BLOCK = 256
+from jaxdp.engine.rounding import least_weight, total
 
 
 def accumulation_dtype(dtype: Any) -> Any:
@@ -16,21 +14,8 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 
 def square_sums(rows: jax.Array) -> jax.Array:
-    """Σ x² of each row `[b]`, to a relative error of about 1e-6 in float32 for any length."""
-    blocked = _blocks(rows)
-    sums = jnp.einsum("bki,bki->bk", blocked, blocked, precision=jax.lax.Precision.HIGHEST)
-    while sums.shape[1] > 1:
-        sums = jnp.sum(_blocks(sums), axis=2)
-    return sums[:, 0]
-
-
-def _blocks(rows: jax.Array) -> jax.Array:
-    """`[b, n] -> [b, k, _BLOCK]`, filled up with zeros; one shorter block if that holds a row."""
-    count, length = rows.shape
-    if length <= _BLOCK:
-        return rows.reshape(count, 1, length)
-    blocks = -(-length // _BLOCK)
-    return jnp.pad(rows, ((0, 0), (0, blocks * _BLOCK - length))).reshape(count, blocks, _BLOCK)
+    """Σ x² of each row `[b, n]`, with `rounding.roundings(n)` roundings."""
+    return total(jnp.square(rows))
 
 
 def select_rows(keep: jax.Array, rows: jax.Array) -> jax.Array:
@@ -38,24 +23,18 @@ def select_rows(keep: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.where(keep.reshape(keep.shape + (1,) * (rows.ndim - 1)), rows, jnp.zeros_like(rows))
 
 
-def lost(count: int, dtype: Any) -> float:
-    """What a sum of so many products may lack because some underflowed to zero."""
-    return count * float(jnp.finfo(dtype).tiny)
-
-
 def widened(array: jax.Array) -> jax.Array:
     """In the precision in which norms and sums accumulate."""
     return array.astype(accumulation_dtype(array.dtype))
 
 
-def weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """Σ_i w_i x_i over the samples, in at least float32."""
-    rows = widened(rows)
-    # A contraction, not a product and a sum: that form is ten times slower on CPU.
-    return jnp.tensordot(weights.astype(rows.dtype), rows, 1, precision=jax.lax.Precision.HIGHEST)
-
-
 def scale_rows(weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """w_i x_i for every sample, in at least float32."""
+    """w_i x_i for every sample, in at least float32; zero for a weight that would lose entries."""
     rows = widened(rows)
-    return weights.astype(rows.dtype).reshape(weights.shape + (1,) * (rows.ndim - 1)) * rows
+    weights = held(weights.astype(rows.dtype))
+    return weights.reshape(weights.shape + (1,) * (rows.ndim - 1)) * rows
+
+
+def held(weights: jax.Array) -> jax.Array:
+    """The weights, zero where they are below `rounding.least_weight`."""
+    return jnp.where(jnp.abs(weights) < least_weight(weights.dtype), 0, weights)

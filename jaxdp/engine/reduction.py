@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.numerics import accumulation_dtype, select_rows
-from jaxdp.varying import summed_over_devices, vary, varying_axes
+from jaxdp.engine.rounding import ROOT, lost, rounded_up
+from jaxdp.varying import devices_along, summed_over_devices, vary, varying_axes
 
 # (params leaves with a gradient, one example) -> (loss, aux)
 LeafLoss = Callable[[list[jax.Array], Any], tuple[jax.Array, Any]]
 
 
 class Weigh(NamedTuple):
-    """How squared norms become weights.
+    """How certified norms become weights.
 
     Attributes:
-      weights: `(squared norms [b, L] of some rows, constants, what the caller gives these rows
+      weights: `(certified norms [b, L] of some rows, constants, what the caller gives these rows
         [b]) -> weights [b, L]`. Closes over no array, so that it can go wherever the rows are.
       groups: for each leaf its group; leaves of one group have equal weights.
       constants: arrays that all rows have in common.
@@ -27,9 +28,9 @@ class Weigh(NamedTuple):
     groups: tuple[int, ...]
     constants: Any = ()
 
-    def of(self, squared_norms: jax.Array, part: "Batch") -> jax.Array:
+    def of(self, norms: jax.Array, part: "Batch") -> jax.Array:
         """The weights `[b, L]` of these rows; zero where there is no sample."""
-        weights = self.weights(squared_norms, self.constants, part.given)
+        weights = self.weights(norms, self.constants, part.given)
         return select_rows(part.mask, weights)
 
 
@@ -52,13 +53,14 @@ class Reduction(NamedTuple):
 
     Attributes:
       sums: for each leaf Σ_i w_i g_i, in at least float32.
-      squared_norms: `[B, L]`; zero in masked rows.
+      norms: certified `[B, L]`: what sample i adds to the sum of leaf l has the norm
+        w_il · norms_il at most (`kinds.base.Factored.certified_norms`); zero in masked rows.
       losses: `[B]`, or None; zero in masked rows.
       aux: pytree of `[B, ...]`.
     """
 
     sums: list[jax.Array]
-    squared_norms: jax.Array
+    norms: jax.Array
     losses: jax.Array | None
     aux: Any
 
@@ -122,12 +124,20 @@ def zero_sums(leaves: Sequence[Any], mask: jax.Array) -> list[jax.Array]:
 
 
 def stacked(columns: list[jax.Array], mask: jax.Array) -> jax.Array:
-    """Squared norms `[B]` of each leaf as one `[B, L]`, in the widest of their dtypes.
+    """Certified norms `[B]` of each leaf as one `[B, L]`, in the widest of their dtypes.
 
     A leaf that varies over devices where the rows do not is a part of a larger one: its squares
     are added up over these devices.
     """
     widest = max((column.dtype for column in columns), key=lambda dtype: jnp.finfo(dtype).bits)
     parts = varying_axes(columns) - varying_axes(mask)
-    whole = [summed_over_devices(column, parts) for column in columns]
-    return jnp.stack([column.astype(widest) for column in whole], axis=1)
+
+    def whole(column: jax.Array) -> jax.Array:
+        along = parts & varying_axes(column)
+        if not along:
+            return column
+        count = devices_along(along)
+        squares = summed_over_devices(jnp.square(column) + lost(2, column.dtype), along)
+        return rounded_up(jnp.sqrt(squares), count // 2 + 2 + ROOT)
+
+    return jnp.stack([whole(column).astype(widest) for column in columns], axis=1)

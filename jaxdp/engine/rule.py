@@ -4,14 +4,17 @@ Every lowering turns norms into weights through `sample_weights`, so that what a
 contribute is decided in one place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxdp.bounded import Groups
-from jaxdp.engine.numerics import lost
+from jaxdp.engine.rounding import ROOT, joint_norm, rounded_up
+
+# Below this a sum of products of float32 numbers that underflow would not be small (`engine.gram`).
+LEAST_THRESHOLD = 1e-20
 
 
 class ClipRule(NamedTuple):
@@ -30,19 +33,16 @@ class ClipRule(NamedTuple):
     weight: Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def group_norms(squared_norms: jax.Array, groups: Groups) -> jax.Array:
-    """L2 norms `[B, K]` of the groups, from the squared norms `[B, L]` of the leaves."""
+def group_norms(norms: jax.Array, groups: Groups) -> jax.Array:
+    """Certified L2 norms `[B, K]` of the groups, from those of the leaves `[B, L]`."""
     count = 1 + max(group for group in groups if group is not None)
-    squared = [
-        sum(squared_norms[:, leaf] for leaf, group in enumerate(groups) if group == k)
-        for k in range(count)
-    ]
-    return jnp.sqrt(jnp.stack(squared, axis=1))
+    members = [[leaf for leaf, group in enumerate(groups) if group == k] for k in range(count)]
+    return jnp.stack([joint_norm(norms[:, jnp.asarray(leaves)]) for leaves in members], axis=1)
 
 
-def finite_rows(squared_norms: jax.Array) -> jax.Array:
-    """Which samples `[B]` have a finite gradient whose squared norm is finite, too."""
-    return jnp.all(jnp.isfinite(squared_norms), axis=1)
+def finite_rows(norms: jax.Array) -> jax.Array:
+    """Which samples `[B]` have gradients whose norms in all leaves are known to be finite."""
+    return jnp.all(jnp.isfinite(norms), axis=1)
 
 
 def _wish(rule: ClipRule, norms: jax.Array, thresholds: jax.Array) -> jax.Array:
@@ -50,22 +50,23 @@ def _wish(rule: ClipRule, norms: jax.Array, thresholds: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(rule.weight), (0, None))(norms, thresholds)
 
 
-def sample_weights(rule: ClipRule, squared_norms: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    r"""Weights `[B, L]` of every sample in every leaf, from squared norms `[B, L]` and leaf sizes.
+def sample_weights(rule: ClipRule, norms: jax.Array) -> jax.Array:
+    r"""Weights `[B, L]` of every sample in every leaf, from certified norms `[B, L]`.
 
-    $$ w_{ik} = \min(\max(\mathrm{wish}_{ik}, 0),\; C_k / \lVert g_{ik} \rVert_2) $$
+    $$ w_{ik} = \min(\max(\mathrm{wish}_{ik}, 0),\; C_k / N_{ik}) $$
 
-    so that ‖w_ik g_ik‖ ≤ C_k whatever the rule wishes; zero, by selection, for a sample whose
-    gradient or wish is not finite in any group.
+    with the certified norms N of the groups, so that what a sample adds to the sum of a group has
+    the norm C_k at most, rounding included, whatever the rule wishes. Zero, by selection, for a
+    sample whose gradient or wish is not finite in any group, and where C_k is so small that
+    products below the smallest normal number would matter.
     """
-    norms = group_norms(squared_norms, rule.groups)
+    of_groups = group_norms(norms, rule.groups)
     thresholds = jnp.maximum(rule.thresholds, 0).astype(norms.dtype).reshape(-1)
-    wish = _wish(rule, norms, jnp.broadcast_to(thresholds, norms.shape[1:]))
-    # A square below `tiny` may have been flushed to zero: the cap counts every entry as that much.
-    # That of float32, since squares of a float64 leaf may have been computed there.
-    missing = jnp.asarray([lost(size, jnp.float32) for size in sizes], norms.dtype)
-    largest_norms = group_norms(squared_norms + missing.reshape(1, -1), rule.groups)
-    weights = jnp.clip(wish, 0, thresholds.reshape(1, -1) / largest_norms)
-    alive = finite_rows(squared_norms) & jnp.all(jnp.isfinite(wish), axis=1)
-    weights = jnp.where(alive[:, None], weights, 0)
+    wish = _wish(rule, of_groups, jnp.broadcast_to(thresholds, of_groups.shape[1:]))
+    # The quotient may be rounded up, and so may a threshold that is cast.
+    weights = jnp.clip(wish, 0, thresholds.reshape(1, -1) / rounded_up(of_groups, ROOT + 1))
+    alive = finite_rows(norms) & jnp.all(jnp.isfinite(wish), axis=1)
+    # Not the same as a threshold that is large enough: one that is NaN shows in the sum.
+    normal = ~(thresholds < LEAST_THRESHOLD).reshape(1, -1)
+    weights = jnp.where(alive[:, None] & normal, weights, 0)
     return weights[:, jnp.asarray(rule.groups)]

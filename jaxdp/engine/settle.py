@@ -45,7 +45,7 @@ def settle(run: Callable[[Batch], Reduction], part: Batch, start: Reduction) -> 
 
         # A row that drops out keeps what the first pass saw of it.
         by_row = jax.tree.map(seen, found._replace(sums=[]), state.found._replace(sums=[]))
-        left = counted & finite_rows(found.squared_norms)
+        left = counted & finite_rows(found.norms)
         settled = jnp.all(left == counted) & jnp.any(counted)
         return _State(left, settled, by_row._replace(sums=found.sums))
 
@@ -67,6 +67,6 @@ def nothing_seen(plan: Plan, leaves: Sequence[Any], mask: jax.Array, *, sums: bo
     def by_row(shape: Any) -> jax.Array:
         return zeros((*mask.shape, *shape.shape), shape.dtype, mask)
 
-    squared = [zeros(mask.shape, accumulation_dtype(leaf.dtype), mask) for leaf in leaves]
+    norms = [zeros(mask.shape, accumulation_dtype(leaf.dtype), mask) for leaf in leaves]
     totals = zero_sums(leaves, mask) if sums else []
-    return Reduction(totals, stacked(squared, mask), by_row(loss), jax.tree.map(by_row, aux))
+    return Reduction(totals, stacked(norms, mask), by_row(loss), jax.tree.map(by_row, aux))

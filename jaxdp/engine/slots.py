@@ -34,8 +34,8 @@ class Slots(NamedTuple):
     def reduce(self, part: Batch, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given."""
         gradients, losses, aux = self.factors(part)
-        squared = stacked([leaf.squared_norms(losses.shape[0]) for leaf in gradients], part.mask)
-        counted = select_rows(part.mask, squared)
+        norms = stacked([leaf.certified_norms(losses.shape[0]) for leaf in gradients], part.mask)
+        counted = select_rows(part.mask, norms)
         sums = []
         if weigh is not None:
             weights = weigh.of(counted, part)

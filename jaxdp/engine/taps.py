@@ -12,6 +12,10 @@ The weights enter at the sites, never at the loss: a backward pass that is not l
 `custom_vjp` that clips, a cast that rounds) would make something else of w·g than w times what the
 norm was computed from.
 
+The second pass differentiates the tapped operands, each by a slot of its own, and nothing else: the
+leaves are constants in it. So it cannot add to a sum what the first pass has not seen. A use that
+the analysis had missed would be without a gradient, not without a clip.
+
 Only a use whose parameter is used nowhere else is tapped, and not one that a loop shares: norms of
 several uses do not add. The others keep slots (`engine.slots`).
 
@@ -19,20 +23,23 @@ Source: Lee and Kifer 2021, "Scaling up Differentially Private Deep Learning wit
 Gradient Clipping" (a second, reweighted pass).
 """
 
+import math
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import Precision
 
 from jaxdp.engine import instrument, views
-from jaxdp.engine.assemble import LeafGradients, assemble
+from jaxdp.engine.assemble import LeafGradients, assemble, joined_norms
 from jaxdp.engine.instrument import Taps as TapsAt
 from jaxdp.engine.kinds.base import Site, Target
-from jaxdp.engine.numerics import accumulation_dtype
+from jaxdp.engine.numerics import accumulation_dtype, held
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
+from jaxdp.engine.rounding import ROOT, lost, rounded_up
 from jaxdp.engine.settle import nothing_seen, settle
 from jaxdp.engine.sites import Use
 from jaxdp.engine.slots import Slots, with_twins, zero_slots
@@ -59,26 +66,26 @@ class Taps(NamedTuple):
         one_weight = weigh is None or len(set(weigh.groups)) == 1
         tapped = tapped_uses(plan.uses, self.leaves, one_weight=one_weight)
         slotted = {number: use for number, use in plan.uses.items() if number not in tapped}
-        second = sorted({part.source for use in tapped.values() for part in use.view or ()})
 
         def one(
-            chosen: list[jax.Array], slots: instrument.Slots, sums: Any, example: Any
+            operands: instrument.Slots, slots: instrument.Slots, sums: Any, example: Any
         ) -> tuple[Any, Any]:
-            leaves = list(self.leaves)
-            for index, leaf in zip(second, chosen, strict=True):
-                leaves[index] = leaf
-            args = plan.arguments(leaves, example)
-            taps = TapsAt(_tap, sums)
+            args = plan.arguments(self.leaves, example)
+            slots, taps = {**operands, **slots}, TapsAt(_tap, sums)
             outputs, captures = instrument.run(plan.program, plan.uses, args, slots, taps)
             gates = {number: captures.pop(number)[0] for number in tapped}
             loss, aux = plan.outputs(outputs)
             return (loss, gates), (captures, aux)
 
-        def batched(chosen: list[jax.Array], slots: instrument.Slots, sums: Any) -> Any:
+        def batched(operands: instrument.Slots, slots: instrument.Slots, sums: Any) -> Any:
             in_axes = (None, 0, 0, 0)
-            return jax.vmap(one, in_axes)(chosen, slots, sums, part.examples)
+            return jax.vmap(one, in_axes)(operands, slots, sums, part.examples)
 
-        chosen = [self.leaves[index] for index in second]
+        # The same for all samples: what the second pass gives is summed over them.
+        operands = {
+            number: zeros((*use.lengths, *use.aval.shape), use.aval.dtype, use.aval)
+            for number, use in tapped.items()
+        }
         start = {
             number: zeros(
                 (count, len(use.view or ())),
@@ -88,24 +95,24 @@ class Taps(NamedTuple):
             for number, use in tapped.items()
         }
         (losses, gates), pull_back, (captures, aux) = jax.vjp(
-            batched, chosen, zero_slots(slotted, part.mask), start, has_aux=True
+            batched, operands, zero_slots(slotted, part.mask), start, has_aux=True
         )
         seed = jnp.ones_like(losses)
         _, cotangents, seen = pull_back((seed, jax.tree.map(jnp.zeros_like, gates)))
         cotangents = with_twins(slotted, cotangents)
         gradients = assemble(plan.program, slotted, self.leaves, captures, cotangents)
-        squared = stacked(_squared_norms(gradients, tapped, seen, count), part.mask)
+        norms = stacked(_certified_norms(gradients, tapped, seen, count), part.mask)
         sums = []
         if weigh is not None:
-            weights = weigh.of(squared, part)
+            weights = weigh.of(norms, part)
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
             # Behind a barrier: XLA would see that both passes have the same cotangents, and keep
             # those of the first.
             seed, weights = jax.lax.optimization_barrier((seed, weights))
             totals, _, _ = pull_back((seed, _opened(gates, tapped, weights)))
-            for index, total in zip(second, totals, strict=True):
-                sums[index] = total.astype(sums[index].dtype)
-        return Reduction(sums, squared, losses, aux)
+            for number, total in totals.items():
+                _add_to_leaves(sums, tapped[number], total)
+        return Reduction(sums, norms, losses, aux)
 
 
 def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool) -> dict[int, Use]:
@@ -150,18 +157,27 @@ def _can_be_tapped(use: Use, leaves: list[Any], one_weight: bool) -> bool:
     return not (shared or half or several)
 
 
-def _squared_norms(
+def _certified_norms(
     gradients: list[LeafGradients],
     tapped: Mapping[int, Use],
     seen: Mapping[int, jax.Array],
     count: int,
 ) -> list[jax.Array]:
     """`[B]` for every leaf, from its slots and its taps."""
-    columns = [leaf.squared_norms(count) for leaf in gradients]
+    slotted = [leaf.certified_norms(count) for leaf in gradients]
+    found = [
+        [column] if leaf.pieces else [] for leaf, column in zip(gradients, slotted, strict=True)
+    ]
     for number, use in tapped.items():
+        steps = math.prod(use.lengths)
         for column, part in enumerate(use.view or ()):
-            columns[part.source] += seen[number][:, column].astype(columns[part.source].dtype)
-    return columns
+            # Squares of all steps of the loops, which the backward pass added up.
+            norms = rounded_up(jnp.sqrt(seen[number][:, column]), steps // 2 + 1 + ROOT)
+            found[part.source].append(norms)
+    return [
+        joined_norms(pieces, column.dtype) if pieces else column
+        for pieces, column in zip(found, slotted, strict=True)
+    ]
 
 
 def _opened(
@@ -171,25 +187,51 @@ def _opened(
 
     def of_use(use: Use, gate: jax.Array) -> jax.Array:
         # Where a use has several leaves, their weights are equal (`tapped_uses`).
-        weight = weights[:, min(use.sources)].astype(gate.dtype)
+        weight = held(weights[:, min(use.sources)].astype(gate.dtype))
         opened = jnp.broadcast_to(weight.reshape(-1, *[1] * (gate.ndim - 1)), gate.shape)
         return vary(opened, varying_axes(gate))
 
     return {number: of_use(tapped[number], gate) for number, gate in gates.items()}
 
 
-def _tap(use: Use, values: list[Any], accumulator: jax.Array) -> tuple[list[Any], list[Any]]:
-    """The outputs of the equation, and its gate."""
+def _add_to_leaves(sums: list[jax.Array], use: Use, total: jax.Array) -> None:
+    """Adds Σ_i w_i g_i of the operand of a use, `[*lengths, *operand.shape]`, to the sums of the
+    leaves that it shows."""
+    steps = (slice(None),) * len(use.lengths)
+    for part, at in zip(use.view or (), use.boxes, strict=True):
+        loops = [views.Dim(*loop) for loop in zip(use.lengths, part.loops, strict=True)]
+        window = (
+            slice(start, start + dim.size) for start, dim in zip(part.start, part.dims, strict=True)
+        )
+        shown = total[(*steps, *window)].astype(sums[part.source].dtype)
+        leaf = views.place(shown, (*loops, *part.dims), at, sums[part.source].shape)
+        sums[part.source] += leaf
+
+
+def _tap(
+    use: Use, values: list[Any], slot: jax.Array, accumulator: jax.Array
+) -> tuple[list[Any], list[Any]]:
+    """The outputs of the equation, and its gate.
+
+    The equation is linear in the parameter, so that with the slot in its place, which is zero, it
+    has the same cotangent: that of the slot, and never of the parameter itself.
+    """
     apart = [jax.lax.stop_gradient(value) for value in values]
     of_sample, of_parameter = list(values), apart
-    of_sample[use.operand], of_parameter[use.operand] = apart[use.operand], values[use.operand]
+    of_sample[use.operand], of_parameter[use.operand] = apart[use.operand], slot
     output, *rest = use.eqn.bind(of_sample)
     # The gate is made of the accumulator, which is zero, since that is mapped over the samples.
     closed = jnp.sum(jax.lax.stop_gradient(accumulator))
-    by_parameter, gate = _gated(use.eqn.bind(of_parameter)[0], closed)
+    by_parameter, gate = _gated(use.eqn.bind(of_parameter, **_precise(use))[0], closed)
     operands = jax.tree.map(jax.lax.stop_gradient, instrument.captured(use, values))
     output = _watched(use, instrument.attach(output, by_parameter), operands, accumulator)
     return [output, *rest], [gate]
+
+
+def _precise(use: Use) -> dict[str, Any]:
+    """The gradient with respect to the parameter in the precision that its norm is certified for
+    (`engine.rounding`), whatever precision the model asks of its products."""
+    return {"precision": (Precision.HIGHEST,) * 2} if "precision" in use.eqn.params else {}
 
 
 @jax.custom_vjp
@@ -252,17 +294,15 @@ def _norms_of_one(use: Use, operands: list[Any], cotangent: jax.Array) -> jax.Ar
 
 
 def _norms(use: Use, operands: list[jax.Array], cotangent: jax.Array) -> jax.Array:
-    """The same for a batch, `[B, parts]`, at one step of the enclosing scans."""
+    """The same for a batch, `[B, parts]`, at one step of the enclosing scans; for a sum that
+    another pass computes."""
     assert use.kind is not None
     columns = []
     for part in use.view or ():
         here = part._replace(loops=())
         site = Site(use.eqn, use.operand, (), operands, cotangent)
         factor = use.kind.factor(site, here, Target.whole(here.shape))
-        squared = factor.prepared().squared_norms()
-        if factor.method != "outer product":
-            # The sum comes from another pass with other rounding errors, so that where terms
-            # cancel it may be larger than what is seen here.
-            squared += 4 * jnp.finfo(squared.dtype).eps * factor.spread()
-        columns.append(squared.astype(accumulation_dtype(use.aval.dtype)))
+        norms = factor.certified_norms_elsewhere()
+        squares = jnp.square(norms) + lost(2, norms.dtype)
+        columns.append(squares.astype(accumulation_dtype(use.aval.dtype)))
     return jnp.stack(columns, axis=1)

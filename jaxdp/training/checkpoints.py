@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from jaxdp.accounting import Ledger
 from jaxdp.accounting.checks import check_integer, check_keys
+from jaxdp.accounting.strict_json import parse
 from jaxdp.sampling import Sampler, sampler_from_dict
 from jaxdp.training.files import check_seal, seal, sync_folder, write_file
 from jaxdp.training.step import TrainState
@@ -40,6 +41,7 @@ _KEYS = (
     "history",
     "configuration",
     "structure",
+    "data",
 )
 _SAVING = ".saving"
 _NAME = re.compile(r"(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?", re.ASCII)
@@ -100,9 +102,18 @@ class Checkpoints:
         self._newest()
 
     def save(
-        self, state: TrainState, ledger: Ledger, sampler: Sampler, history: list[dict[str, Any]]
+        self,
+        state: TrainState,
+        ledger: Ledger,
+        sampler: Sampler,
+        history: list[dict[str, Any]],
+        data: str | None = None,
     ) -> None:
         """Writes one checkpoint, named by the state's step, and removes the oldest.
+
+        Args:
+          state, ledger, sampler, history: of the run.
+          data: a digest of what it trains on, where there is one.
 
         Raises:
           ValueError: the ledger misses steps of the state; the directory holds a later step;
@@ -126,6 +137,7 @@ class Checkpoints:
             "history": history,
             "configuration": self._configuration,
             "structure": _structure(state),
+            "data": data,
         }
         newest = self._newest()
         if newest is not None and newest.step > step:
@@ -171,16 +183,18 @@ class Checkpoints:
         newest = self._newest()
         return None if newest is None else self._run(newest)["configuration"]
 
-    def restore(self, like: TrainState, sampler: Sampler) -> Saved | None:
+    def restore(self, like: TrainState, sampler: Sampler, data: str | None = None) -> Saved | None:
         """The newest checkpoint, or None where there is none.
 
         Args:
           like: a state with the structure, shapes and dtypes of the saved one.
           sampler: the sampler of the run, which must be the one that was saved.
+          data: a digest of what it trains on, which must be the one that was saved, where both
+            are known.
 
         Raises:
           ValueError: the checkpoint belongs to another configuration, sampler, model, clip or
-            optimizer; it is damaged.
+            optimizer, or to other data; it is damaged.
         """
         newest = self._newest()
         if newest is None:
@@ -202,6 +216,11 @@ class Checkpoints:
                 f"the checkpoint in {self.directory} was drawn by another sampler, so that its "
                 "ledger does not describe this run: use the same sampler and seed, or another "
                 "directory"
+            )
+        if data is not None and run["data"] not in (None, data):
+            raise ValueError(
+                f"the checkpoint in {self.directory} was trained on other data, to which its "
+                "ledger says nothing: use the same data, or another directory"
             )
         try:
             check_seal(self._folder(newest))
@@ -253,7 +272,7 @@ class Checkpoints:
         folder = self._folder(place)
         try:
             check_seal(folder, only=["run.json"])
-            run = dict(check_keys("run.json", json.loads((folder / "run.json").read_text()), _KEYS))
+            run = dict(check_keys("run.json", parse((folder / "run.json").read_text()), _KEYS))
             if (run["format"], run["version"], run["step"]) != (_FORMAT, _VERSION, place.step):
                 raise ValueError(
                     f"run.json holds {run['format']} {run['version']} of step {run['step']}"

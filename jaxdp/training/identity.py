@@ -1,6 +1,7 @@
 """Which random numbers a step is made of, and whether a ledger knows those of a state."""
 
 from jaxdp.accounting import Draws, Ledger, LedgerEntry
+from jaxdp.accounting.draws import check_draws
 from jaxdp.noise import noise_draws
 from jaxdp.sampling import Sampler
 from jaxdp.training.step import TrainState
@@ -20,8 +21,7 @@ def step_draws(state: TrainState, sampler: Sampler, step: int) -> tuple[Draws, .
     Returns:
       What `Ledger.charge` takes.
     """
-    noise = tuple(Draws(*drawn) for drawn in noise_draws(state.opt_state))
-    return (*noise, *sampler.draws(step))
+    return check_draws((*noise_draws(state.opt_state), *sampler.draws(step)))
 
 
 def check_charged(state: TrainState, ledger: Ledger) -> None:

@@ -1,9 +1,12 @@
 """From a logical step to its physical batches, with their data."""
 
+import hashlib
+import hmac
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -15,6 +18,9 @@ from jaxdp.training.step import TrainState
 
 # A pytree of host arrays [num_examples, ...], or a function from indices [P] to a batch [P, ...].
 Data = Any | Callable[[np.ndarray], Any]
+
+
+_DIGESTED_ROWS = 64
 
 
 class Part(NamedTuple):
@@ -58,6 +64,33 @@ def loader(
         ]
 
     return load
+
+
+def data_digest(data: Data, sampler: Sampler) -> str | None:
+    """A digest by which other data of the same shape is noticed: of some rows, spread over all.
+
+    It is keyed by the secret seed of the sampler: of the rows alone it would tell whoever guesses
+    one that the guess is right.
+
+    Args:
+      data: as `fit` takes it.
+      sampler: of the run.
+
+    Returns:
+      64 hex digits; None for a function, which may return something else at every call.
+    """
+    if callable(data):
+        return None
+    rows = np.unique(np.linspace(0, sampler.num_examples - 1, _DIGESTED_ROWS).astype(np.int64))
+    found = hmac.new(f"jaxdp data\n{sampler.seed}".encode(), digestmod=hashlib.sha256)
+    for path, leaf in jax.tree.leaves_with_path(data):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {np.shape(leaf)}".encode())
+        # An array of objects holds addresses.
+        if leaf.dtype != object:
+            found.update(np.asarray(leaf[rows]).tobytes())
+    return found.hexdigest()
 
 
 def _check_shards(sampler: Sampler, sharding: NamedSharding | None, data_parts: int) -> None:

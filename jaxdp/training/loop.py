@@ -16,7 +16,7 @@ from jaxdp.training.arguments import Plan, check_objects, check_plan
 from jaxdp.training.budget import Budget
 from jaxdp.training.checkpoints import Checkpoints
 from jaxdp.training.identity import step_draws
-from jaxdp.training.loading import Data, Part, check_overflow, loader
+from jaxdp.training.loading import Data, Part, check_overflow, data_digest, loader
 from jaxdp.training.logs import LogFn, log_function
 from jaxdp.training.progress import progress_bar
 from jaxdp.training.reports import Evaluate, Seen, report_row
@@ -59,7 +59,8 @@ def fit(
     more: charge a release that every start makes anew, such as a clip value that is selected, with
     its draws. A state that has come as far as the checkpoint is continued as it is given, with its
     ledger: between two calls you may release something else, change the parameters by it, and
-    charge it.
+    charge it. Other data than that of the checkpoint
+    is refused where `data` are arrays.
 
     An exception, Ctrl-C included, leaves state, ledger and history in reach:
     `jaxdp.training.run_of(error)`. Ctrl-C waits for the end of a step, and the run is then saved
@@ -141,14 +142,19 @@ def fit(
     first = jax.process_index() == 0
     log = log_function(log_fn if first else None)
     check_overflow(state, sampler, plan.data_parts)
+    where = checkpoints is not None
     check_agreement(
-        state=state, sampler=sampler.to_dict(), ledger=ledger.to_json(), arguments=list(plan)
+        state=state, sampler=sampler.to_dict(), ledger=ledger.to_json(), arguments=[*plan, where]
     )
     if sharding is not None:
         state = spread_state(state, sharding.mesh)
     # What the accountant cannot answer for fails before the first step, not at the first report.
     plan.spent(ledger.charge(1.0, sampler.scheme))
-    live = Live(*begin(state, ledger, sampler, checkpoints))
+    # Where each process has a part of the data alone, none can tell for all.
+    of_data = data_digest(data, sampler) if checkpoints and plan.data_parts == 1 else None
+    live = Live(*begin(state, ledger, sampler, checkpoints, of_data))
+    if jax.process_count() > 1:
+        check_agreement(checkpoint=live.whole, charges=live.ledger.to_json())
     done = saved = int(live.whole.step)
 
     def save() -> None:
@@ -156,7 +162,7 @@ def fit(
         if checkpoints is not None and saved < done:
             saved = done
             with interrupts_wait():
-                checkpoints.save(live.whole, live.ledger, sampler, live.history)
+                checkpoints.save(live.whole, live.ledger, sampler, live.history, of_data)
 
     def report(seen: Seen) -> None:
         if jax.process_count() > 1:

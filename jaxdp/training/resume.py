@@ -8,7 +8,11 @@ from jaxdp.training.step import TrainState
 
 
 def begin(
-    state: TrainState, ledger: Ledger, sampler: Sampler, checkpoints: Checkpoints | None
+    state: TrainState,
+    ledger: Ledger,
+    sampler: Sampler,
+    checkpoints: Checkpoints | None,
+    data: str | None,
 ) -> Saved:
     """At the newest checkpoint, or at what `fit` was given where that is as far.
 
@@ -17,6 +21,7 @@ def begin(
       ledger: what the data has been charged with.
       sampler: of the run.
       checkpoints: where it may have been saved.
+      data: a digest of what it trains on, where there is one.
 
     Returns:
       State, ledger and history to go on from. The ledger holds all that either of the two held.
@@ -25,7 +30,7 @@ def begin(
       ValueError: a ledger misses what its state has executed; both ledgers hold draws that they
         cannot share.
     """
-    saved = None if checkpoints is None else checkpoints.restore(state, sampler)
+    saved = None if checkpoints is None else checkpoints.restore(state, sampler, data)
     done = int(state.step)
     if saved is not None and (int(saved.state.step) > done or done == 0):
         check_charged(saved.state, saved.ledger)

@@ -177,9 +177,18 @@ def test_a_checkpoint_that_was_continued_twice_cannot_be_merged() -> None:
 @pytest.mark.parametrize("array", [np.asarray, jnp.asarray, lambda value: value])
 def test_noise_multipliers_may_be_arrays(sigma: Any, array: Callable[[Any], Any]) -> None:
     expected = Ledger().charge(sigma, POISSON, 3)
-    assert Ledger().charge(array(sigma), POISSON, np.int64(3)) == expected
+    count: Any = np.int64(3)
+    assert Ledger().charge(array(sigma), POISSON, count) == expected
     if isinstance(sigma, list):
         assert Ledger().charge([array(each) for each in sigma], POISSON, 3) == expected
+
+
+def test_draws_may_be_the_tuples_that_noise_draws_gives() -> None:
+    expected = Ledger().charge(1.0, POISSON, draws=[batches(3), noise(7)])
+    found = Ledger().charge(1.0, POISSON, draws=[batches(3), ("gradient noise", "kee1", 7)])
+    assert found == expected
+    pure = Ledger().charge_pure(0.1, draws=[("selection", "a", 3)])
+    assert pure == Ledger().charge_pure(0.1, draws=[Draws("selection", "a", 3)])
 
 
 # What a ledger extends.
@@ -311,8 +320,8 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no sequence": (lambda: ANY.charge(1.0, POISSON, draws=3), TypeError, "draws must be"),
     "text": (lambda: ANY.charge(1.0, POISSON, draws="batches"), TypeError, "draws must be"),
     "None": (lambda: ANY.charge(1.0, POISSON, draws=None), TypeError, "draws must be"),
-    "tuples": (
-        lambda: ANY.charge(1.0, POISSON, draws=[("batches", "5eed", 0)]),
+    "tuples of something else": (
+        lambda: ANY.charge(1.0, POISSON, draws=[("batches", "5eed")]),
         TypeError,
         "draws must be of type Draws, got",
     ),

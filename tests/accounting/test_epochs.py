@@ -18,7 +18,7 @@ class Piece(NamedTuple):
 
     sampler: ShuffledSampler
     first: int
-    count: int
+    steps: int
     sigma: float
 
 

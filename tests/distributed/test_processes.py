@@ -49,9 +49,9 @@ def ended(started: list[subprocess.Popen[str]]) -> tuple[list[str], list[int]]:
 
 
 class Processes:
-    """What several processes of the job said and returned."""
+    """What several processes of the job said and returned; the last one is told `last`, too."""
 
-    def __init__(self, count: int, folder: Path, **options: Any):
+    def __init__(self, count: int, folder: Path, last: Any = None, **options: Any):
         folder.mkdir(parents=True, exist_ok=True)
         self.results = [folder / f"{index}.json" for index in range(count)]
         coordinator = f"localhost:{free_port()}"
@@ -59,6 +59,7 @@ class Processes:
         started = []
         for index in range(count):
             own = dict(options, dies_at=options.get("dies_at", 0) if index == dies else 0)
+            own |= (last or {}) if index == count - 1 else {}
             setting = job.Setting(coordinator, count, index, out=str(self.results[index]), **own)
             started.append(start("-m", "tests.distributed.job", json.dumps(setting._asdict())))
         self.said, self.codes = ended(started)
@@ -133,6 +134,33 @@ def test_processes_that_would_draw_other_samples_are_refused(tmp_path: Path) -> 
     for said in processes.said:
         assert "all processes must have the same sampler" in said
         assert "jaxdp.distributed.shared_seed()" in said
+
+
+# What the last process does otherwise, and what all of them say.
+DIFFERENCES: dict[str, tuple[dict[str, float], str]] = {
+    # One example of that process would move the release by 20 times what the noise is made for.
+    "clip": ({"clip": 10.0}, "the same step, got others on some"),
+    "noise": ({"sigma": 1.6}, "the same step, got others on some"),
+    "learning rate": ({"rate": 0.02}, "the same step, got others on some"),
+    # Nothing tells before it has happened.
+    "parameters": ({"nudge": 0.01}, "the same parameters, got others on some"),
+}
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        pytest.param(*case, id=name, marks=[] if name == "clip" else [pytest.mark.slow])
+        for name, case in DIFFERENCES.items()
+    ],
+)
+def test_processes_that_train_otherwise_are_refused(
+    tmp_path: Path, last: dict[str, float], says: str
+) -> None:
+    processes = Processes(2, tmp_path, last, devices=1, steps=4)
+    assert 0 not in processes.codes
+    for said in processes.said:
+        assert f"all processes must have {says}" in said
 
 
 @pytest.fixture(autouse=True)

@@ -183,7 +183,7 @@ WRONG = {
     "margin": lambda z: lipschitz.multiclass_hinge(z, 0, margin=-1.0),
     "least_norm": lambda z: lipschitz.cosine_similarity(z, z, least_norm=0.0),
     "proportions": lambda z: lipschitz.kantorovich_rubinstein(z, 0, proportions=(0.5, 0.5)),
-    "proportions must be in": lambda z: lipschitz.kantorovich_rubinstein(
+    "proportions must be finite": lambda z: lipschitz.kantorovich_rubinstein(
         z, 0, proportions=(0.0, *SHARES[1:])
     ),
     "alpha": lambda z: lipschitz.hinge_kantorovich_rubinstein(z, 0, proportions=SHARES, alpha=-1.0),

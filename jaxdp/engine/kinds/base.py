@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.numerics import square_sums, weighted_sum, widened
+from jaxdp.engine.numerics import widened
+from jaxdp.engine.rounding import norms, rounded_up
+from jaxdp.engine.sums import weighted_sum
 from jaxdp.engine.views import Box, Dim, Part, View, place
 from jaxdp.engine.walker import Equation
 
@@ -63,14 +65,10 @@ class Factored(Protocol):
         joined is joined before."""
         ...
 
-    def squared_norms(self) -> jax.Array:
-        """`[B]`, of prepared factors: not below the true ones by more than a rounding error of
-        1e-5."""
-        ...
-
-    def spread(self) -> jax.Array:
-        """(Σ_t ‖u_t‖‖v_t‖)² `[B]`, or more: the size of the terms that the gradient adds up. Its
-        entries are known up to rounding errors of that size."""
+    def certified_norms(self) -> jax.Array:
+        """`[B]`, of prepared factors: N such that what `weighted_sum` adds for one sample of
+        weight w has the norm w·N at most, whatever rounding does to either. Infinite or NaN where
+        that is not known."""
         ...
 
     def rows(self) -> jax.Array:
@@ -84,6 +82,15 @@ class Factored(Protocol):
     def join(self, other: "Factored") -> "Factored | None":
         """The sum of both gradients as one factor, for a box that is used twice; None where
         that has no factored form."""
+        ...
+
+
+class Addends(Factored, Protocol):
+    """The same as a site gives it: what it adds up is known."""
+
+    def certified_norms_elsewhere(self) -> jax.Array:
+        """`[B]`, of factors that are not prepared: `certified_norms` for a sum that another pass
+        computes of the same addends, with other rounding errors."""
         ...
 
 
@@ -116,7 +123,7 @@ class Kind(Protocol):
         """Which operands the factors are made of, beside the output's cotangent."""
         ...
 
-    def factor(self, site: Site, part: Part, target: Target) -> Factored:
+    def factor(self, site: Site, part: Part, target: Target) -> Addends:
         """The gradients with respect to one part of the operand."""
         ...
 
@@ -162,14 +169,8 @@ class Materialized:
         dims = tuple(dim if dim.stride else Dim(1, 0) for dim in self.dims)
         return replace(self, values=values, dims=dims)
 
-    def squared_norms(self) -> jax.Array:
-        values = widened(self.values)
-        return square_sums(values.reshape(values.shape[0], -1))
-
-    def spread(self) -> jax.Array:
-        once = tuple(1 + axis for axis, dim in enumerate(self.dims) if dim.stride)
-        squares = jnp.sum(jnp.square(widened(self.values)), axis=once, keepdims=True)
-        return jnp.sum(jnp.sqrt(squares), axis=tuple(range(1, squares.ndim))) ** 2
+    def certified_norms(self) -> jax.Array:
+        return row_norms(self.values)
 
     def rows(self) -> jax.Array:
         return self.target.place(self.values, self.dims)
@@ -181,6 +182,12 @@ class Materialized:
         if isinstance(other, Materialized) and self.dims == other.dims:
             return replace(self, values=self.values + other.values)
         return None
+
+
+def row_norms(rows: jax.Array) -> jax.Array:
+    """Certified norms of rows `[B, ...]`: one sample alone has its entries times its weight, which
+    may have been cast, and its sum may be cast in turn."""
+    return rounded_up(norms(widened(rows).reshape(rows.shape[0], -1)), 3)
 
 
 def refuse_repeats(view: View | None) -> str:

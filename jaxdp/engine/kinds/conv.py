@@ -24,7 +24,15 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from jaxdp.engine.gram import Gram, gram_norms
+from jaxdp.engine.gram import (
+    Gram,
+    gram_norms,
+    inner_products,
+    lengths,
+    lengths_of_squares,
+    spread,
+    sum_error,
+)
 from jaxdp.engine.kinds.base import (
     Factored,
     Materialized,
@@ -37,7 +45,8 @@ from jaxdp.engine.kinds.base import (
     static,
 )
 from jaxdp.engine.kinds.dot import Axes, Layout, OuterProducts, Product
-from jaxdp.engine.numerics import scale_rows, square_sums, widened
+from jaxdp.engine.numerics import scale_rows, widened
+from jaxdp.engine.rounding import joint_norm, rounded_up, roundings, total
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
@@ -144,16 +153,15 @@ class Patches:
     def prepared(self) -> Factored:
         return self._materialized() if self.method == "rows" else self
 
-    def squared_norms(self) -> jax.Array:
-        return self._map(self._squared_norm)
+    def certified_norms(self) -> jax.Array:
+        return self._map(self._certified_norm)
 
-    def spread(self) -> jax.Array:
-        # Every pixel lies under the window once for each entry of it, at most.
-        images, cotangents = (
-            square_sums(widened(array).reshape(array.shape[0], -1))
-            for array in (self.images, self.cotangents)
-        )
-        return math.prod(self.window.sizes) * images * cotangents
+    def certified_norms_elsewhere(self) -> jax.Array:
+        if self.method != "rows":
+            return self.certified_norms()
+        # Both the kernels here and the sum there are off by `sum_error`.
+        error = jax.vmap(self._sum_error)(self.images, self.cotangents)
+        return rounded_up(self._materialized().certified_norms() + 2 * error, 2)
 
     def rows(self) -> jax.Array:
         return self._materialized().rows()
@@ -192,11 +200,11 @@ class Patches:
         v = self._grouped(cotangents)
         return jnp.einsum("etkgc,etgo->egkco", u, v, precision=Precision.HIGHEST)
 
-    def _squared_norm(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
+    def _certified_norm(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
         """Of one sample, from the Gram matrices."""
-        padded = self.window.padded(widened(images))
-        pixels = self._grouped(padded)
-        gram = jnp.einsum("epgc,eqgc->egpq", pixels, pixels, precision=Precision.HIGHEST)
+        padded = self.window.padded(images)
+        pixels = jnp.swapaxes(self._grouped(padded), 1, 2)
+        gram, off = inner_products(pixels)
         where = padded.shape[1:-1]
         gram = gram.reshape(*gram.shape[:2], *where, *where)
 
@@ -205,18 +213,25 @@ class Patches:
             return self.window.under(offset, rows, first_axis=3 + len(where))
 
         offsets = self.window.offsets()
-        u_gram = reduce(jnp.add, map(at_both_positions, offsets))
-        v = self._grouped(cotangents)
-        v_gram = jnp.einsum("etgo,esgo->egts", v, v, precision=Precision.HIGHEST)
-        positions = v_gram.shape[-1]
+        v_gram = Gram.of(jnp.swapaxes(self._grouped(cotangents), 1, 2))
+        products = reduce(jnp.add, map(at_both_positions, offsets)).reshape(v_gram.products.shape)
+        # By Cauchy–Schwarz over the offsets, errors relative to pixels are so to patches, too.
+        terms = len(offsets) * pixels.shape[-1]
+        u_gram = Gram.of_products(products, terms, off + len(offsets) - 1)
+        return joint_norm(gram_norms(u_gram, v_gram).reshape(-1))
 
-        def gram_of(products: jax.Array, entries: int) -> Gram:
-            products = products.reshape(1, -1, positions, positions)
-            trace = jnp.trace(products, axis1=-2, axis2=-1)
-            return Gram.of(products, trace, entries)
-
-        inputs = gram_of(u_gram, len(offsets) * pixels.shape[-1])
-        return gram_norms(inputs, gram_of(v_gram, v.shape[-1]))[0]
+    def _sum_error(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """Of one sample: `gram.sum_error` of the patches and the cotangents."""
+        padded, offsets = self.window.padded(images), self.window.offsets()
+        pixels = self._grouped(padded)
+        squares = total(jnp.square(pixels)).reshape(*padded.shape[:-1], self.groups)
+        windows = [self.window.under(offset, squares, first_axis=2) for offset in offsets]
+        patches = reduce(jnp.add, windows).reshape(images.shape[0], -1, self.groups)
+        off = roundings(pixels.shape[-1]) + len(offsets) - 1
+        u = lengths_of_squares(patches, off, len(offsets) * pixels.shape[-1])
+        v = lengths(self._grouped(cotangents))
+        size = spread(jnp.swapaxes(u, 1, 2), jnp.swapaxes(v, 1, 2))
+        return joint_norm(sum_error(size, u.shape[1]).reshape(-1))
 
     def _grouped(self, images: jax.Array) -> jax.Array:
         """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`."""

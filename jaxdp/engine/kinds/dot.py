@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from jaxdp.engine.gram import Gram, gram_norms
+from jaxdp.engine.gram import Gram, gram_norms, lengths, spread, sum_error
 from jaxdp.engine.kinds.base import (
     Factored,
     Materialized,
@@ -35,7 +35,9 @@ from jaxdp.engine.kinds.base import (
     split_loops,
     static,
 )
-from jaxdp.engine.numerics import lost, scale_rows, square_sums, widened
+from jaxdp.engine.numerics import scale_rows, widened
+from jaxdp.engine.rounding import joint_norm, norms, rounded_up
+from jaxdp.engine.sums import in_blocks
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
@@ -159,15 +161,23 @@ class OuterProducts:
     def prepared(self) -> Factored:
         return self._materialized() if self.method == "rows" else self
 
-    def squared_norms(self) -> jax.Array:
+    def certified_norms(self) -> jax.Array:
         u, v = self.vectors()
         if self.method == "outer product":
-            return jnp.sum(_squares(u)[..., 0] * _squares(v)[..., 0], axis=1)
-        return gram_norms(_gram(u), _gram(v))
+            # The weight may be cast, and is multiplied into one of the two; one product of these.
+            slices = rounded_up((norms(u) * norms(v))[..., 0], 1 + 4)
+        else:
+            slices = gram_norms(Gram.of(u), Gram.of(v))
+        return joint_norm(slices)
 
-    def spread(self) -> jax.Array:
+    def certified_norms_elsewhere(self) -> jax.Array:
+        if self.method != "rows":
+            return self.certified_norms()
+        # Both the matrices here and the sum there are off by `sum_error`.
         u, v = self.vectors()
-        return jnp.sum(jnp.sqrt(_squares(u) * _squares(v)), axis=(1, 2)) ** 2
+        error = sum_error(spread(lengths(u), lengths(v)), u.shape[2])
+        matrices = self._materialized().certified_norms()
+        return rounded_up(matrices + 2 * joint_norm(error), 2)
 
     def rows(self) -> jax.Array:
         return self._materialized().rows()
@@ -179,7 +189,11 @@ class OuterProducts:
             u = scale_rows(weights, u)
         else:
             v = scale_rows(weights, v)
-        total = jnp.einsum("betd,betp->edp", u, v, precision=Precision.HIGHEST)
+
+        def contract(u: jax.Array, v: jax.Array) -> jax.Array:
+            return jnp.einsum("betd,betp->edp", u, v, precision=Precision.HIGHEST)
+
+        total = in_blocks(contract, u, v)
         return self.target.place(
             total.reshape([dim.size for dim in self.axes.dims]), self.axes.dims
         )
@@ -273,21 +287,6 @@ class Layout(NamedTuple):
             shared=tuple(zip(free[other], in_output[other], strict=True)),
             free=outermost_first(zip(free[kernel], in_output[kernel], strict=True)),
         )
-
-
-def _gram(vectors: jax.Array) -> Gram:
-    products = jnp.einsum("betd,besd->bets", vectors, vectors, precision=Precision.HIGHEST)
-    # Not the diagonal of the products, which XLA would copy before it multiplies them.
-    trace = jnp.sum(jnp.square(vectors), axis=(2, 3))
-    return Gram.of(products, trace, vectors.shape[-1])
-
-
-def _squares(vectors: jax.Array) -> jax.Array:
-    """‖u_t‖², `[B, E, T]`, not below the true ones where squares underflow: the other factor may
-    be large."""
-    flat = vectors.reshape(-1, vectors.shape[-1])
-    squares = square_sums(flat) + lost(vectors.shape[-1], vectors.dtype)
-    return squares.reshape(vectors.shape[:-1])
 
 
 def _window(array: jax.Array, axis: int, part: Part, kernel_axis: int) -> jax.Array:

@@ -15,11 +15,23 @@ import jax
 import jax.numpy as jnp
 from jax.lax import GatherScatterMode, Precision
 
-from jaxdp.engine.kinds.base import Factored, Site, Target, factored, split_loops, static
+from jaxdp.engine.gram import Gram, certificate, gram_sum, spread, sum_error
+from jaxdp.engine.kinds.base import (
+    Factored,
+    Site,
+    Target,
+    factored,
+    row_norms,
+    split_loops,
+    static,
+)
 from jaxdp.engine.kinds.dot import OuterProducts
-from jaxdp.engine.numerics import lost, scale_rows, square_sums, widened
+from jaxdp.engine.numerics import scale_rows, widened
+from jaxdp.engine.rounding import norms, rounded_up, roundings, total, unit_roundoff
+from jaxdp.engine.sums import BLOCK, Running, as_blocks
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
+from jaxdp.varying import zeros
 
 
 @factored
@@ -50,20 +62,20 @@ class LookedUp:
         ids, sums = jax.vmap(_distinct_rows)(self.ids, widened(self.cotangents))
         return replace(self, ids=ids, cotangents=sums)
 
-    def squared_norms(self) -> jax.Array:
-        rows = widened(self.cotangents)
-        return square_sums(rows.reshape(rows.shape[0], -1))
+    def certified_norms(self) -> jax.Array:
+        return row_norms(self.cotangents)
 
-    def spread(self) -> jax.Array:
-        return jnp.sum(jnp.linalg.norm(widened(self.cotangents), axis=2), axis=1) ** 2
+    def certified_norms_elsewhere(self) -> jax.Array:
+        # Of one-hot vectors u: both the rows here and the sum there are off by `sum_error`.
+        each = norms(widened(self.cotangents))
+        error = sum_error(rounded_up(total(each), roundings(each.shape[1])), each.shape[1])
+        return rounded_up(self.prepared().certified_norms() + 2 * error, 2)
 
     def rows(self) -> jax.Array:
         return self._placed(jax.vmap(self._table)(self.ids, widened(self.cotangents)))
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
-        scaled = scale_rows(weights, self.cotangents)
-        flat = scaled.reshape(-1, scaled.shape[-1])
-        return self._placed(self._table(self.ids.reshape(-1), flat))
+        return self._placed(self._summed(self.ids, scale_rows(weights, self.cotangents)))
 
     def join(self, other: Factored) -> Factored | None:
         if isinstance(other, OuterProducts):
@@ -78,6 +90,26 @@ class LookedUp:
 
     def _table(self, ids: jax.Array, rows: jax.Array) -> jax.Array:
         return jnp.zeros((self.row.size, rows.shape[-1]), rows.dtype).at[ids].add(rows)
+
+    def _summed(self, ids: jax.Array, rows: jax.Array) -> jax.Array:
+        """The table of all samples, from `[B, T]` and `[B, T, p]`: as `engine.sums` asks, but with
+        blocks that touch few rows of the table."""
+        size, width = self.row.size, rows.shape[-1]
+        if ids.shape[0] <= BLOCK:
+            return self._table(ids.reshape(-1), rows.reshape(-1, width))
+        ids, rows = as_blocks(ids), as_blocks(rows)
+
+        def add(sums: Running, block: tuple[jax.Array, jax.Array]) -> tuple[Running, None]:
+            ids, rows = block
+            # Each row of the table once; an id outside of it is dropped.
+            places, rows = _distinct_rows(ids.reshape(-1), rows.reshape(-1, width), unused=size)
+            touched = jax.tree.map(lambda table: table.at[places].get(mode="clip"), sums).add(rows)
+            return jax.tree.map(
+                lambda table, rows: table.at[places].set(rows, mode="drop"), sums, touched
+            ), None
+
+        start = Running.start(zeros((size, width), rows.dtype, (ids, rows)))
+        return jax.lax.scan(add, start, (ids, rows))[0].value
 
     def _placed(self, table: jax.Array) -> jax.Array:
         dims = (self.row, *self.features)
@@ -113,22 +145,37 @@ class Tied:
         assert isinstance(looked_up, LookedUp)
         return replace(self, looked_up=looked_up)
 
-    def spread(self) -> jax.Array:
-        return 2 * (self.looked_up.spread() + self.products.spread())
+    def certified_norms(self) -> jax.Array:
+        """As `engine.gram`, of the products G and the look-ups L, with size S + ‖L‖:
 
-    def squared_norms(self) -> jax.Array:
+            ‖G + L‖² = ‖G‖² + ‖L‖² + 2 Σ_t Σ_s u[t, i_s] ⟨v_t, w_s⟩
+
+        Ids are distinct, so that Σ_s |u[t, i_s]| ‖w_s‖ ≤ ‖u_t‖ ‖L‖; the terms of the cross sum are
+        2 S ‖L‖ together, and all of them (S + ‖L‖)². Adding up the three takes three roundings.
+        """
         u, v = (side[:, 0] for side in self.products.vectors())
-        w = widened(self.looked_up.cotangents)
+        w, ids = widened(self.looked_up.cotangents), self.looked_up.ids
         # [B, T, S]: the vocabulary side of every position at every looked-up id.
-        at_ids = jax.vmap(lambda side, ids: jnp.take(side, ids, axis=1))(u, self.looked_up.ids)
+        at_ids = jax.vmap(lambda side, ids: jnp.take(side, ids, axis=1))(u, ids)
         inner = jnp.einsum("btp,bsp->bts", v, w, precision=Precision.HIGHEST)
-        v_norms, w_norms = jnp.linalg.norm(v, axis=2), jnp.linalg.norm(w, axis=2)
-        sizes = v_norms[:, :, None] * w_norms[:, None, :]
-        slack = 2 * jnp.finfo(inner.dtype).eps
-        off = slack * sizes + lost(v.shape[-1], v.dtype)
-        cross = jnp.sum(at_ids * inner + jnp.abs(at_ids) * off, axis=(1, 2))
-        alone = self.looked_up.squared_norms() + self.products.squared_norms()
-        return jnp.maximum(alone + 2 * cross, 0)
+        positions, looked_up = inner.shape[1:]
+        cross = total(total(at_ids * inner))
+        crossed = w.shape[-1] + roundings(positions) + roundings(looked_up)
+
+        u_gram, v_gram = Gram.of(u), Gram.of(v)
+        alone, off = gram_sum(u_gram, v_gram)
+        rows = self._looked_up_norms(w)
+        size = spread(u_gram.lengths, v_gram.lengths) + rows
+        squared = alone + rows * rows + 2 * cross
+        # As many positions have no fewer roundings, in either sum, nor less to lose.
+        count = 2 * max(positions, looked_up)
+        return certificate(squared, rounded_up(size, 1), max(off, crossed) + 3, count)
+
+    def _looked_up_norms(self, w: jax.Array) -> jax.Array:
+        """‖L‖ `[B]`, with √e for each looked-up row, so that the theorem counts underflow; unused
+        rows have the id 0 once more, and are zero."""
+        tiny = math.sqrt(2 * float(jnp.finfo(w.dtype).tiny) / unit_roundoff(w.dtype))
+        return rounded_up(norms(w.reshape(w.shape[0], -1)) + w.shape[1] * tiny, 2)
 
     def rows(self) -> jax.Array:
         return self.looked_up.rows() + self.products.rows()
@@ -245,12 +292,13 @@ def _looked_up(
     return LookedUp(jnp.clip(ids, 0, row.size - 1), cotangent, row, features, target)
 
 
-def _distinct_rows(ids: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Ids and rows `[T, p]` with the rows of equal ids added up: each sum stands once."""
+def _distinct_rows(ids: jax.Array, rows: jax.Array, unused: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Ids and rows `[T, p]` with the rows of equal ids added up: each sum stands once. Behind them
+    zeros, with the id `unused`."""
     if ids.shape[0] <= 1:
         return ids, rows
     order = jnp.argsort(ids)
     starts = jnp.diff(ids[order], prepend=ids[order][:1]) != 0
     segment = jnp.cumsum(starts)
     sums = jnp.zeros_like(rows).at[segment].add(rows[order])
-    return jnp.zeros_like(ids).at[segment].max(ids[order]), sums
+    return jnp.full_like(ids, unused).at[segment].set(ids[order]), sums
