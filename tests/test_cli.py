@@ -275,24 +275,33 @@ def test_a_seeded_run_is_not_resumed_as_an_unseeded_one(
 
 
 def test_other_data_of_the_same_shape_is_refused(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoints: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     digits = data.load("digits")
-    other = digits.train_x.copy()
-    other[7] = 1 - other[7]
-    for path, train_x in [("same", digits.train_x), ("other", other)]:
+
+    def but_for_one(images: np.ndarray) -> np.ndarray:
+        images = images.copy()
+        images[7] = 1 - images[7]
+        return images
+
+    for name, train_x, test_x in [
+        ("same", digits.train_x, digits.test_x),
+        ("other", but_for_one(digits.train_x), digits.test_x),
+        ("test", digits.train_x, but_for_one(digits.test_x)),
+    ]:
         np.savez(
-            tmp_path / f"{path}.npz",
+            tmp_path / f"{name}.npz",
             x_train=np.round(train_x * 255).astype(np.uint8)[..., 0],
             y_train=digits.train_y,
-            x_test=np.round(digits.test_x * 255).astype(np.uint8)[..., 0],
+            x_test=np.round(test_x * 255).astype(np.uint8)[..., 0],
             y_test=digits.test_y,
         )
     run = ["train", *SMALL[3:], "--model", "linear", "--seed", "5", "--out", str(tmp_path / "out")]
     run += ["--checkpoints", str(tmp_path / "checkpoints")]
     call(capsys, *run, "--data", str(tmp_path / "same.npz"))
-    message = refuse(capsys, *run, "--data", str(tmp_path / "other.npz"))
-    assert 'another configuration: data is "' in message
+    assert "other data" in refuse(capsys, *run, "--data", str(tmp_path / "other.npz"))
+    message = refuse(capsys, *run, "--data", str(tmp_path / "test.npz"))
+    assert 'another configuration: test_data is "' in message
 
 
 def test_what_is_stated_after_a_resume_is_what_was_executed(
