@@ -2,9 +2,9 @@
 
     python bench/noise.py [--rounds N]
 
-In one process and in turns, medians of compiled draws' times as ratios to `jax.random.normal` of the
-same shape and precision; "release" adds the noise to a sum and scales it, as a step does. Written to
-`bench/results/noise_<device>.json`.
+In one process and in turns, medians of compiled draws' times as ratios to `jax.random.normal` of
+the same shape and precision; "release" scales the noise and adds it to a sum, as a step does.
+Written to `bench/results/noise_<device>.json`.
 """
 
 import argparse

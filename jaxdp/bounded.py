@@ -166,7 +166,7 @@ class Bounded(metaclass=_SpeakingType):
         # A product that is too small for its precision vanishes, though entries of the value, sums
         # of many samples, may be left: rounded up to what is left of one sample.
         sensitivity = self.sensitivity * jnp.abs(factor)
-        moved = ~(is_zero(self.sensitivity) | is_zero(jnp.abs(factor)))
+        moved = ~(is_zero(self.sensitivity) | is_zero(factor))
         tiny = jnp.finfo(sensitivity.dtype).tiny
         sensitivity = jnp.where(moved & (sensitivity < tiny), tiny, sensitivity)
         return self._replace(value, sensitivity)
