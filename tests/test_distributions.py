@@ -234,6 +234,7 @@ def laid_out(shape: tuple[int, ...], spec: Any) -> jax.Array:
         ((12, 7), P("a")),
         ((8, 5), P(("b", "a"))),
         ((8,), P("a")),
+        ((512, 256), P("a", "b")),  # drawn word by word
     ],
     ids=str,
 )
