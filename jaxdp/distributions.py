@@ -53,7 +53,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 _WORD = 2.0**-32
-_FEW_WORDS = 2**17
+_FEW_WORDS = 2**17  # as many as a cache holds
 # Taylor series, cut off where the rest is below the rounding of the precision: of artanh(s)/s in
 # s² ≤ 1/9, of sin(φ)/φ and of cos(φ) in φ² ≤ π²/16.
 _TERMS = {32: (7, 5, 6), 64: (17, 9, 10)}
