@@ -32,10 +32,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_real
 from jaxdp.bounded import Bounded, Groups
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import select_rows
@@ -61,11 +63,9 @@ MakeRule = Callable[[Any, Groups, jax.Array], ClipRule]
 def check_threshold(name: str, value: FloatOrSchedule) -> None:
     """Raises unless `value` is a schedule, or a finite number of at least `SMALLEST_THRESHOLD`."""
     checked(name, value)
-    if not callable(value) and not isinstance(value, Tracer) and value < SMALLEST_THRESHOLD:
-        raise ValueError(
-            f"{name} must be at least {SMALLEST_THRESHOLD}, got {name}={float(value)}. Scale the "
-            "loss: gradients of that size underflow."
-        )
+    if not callable(value) and not isinstance(value, Tracer):
+        advice = "Scale the loss up: gradients of that size underflow."
+        check_real(name, float(np.asarray(value)), minimum=SMALLEST_THRESHOLD, advice=advice)
 
 
 def threshold_at(value: FloatOrSchedule, step: jax.Array) -> jax.Array:
