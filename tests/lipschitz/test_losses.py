@@ -224,7 +224,6 @@ WRONG_LABELS: Mapping[str, tuple[Any, Any, type[Exception], str]] = {
     "a float": (Z, 1.0, TypeError, "label must be one integer, got dtype float32"),
     "a traced float": (Z, jnp.float32(1), TypeError, "label must be one integer"),
     "a flag": (Z, True, TypeError, "label must be one integer, got dtype bool"),
-    "none": (Z, None, TypeError, ""),
     "a label that is too large": (Z, CLASSES, ValueError, "label must be in 0..4, got 5"),
     "a label below zero": (Z, -1, ValueError, "label must be in 0..4, got -1"),
     "a known array out of range": (Z, jnp.uint8(200), ValueError, "label must be in 0..4, got 200"),
@@ -289,7 +288,7 @@ def test_labels_fit_more_classes_than_their_dtype() -> None:
     assert float(found) == pytest.approx(300 - 255 - 1 + 0.4587, abs=1e-3)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e6, 1e15, 1e30, 1e37])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15, 1e37])
 @pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.optimized
 def test_gradients_are_finite_and_bounded_for_logits_of_any_size(name: str, scale: float) -> None:
@@ -304,8 +303,9 @@ def test_gradients_are_finite_and_bounded_for_logits_of_any_size(name: str, scal
         return jnp.sum(each)
 
     params = jnp.ones(CLASSES)
+    gradient_fn = jax.jit(jax.grad(total))
     for row in rows:
-        gradient = np.asarray(jax.jit(jax.grad(total))(params, row[None]), np.float64)
+        gradient = np.asarray(gradient_fn(params, row[None]), np.float64)
         longest = scale * np.abs(np.asarray(row, np.float64)).max()
         assert np.linalg.norm(gradient) <= loss.bound * longest * (1 + 1e-4)
 
