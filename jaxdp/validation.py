@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxdp.coupling import BatchStatisticsError, refuse_batch_statistics
 from jaxdp.engine import walker
 from jaxdp.engine.batch_of_one import own_statistics
-from jaxdp.engine.effects import hazards
+from jaxdp.engine.effects import ON_ONE_EXAMPLE, hazards
 from jaxdp.engine.walker import Equation, Program
 
 Kind = Literal["couples samples", "escapes clipping", "check"]
@@ -126,7 +126,7 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
         programs = [program]
         try:
             programs.append(walker.trace(gradient, leaves, inputs)[0])
-        except ValueError:
+        except (ValueError, NotImplementedError):
             # Callbacks have no gradient, and other effects may have none; they are findings enough.
             if not any(_equations(program)):
                 raise
@@ -167,8 +167,7 @@ def _communication(where: str, what: str) -> Finding:
         "couples samples",
         where,
         f"communication over a named axis: {what}",
-        "Compute on one example alone: normalise within it (nn.group_norm, nn.layer_norm) and add "
-        "up devices after clipping",
+        ON_ONE_EXAMPLE,
     )
 
 

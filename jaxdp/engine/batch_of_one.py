@@ -1,11 +1,12 @@
 """Finds what is left of statistics over a batch where the batch is one example.
 
 A layer that normalises over its batch subtracts from every feature the mean of that feature over
-the samples, or divides it by their mean square. In the loss of one example these are the feature and
-its square, so that zero or a sign is left, whatever the example: the layers before get no gradient,
-and nobody notices. It is found by what it does, whatever the class that does it: a value is followed
-through sums over axes of length one, divisions by one, reshapes, casts and functions entry by entry,
-and found again where it is subtracted from itself, or scaled by what was made of it alone.
+the samples, or divides it by their mean square. In the loss of one example these are the feature
+and its square, so that zero or a sign is left, whatever the example: the layers before get no
+gradient, and nobody notices. It is found by what it does, whatever the class that does it: a value
+is followed through sums over axes of length one, divisions by one, reshapes, casts and functions
+entry by entry, and found again where it is subtracted from itself, or scaled by what was made of it
+alone.
 
 Only statistics over a leading axis that leave another axis standing are meant. A layer that
 normalises one feature by itself, or a sequence of one position, ignores its input likewise, but not
@@ -67,7 +68,9 @@ def own_statistics(program: Program, parameters: int) -> list[Equation]:
     return found
 
 
-def _walk(program: Program, samples: Sequence[bool], numbers: Iterator[int], found: list[Equation]) -> None:
+def _walk(
+    program: Program, samples: Sequence[bool], numbers: Iterator[int], found: list[Equation]
+) -> None:
     def rule(_: walker.Path, eqn: Equation, values: list[_Value]) -> list[_Value]:
         sample = any(value.sample for value in values)
         for body in eqn.bodies:

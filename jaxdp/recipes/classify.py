@@ -124,22 +124,25 @@ class Result(NamedTuple):
 
 
 def configuration(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What decides a run: a checkpoint of another configuration or of other data is refused.
+    """What decides a run, for its checkpoints: one of another configuration is refused.
 
-    Args:
-      config: its seed is left out but for whether there is one: it is a secret, and a sampler of
-        another seed is refused by itself.
-      dataset: of which a digest of all arrays is taken.
+    The seed is left out but for whether there is one, and the training data altogether: they are
+    secrets, which `training.fit` compares without telling them.
 
     Returns:
       Data for JSON.
     """
-    digest = hashlib.sha256()
-    for array in dataset[1:-1]:
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array))
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "seed"}
-    return settings | {"randomness": _randomness(config), "data": digest.hexdigest()}
+    test_data = _digest(dataset.test_x, dataset.test_y)
+    return settings | {"randomness": _randomness(config), "test_data": test_data}
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()
 
 
 def cross_entropy(model: Model) -> Callable[[Any, tuple[jax.Array, jax.Array]], jax.Array]:
@@ -197,7 +200,7 @@ def train(
       OSError: the checkpoints cannot be written, or another run has them open.
     """
     settings = configuration(config, dataset)
-    check_agreement(**settings)
+    check_agreement(**settings, training_data=_digest(dataset.train_x, dataset.train_y))
     model = build(config.model, dataset.train_x.shape[1:], dataset.num_classes)
     grads_fn = _grads_fn(config, model)
     count = len(dataset.train_y)

@@ -91,15 +91,14 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._keep = check_integer("keep", keep, minimum=1, advice="The newest is always kept.")
         self._configuration = _as_json("configuration", configuration)
-        if self.directory.exists() and not self.directory.is_dir():
-            raise ValueError(f"checkpoints need a directory, got the file {self.directory}")
+        if self.directory.exists():
+            self._check_what_is_there()
         if jax.process_index() == 0:
             # Called by `close`, or when nobody holds this object any more.
             self._unlock = weakref.finalize(self, os.close, _locked(self.directory))
         # Synchronous: the next step reuses the buffers that are being written.
         self._arrays = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         self._closed = False
-        self._newest()
 
     def save(
         self,
@@ -283,14 +282,26 @@ class Checkpoints:
 
     def _damaged(self, place: "_Place", error: Exception) -> ValueError:
         older = [other for other in self._places() if other < place]
-        go_on = f"remove it to resume from step {older[-1].step}"
-        if not older:
-            go_on = "remove it to begin anew, which spends what it had spent once more"
+        go_on = "begin anew, which spends what it had spent once more"
+        if older:
+            go_on = f"resume from step {older[-1].step}"
         what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         return ValueError(
             f"the checkpoint {self._folder(place)} is damaged ({what}): put an intact copy in its "
-            f"place, or {go_on}"
+            f"place, or remove it to {go_on}"
         )
+
+    def _check_what_is_there(self) -> None:
+        """What was renamed, say, would be passed over, and the run would begin anew beside it."""
+        if not self.directory.is_dir():
+            raise ValueError(f"checkpoints need a directory, got the file {self.directory}")
+        for path in self.directory.iterdir():
+            known = path.name.startswith(".") or (_NAME.fullmatch(path.name) and path.is_dir())
+            if not known:
+                raise ValueError(
+                    f"{self.directory} must hold checkpoints alone, got {path.name!r}: move it "
+                    "away, or choose another directory"
+                )
 
     def _newest(self) -> "_Place | None":
         places = self._places()
@@ -298,18 +309,10 @@ class Checkpoints:
 
     def _places(self) -> "list[_Place]":
         """Of the checkpoints that are there, the newest last."""
-        found = []
-        for path in self.directory.iterdir() if self.directory.exists() else ():
-            if path.name.startswith("."):
-                continue
-            name = _NAME.fullmatch(path.name)
-            if name is None or not path.is_dir():
-                raise ValueError(
-                    f"{self.directory} must hold checkpoints alone, got {path.name!r}: move it "
-                    "away, or choose another directory"
-                )
-            found.append(_Place(int(name[1]), int(name[2] or 0)))
-        return sorted(found)
+        if not self.directory.is_dir():  # which the first process makes
+            return []
+        names = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(_Place(int(name[1]), int(name[2] or 0)) for name in names if name)
 
     def _folder(self, place: "_Place") -> Path:
         step, again = place

@@ -131,7 +131,7 @@ def test_numbers_that_are_not_finite_do_not_cost_the_metrics(tmp_path: Path, val
     assert isinstance(first["epsilon"], str)
 
 
-@pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("fails", ["open", "fsync", "replace"])
 def test_files_are_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
@@ -142,10 +142,7 @@ def test_files_are_written_whole_or_not_at_all(
     before = written(path, RESULT)
     plot.write_bytes(b"a plot of before")
     with monkeypatch.context() as patch:
-        if fails == "write":
-            patch.setattr(Path, "open", full)
-        else:
-            patch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[fails], full)
+        patch.setattr(os if fails == "fsync" else Path, fails, full)
         with pytest.raises(OSError, match="No space left"):
             report.write_metrics(path, CONFIG, DATASET, RESULT._replace(steps=1))
         with pytest.raises(OSError, match="No space left"):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -560,6 +561,31 @@ def test_a_copy_of_a_later_step_does_not_end_the_saving_unnoticed(
     shutil.copytree(directory / "12", directory / "1000")
     with pytest.raises(ValueError, match="1000 is damaged .*of step 12.*resume from step 12"):
         train(directory, steps=15, on_rows=forbidden)
+
+
+def test_the_only_checkpoint_that_is_damaged_says_what_to_begin_anew_means(
+    tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(finished / "12", tmp_path / "12")
+    (tmp_path / "12" / "run.json").unlink()
+    with pytest.raises(ValueError, match="run.json cannot be read.*begin anew, which spends"):
+        restored(tmp_path, sampler())
+
+
+def test_what_appears_amid_a_run_does_not_end_it(tmp_path: Path) -> None:
+    with contextlib.closing(training.Checkpoints(tmp_path)) as store:
+        (tmp_path / "a note").touch()
+        store.save(initial(), Ledger(), sampler(), [])
+        assert store.restore(initial(), sampler()) is not None
+
+
+def test_a_history_of_numbers_that_are_not_finite_is_resumed(tmp_path: Path) -> None:
+    history = [{"step": 0, "loss": math.inf}, {"step": 0, "loss": math.nan, "epsilon": 0.1}]
+    with contextlib.closing(training.Checkpoints(tmp_path)) as store:
+        store.save(initial(), Ledger(), sampler(), history)
+        saved = store.restore(initial(), sampler())
+    assert saved is not None
+    np.testing.assert_equal(saved.history, history)
 
 
 def test_a_later_checkpoint_that_appears_amid_a_run_is_an_error(
