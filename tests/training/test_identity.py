@@ -237,6 +237,16 @@ def test_the_ledger_of_another_run_does_not_hold_the_steps_of_this_one() -> None
         fit(chain(0), state=one.state, steps=6, ledger=other.ledger)
 
 
+def test_an_optimizer_that_has_trained_on_other_data_goes_on() -> None:
+    """The steps before are of that data, and in its ledger."""
+    other = fit(steps=3)
+    state = other.state._replace(step=jnp.zeros((), jnp.int32))
+    first = fit(state=state, sampler=poisson(2), steps=2)
+    run = fit(state=first.state, sampler=poisson(2), steps=4, ledger=first.ledger)
+    assert run.ledger.steps == 4
+    assert [each.first for each in run.ledger.draws] == [0, 3]
+
+
 def test_steps_that_were_charged_by_hand_may_be_those_of_the_state() -> None:
     first = fit()
     plain = Ledger().charge(2.0, PoissonSampling(0.25), steps=4)

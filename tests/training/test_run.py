@@ -220,6 +220,19 @@ def test_ctrl_c_saves_the_run(tmp_path: Path) -> None:
     assert run.ledger == fit(**options).ledger
 
 
+def test_ctrl_c_stays_ctrl_c_where_nothing_can_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = training.Checkpoints(tmp_path)
+    monkeypatch.setattr(store, "save", lambda *arguments: broken())
+    with pytest.raises(KeyboardInterrupt) as found:
+        fit(checkpoints=store, report_every=9, steps=9, **in_data(Fails(5, interrupt)))
+    store.close()
+    assert any("could not be saved: the disk is full" in note for note in found.value.__notes__)
+    run = training.run_of(found.value)
+    assert run is not None and run.ledger.steps == int(run.state.step) > 0
+
+
 def test_an_exception_leaves_the_checkpoints_as_they_are(tmp_path: Path) -> None:
     """It may have come from the disk; the run is repeated from the newest one, bit for bit."""
     store = training.Checkpoints(tmp_path)
