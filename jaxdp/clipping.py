@@ -72,7 +72,7 @@ def adaptive_limits(initial_threshold: ArrayLike) -> tuple[jax.Array, jax.Array]
 
     Example:
       >>> print(*adaptive_limits(2.0))
-      2e-06 2000000.0
+      2e-06 2e+06
     """
     initial = jnp.asarray(initial_threshold)
     lowest = jnp.maximum(initial / _ADAPTIVE_RANGE, SMALLEST_THRESHOLD)

@@ -489,6 +489,7 @@ def followed(per_layer: bool, noise: float) -> Any:
     @functools.partial(jax.jit, static_argnums=2)
     def run(state: Any, rows: Any, steps: int) -> Any:
         def body(state: Any, _: Any) -> Any:
+            released: Any
             released, state = tx.update(rows, state, PARAMS)
             return state, (state[0].thresholds, released["head"])
 
