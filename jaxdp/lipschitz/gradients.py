@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxdp.bounded import Bounded
-from jaxdp.clipping import check_threshold, clip_per_layer
+from jaxdp.clipping import SMALLEST_THRESHOLD, check_threshold, clip_per_layer
 from jaxdp.engine.numerics import select_rows, square_sums
 from jaxdp.engine.reduction import Batch, zero_sum
 from jaxdp.engine.sharded import on_each_device, row_sharding
@@ -89,10 +89,9 @@ def bounded_grads(
         limits = input_limits(input_bound, batch)
         bounds, _ = leaf_bounds(problem, limits)
         caps = with_gradient(_caps(thresholds, problem.params), problem.groups)
-        # A clip needs a threshold above zero, which a bound is not where a leaf is not used.
-        least = jnp.finfo(jnp.float32).tiny
+        # A clip has a least threshold, which a bound is below where a leaf is not used.
         sensitivity = [
-            bound if cap == math.inf else jnp.clip(bound, least, cap)
+            bound if cap == math.inf else jnp.clip(bound, SMALLEST_THRESHOLD, cap)
             for bound, cap in zip(bounds, caps, strict=True)
         ]
         loose = [cap < math.inf for cap in caps]
