@@ -532,8 +532,9 @@ def test_noise_of_any_size_leaves_an_adaptive_threshold_in_its_range() -> None:
 
 
 def test_the_range_of_an_adaptive_threshold_is_one_of_float32() -> None:
+    largest = float(np.finfo(np.float32).max)
     for initial, lowest, highest in (
-        (2.0, 2e-6, 2e6), (1e-9, SMALLEST_THRESHOLD, 1e-3), (3e38, 3e32, float(np.finfo(np.float32).max))
+        (2.0, 2e-6, 2e6), (1e-9, SMALLEST_THRESHOLD, 1e-3), (3e38, 3e32, largest)
     ):
         state = helpers.adaptive(initial).init(PARAMS)
         np.testing.assert_allclose([state.lowest, state.highest], [lowest, highest], rtol=1e-6)
