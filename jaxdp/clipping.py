@@ -50,7 +50,7 @@ from jaxdp.varying import summed_over_devices, untracked_axes, varying_axes
 
 # Below, sums of weighted gradients would underflow where the norms do not, and a sample add more
 # than its threshold: 1.13 times at 1e-18.
-SMALLEST_THRESHOLD = 1e-12
+SMALLEST_THRESHOLD = 2.0**-40  # 9.1e-13, a number of every precision
 
 # How far an adaptive threshold may go from where it began. Where over half of the gradients vanish,
 # their median is zero, and a threshold that followed it there would never come back.
@@ -78,7 +78,7 @@ def adaptive_limits(initial_threshold: ArrayLike) -> tuple[jax.Array, jax.Array]
 
     Example:
       >>> print(*adaptive_limits(2.0))
-      2e-06 2000000.0
+      2e-06 2e+06
     """
     initial = jnp.asarray(initial_threshold)
     lowest = jnp.maximum(initial / _ADAPTIVE_RANGE, SMALLEST_THRESHOLD)

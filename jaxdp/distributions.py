@@ -188,8 +188,7 @@ def _words(
     """Arrays of uniform words. Large ones are drawn one after the other: all at once they would not
     fit a CPU's cache, and take twice the time."""
     if count * math.prod(shape) <= _FEW_WORDS:
-        spec = None if sharding is None else PartitionSpec(None, *sharding.spec)
-        at = None if sharding is None else NamedSharding(sharding.mesh, spec)
+        at = sharding and NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
         return list(jax.random.bits(key, (count, *shape), jnp.uint32, out_sharding=at))
 
     def draw(each: jax.Array) -> jax.Array:

@@ -86,7 +86,7 @@ def add_noise(
       drawn once: replicas of a leaf draw the same, and where a leaf is spread over devices each
       draws its own part.
 
-    The result is NaN, all of it, wherever the stated noise cannot be drawn: where a schedule of σ
+    The result is NaN wherever the stated noise cannot be drawn: in all leaves where a schedule of σ
     goes below zero or is not finite; where σ > 0 and a sample can move a leaf whose standard
     deviation is not finite or below tiny/ε of its precision, 1e-31 in float32; where two members of
     a `vmap` have one key; where a traced `is_last` is false.

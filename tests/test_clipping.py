@@ -402,7 +402,7 @@ def test_gradients_of_every_tree_are_accepted_as_arrays() -> None:
 
 # Thresholds that neither vanish nor run away.
 
-TINY = (9.9e-13, 1e-18, 1e-30, 1e-40)
+TINY = (9e-13, 1e-18, 1e-30, 1e-40)
 
 
 @pytest.mark.parametrize(
@@ -489,6 +489,7 @@ def followed(per_layer: bool, noise: float) -> Any:
     @functools.partial(jax.jit, static_argnums=2)
     def run(state: Any, rows: Any, steps: int) -> Any:
         def body(state: Any, _: Any) -> Any:
+            released: Any
             released, state = tx.update(rows, state, PARAMS)
             return state, (state[0].thresholds, released["head"])
 
@@ -531,8 +532,9 @@ def test_noise_of_any_size_leaves_an_adaptive_threshold_in_its_range() -> None:
 
 
 def test_the_range_of_an_adaptive_threshold_is_one_of_float32() -> None:
+    largest = float(np.finfo(np.float32).max)
     for initial, lowest, highest in (
-        (2.0, 2e-6, 2e6), (1e-9, 1e-12, 1e-3), (3e38, 3e32, float(np.finfo(np.float32).max))
+        (2.0, 2e-6, 2e6), (1e-9, SMALLEST_THRESHOLD, 1e-3), (3e38, 3e32, largest)
     ):
         state = helpers.adaptive(initial).init(PARAMS)
         np.testing.assert_allclose([state.lowest, state.highest], [lowest, highest], rtol=1e-6)

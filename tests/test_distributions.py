@@ -159,11 +159,11 @@ def test_a_sample_has_the_law_and_one_per_cent_more_or_less_has_not() -> None:
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_the_law_of_a_billion_draws_has_its_tails() -> None:
-    """2³⁰ draws. Beyond 5.25 are 82 of them on each side, give or take 9, and beyond 5.6 twelve.
-    `jax.random.normal` has none above, of which the chance is e⁻⁸²; 1.001 deviations move the
-    number beyond 1.5 by 25 deviations: the wrong ones are rejected with probability 1 - 10⁻⁶."""
-    chunks = 2**30 // CHUNK
+def test_the_law_of_many_draws_has_its_tails() -> None:
+    """2²⁸ draws. Beyond 5.25 are 20 of them on each side, give or take 5, and beyond 5.6 three.
+    `jax.random.normal` has none above, of which the chance is e⁻²⁰; 1.001 deviations move the
+    number beyond 1.5 by 12 deviations: the wrong ones are rejected with probability 1 - 10⁻⁶."""
+    chunks = 2**28 // CHUNK
     right, narrow, wide = alarms(normal, chunks, [1.0, 1 / 1.001, 1.001])
     assert right == [] and narrow and wide
     (old,) = alarms(jax.random.normal, chunks, [1.0])

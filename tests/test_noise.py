@@ -406,7 +406,7 @@ def releases(allocation: Any, sigma: Any, dtype: Any = jnp.float32) -> Any:
     noise = jaxdp.add_noise(sigma, KEY, allocation)
 
     @jax.jit
-    def release(sensitivity: jax.Array, factor: jax.Array) -> jax.Array:
+    def release(sensitivity: jax.Array, factor: jax.Array) -> Any:
         total = Bounded([jnp.zeros(WIDE, dtype)] * 2, sensitivity, (0, 1)) * factor
         values, state = noise.update(total, noise.init(total.value))
         return jnp.stack(values), state.noise_multiplier
@@ -702,7 +702,7 @@ def test_copies_of_one_state_are_poisoned_and_their_draws_refused(kind: str) -> 
 def test_a_vmap_around_a_vmap_is_seen_too() -> None:
     """Keys are mapped by the inner one, what is released by the outer one."""
 
-    def member(key: jax.Array, total: jax.Array) -> jax.Array:
+    def member(key: jax.Array, total: jax.Array) -> Any:
         tx = jaxdp.add_noise(1.0, key)
         return tx.update(Bounded(total, 1.0), tx.init(jnp.zeros(2)))[0]
 

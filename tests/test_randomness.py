@@ -3,6 +3,7 @@
 # optax types updates as trees of arrays; jaxdp sends PerSampleGrads and Bounded through it.
 # pyright: reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false
 # pyright: reportIndexIssue=false
 # pyright: reportReturnType=false
 

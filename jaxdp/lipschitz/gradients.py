@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxdp.bounded import Bounded
-from jaxdp.clipping import check_threshold, clip_per_layer
+from jaxdp.clipping import SMALLEST_THRESHOLD, check_threshold, clip_per_layer
 from jaxdp.engine.numerics import select_rows, square_sums, widened
 from jaxdp.engine.reduction import Batch, zero_sum
 from jaxdp.engine.sharded import on_each_device, row_sharding
@@ -102,9 +102,9 @@ def bounded_grads(
         found = leaf_bounds(problem, limits)
         caps = with_gradient(_caps(thresholds, problem.params), problem.groups)
         refuse_infinite(found, caps, problem.names)
-        # A clip needs a threshold above zero, which a bound is not where a leaf is not used.
+        # A clip has a least threshold, which a bound is below where a leaf is not used.
         sensitivity = [
-            bound if cap == math.inf else jnp.clip(bound, _LEAST, cap)
+            bound if cap == math.inf else jnp.clip(bound, SMALLEST_THRESHOLD, cap)
             for bound, cap in zip(found.arrays, caps, strict=True)
         ]
         loose = [cap < math.inf for cap in caps]
@@ -146,10 +146,6 @@ def bounded_grads(
         return (bounded, losses) if with_losses else bounded
 
     return grads_fn
-
-
-_LEAST = 1e-12
-"""Of thresholds: squares of shorter gradients vanish."""
 
 
 def refuse_infinite(found: LeafBounds, caps: Sequence[float], names: Sequence[str]) -> None:

@@ -407,3 +407,17 @@ def test_whole_numbers_that_wrap_around_have_any_value_of_their_dtype() -> None:
             lambda p, x, fun=fun: p @ fun(x).astype(jnp.float32), jnp.ones(3), x, 1.0
         ).total
         assert worst > 50 and worst <= float(bound)
+
+
+def test_a_capped_leaf_that_is_not_used_is_noised_as_its_clip_has_it() -> None:
+    """Its bound is zero, and the least threshold of a clip its sensitivity."""
+    params = {"used": jnp.ones(3), "unused": jnp.ones(3)}
+    grads_fn = lipschitz.bounded_grads(
+        lambda params, x: params["used"] @ x + 0 * params["unused"][0], 1.0, thresholds=0.5
+    )
+    bounded = grads_fn(params, jnp.eye(3))
+    tx = jaxdp.add_noise(1.0, jax.random.key(0), allocation="per_layer")
+    released: Any
+    released, _ = tx.update(bounded, tx.init(params), params)  # pyright: ignore[reportArgumentType]
+    assert float(jnp.max(jnp.abs(released["unused"]))) == pytest.approx(1e-12, rel=5)
+    assert bool(jnp.all(jnp.isfinite(released["used"]) & (released["unused"] != 0)))
