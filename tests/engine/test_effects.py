@@ -307,6 +307,24 @@ def test_one_sample_at_a_time_sees_no_other(name: str) -> None:
         np.testing.assert_allclose(clipped, alone, atol=1e-6)
 
 
+def test_loops_of_equinox_run_one_sample_at_a_time() -> None:
+    """Their loops ask all samples of a batch whether one of them goes on."""
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        end = eqxi.while_loop(
+            lambda h: jnp.sum(h) < 9.0,
+            lambda h: h + jnp.abs(w * x) + 0.5,
+            x,
+            kind="checkpointed",
+            max_steps=8,
+        )
+        return jnp.sum(jnp.sin(end) * w)
+
+    assert "unvmap_any" in refused(loss)
+    options = {"method": "slots", "microbatch_size": 1, "double": False}
+    check_against_oracle(loss, W, jnp.asarray(X), **options)
+
+
 def _summed(grads_fn: Any, rows: np.ndarray) -> np.ndarray:
     clip: Any = jaxdp.clip_flat(1.0)
     return np.asarray(clip.update(grads_fn(W, rows), clip.init(W), W)[0].value)
