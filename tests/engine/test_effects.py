@@ -57,6 +57,13 @@ def _closed_over(w: jax.Array, x: jax.Array) -> jax.Array:
     return w * x + before
 
 
+def _discharged(w: jax.Array, x: jax.Array) -> jax.Array:
+    def body(ref: Any) -> None:
+        ref[...] = ref[...] * w
+
+    return pl.run_state(body)(x)
+
+
 @jax.custom_batching.custom_vmap
 def _centred(x: jax.Array) -> jax.Array:
     return x * 1.0
@@ -278,6 +285,11 @@ def test_an_effect_is_found_within(wrap: Callable[[Body], Loss], name: str) -> N
 @pytest.mark.parametrize("name", [name for name in BODIES if BODIES[name][2] != "alone"])
 def test_what_is_memory_or_order_stays_refused_one_at_a_time(name: str) -> None:
     assert BODIES[name][1] in refused(_plain(BODIES[name][0]), microbatch_size=1)
+
+
+def test_state_that_is_run_by_itself_is_refused() -> None:
+    said = refused(_plain(_discharged))
+    assert "of a mutable array" in said and "test_effects.py" in said
 
 
 def test_the_release_that_a_mutable_array_let_escape() -> None:
