@@ -288,7 +288,7 @@ def per_sample_grads(
 
     Raises:
       TypeError: `loss_fn` does not return a real scalar; the mask is not bool; a parameter is a
-        Python number that is not frozen, or a random key.
+        random key, or an attribute that is a Python number and not frozen.
       ValueError: batch leaves disagree on B; mask of another shape; nothing to differentiate;
         a budget that one sample exceeds; a layer that computes batch statistics; rows that do not
         divide among the devices; an effect that is not understood (see below).

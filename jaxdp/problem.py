@@ -139,8 +139,9 @@ def merged_tree(params: Any, groups: Groups, moving: list[Any], fixed: Callable[
 def check_arrays(params: Any, trainable: Any = True) -> None:
     """Raises TypeError at what optimizers cannot train and should not be given.
 
-    A number of Python among the parameters is a setting as a rule (the rate of a dropout layer),
-    and training would change it. A random key has no arithmetic.
+    A Python number that is an attribute of an object is a setting as a rule (the rate of a dropout
+    layer), and training would change it; one in a dict or list was put there to be trained. A
+    random key has no arithmetic.
 
     Args:
       params: the parameters.
@@ -149,12 +150,13 @@ def check_arrays(params: Any, trainable: Any = True) -> None:
     flags = prefix_leaves("trainable", trainable, params)
     for (path, leaf), flag in zip(jax.tree.leaves_with_path(params), flags, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if type(leaf) is float and flag:
+        attribute = path and isinstance(path[-1], jax.tree_util.GetAttrKey)
+        if type(leaf) is float and attribute and flag:
             raise TypeError(
-                f"parameters must be arrays, got the number {leaf} for {name}: make it an array if "
-                "it is to be trained; if it is a setting, close over it (with Equinox: params, "
-                "static = eqx.partition(model, eqx.is_inexact_array)), or make it an array and "
-                "freeze it with trainable="
+                "attributes that are parameters must be arrays, got the number "
+                f"{leaf} for {name}: make it an array if it is to be trained; if it is a setting, "
+                "close over it (with Equinox: params, static = eqx.partition(model, "
+                "eqx.is_inexact_array)), or make it an array and freeze it with trainable="
             )
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             raise TypeError(

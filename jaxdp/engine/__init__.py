@@ -1,9 +1,11 @@
 """How `jaxdp.PerSampleGrads` answers.
 
 The loss of ONE example is traced once, and vmapped only afterwards: no batch axis has to be
-inferred, and samples cannot mix. From the program of the loss:
+inferred, and samples cannot mix as long as every equation only computes. From the program of the
+loss:
 
-1. `walker` reads programs; the only module that knows JAX's internals.
+1. `walker` reads programs; the only module that knows JAX's internals. `effects` refuses what does
+   more than compute on one example, `batch_of_one` finds what is left of statistics over a batch.
 2. `sites` finds where each parameter meets the sample, `views` which parameter that is; `plan`
    holds both.
 3. `kinds/` has one file per kind of site: how norms, sums and rows come from its factors; `gram`

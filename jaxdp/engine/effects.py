@@ -130,11 +130,14 @@ def _refused(found: list[Hazard], excused: Set[Excuse]) -> list[Hazard]:
     return found
 
 
-def _found(program: Program, axes: frozenset[str]) -> Iterator[Hazard]:
-    for eqn in walker.own_equations(program):
+def _found(
+    program: Program, axes: frozenset[str], holder: Equation | None = None
+) -> Iterator[Hazard]:
+    for eqn in walker.own_equations(program, holder):
         own = _hazard(eqn, axes)
         bodies = [] if eqn.name == _KERNEL else eqn.bodies  # which works on memory of its own
-        inside = [each for body in bodies for each in _found(body, axes | eqn.bound_axes)]
+        within = axes | eqn.bound_axes
+        inside = [each for body in bodies for each in _found(body, within, eqn)]
         if own is not None and (own.excuse == "alone" or not inside):
             yield own  # else it has its effects from within
         yield from inside

@@ -54,7 +54,7 @@ class Equation:
 
     Args:
       eqn: JAX's.
-      caller: the equation that calls the function that it lies in.
+      caller: the equation that calls the function, or holds the body, that it lies in.
     """
 
     def __init__(self, eqn: Any, caller: "Equation | None" = None):
@@ -276,15 +276,20 @@ def _live(program: Program, needed: Sequence[bool], path: Path) -> tuple[set[Pat
 
 def equations(program: Program) -> Iterator[Equation]:
     """All of them, those of every function, loop and branch inside included."""
-    for equation in own_equations(program):
+    yield from _within(program, None)
+
+
+def _within(program: Program, caller: Equation | None) -> Iterator[Equation]:
+    for equation in own_equations(program, caller):
         yield equation
         for body in equation.bodies:
-            yield from equations(body)
+            yield from _within(body, equation)
 
 
-def own_equations(program: Program) -> Iterator[Equation]:
-    """Those at the program's own level."""
-    yield from map(Equation, _open(program).eqns)
+def own_equations(program: Program, caller: Equation | None = None) -> Iterator[Equation]:
+    """Those at the program's own level, which this equation holds."""
+    for eqn in _open(program).eqns:
+        yield Equation(eqn, caller)
 
 
 def closed_over(program: Program) -> list[Any]:

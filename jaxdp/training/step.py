@@ -72,7 +72,7 @@ def init(
       key: randomness of the model; default `jax.random.key(0)`.
 
     Raises:
-      TypeError: a parameter is a Python number, or a random key.
+      TypeError: a parameter is a random key, or an attribute that is a Python number.
 
     Example:
       >>> import jax.numpy as jnp

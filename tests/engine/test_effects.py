@@ -57,6 +57,13 @@ def _closed_over(w: jax.Array, x: jax.Array) -> jax.Array:
     return w * x + before
 
 
+def _discharged(w: jax.Array, x: jax.Array) -> jax.Array:
+    def body(ref: Any) -> None:
+        ref[...] = ref[...] * w
+
+    return pl.run_state(body)(x)
+
+
 @jax.custom_batching.custom_vmap
 def _centred(x: jax.Array) -> jax.Array:
     return x * 1.0
@@ -280,6 +287,11 @@ def test_what_is_memory_or_order_stays_refused_one_at_a_time(name: str) -> None:
     assert BODIES[name][1] in refused(_plain(BODIES[name][0]), microbatch_size=1)
 
 
+def test_state_that_is_run_by_itself_is_refused() -> None:
+    said = refused(_plain(_discharged))
+    assert "of a mutable array" in said and "test_effects.py" in said
+
+
 def test_the_release_that_a_mutable_array_let_escape() -> None:
     """The parameter is used through the array, which the analysis of uses cannot see: by taps the
     gradient of that use was released unclipped."""
@@ -305,6 +317,24 @@ def test_one_sample_at_a_time_sees_no_other(name: str) -> None:
         clipped = _summed(grads_fn, X) - _summed(grads_fn, X[1:])
         alone = _summed(grads_fn, X[:1])
         np.testing.assert_allclose(clipped, alone, atol=1e-6)
+
+
+def test_loops_of_equinox_run_one_sample_at_a_time() -> None:
+    """Their loops ask all samples of a batch whether one of them goes on."""
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        end = eqxi.while_loop(
+            lambda h: jnp.sum(h) < 9.0,
+            lambda h: h + jnp.abs(w * x) + 0.5,
+            x,
+            kind="checkpointed",
+            max_steps=8,
+        )
+        return jnp.sum(jnp.sin(end) * w)
+
+    assert "unvmap_any" in refused(loss)
+    options = {"method": "slots", "microbatch_size": 1, "double": False}
+    check_against_oracle(loss, W, jnp.asarray(X), **options)
 
 
 def _summed(grads_fn: Any, rows: np.ndarray) -> np.ndarray:

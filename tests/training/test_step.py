@@ -1,6 +1,6 @@
 """The train state and the jitted step."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -347,9 +347,13 @@ def test_gradients_of_another_kind_are_refused(what: str) -> None:
         step.run(training.init(new_params(), tx), EXAMPLES, ALL, True)
 
 
+class Settings(NamedTuple):
+    dropout: float
+
+
 # What optimizers cannot train, or should not.
 NO_PARAMETERS: dict[str, tuple[Any, str]] = {
-    "number": (0.1, "parameters must be arrays, got the number 0.1 for rate"),
+    "number": (Settings(0.1), "must be arrays, got the number 0.1 for rate/dropout"),
     "key": (jax.random.key(0), "parameters must hold no random keys, got one for rate"),
     "keys": (jax.random.split(jax.random.key(0), 3), "random keys, got one for rate"),
 }
