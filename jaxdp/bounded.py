@@ -202,10 +202,11 @@ def root_sum_squares(numbers: jax.Array) -> jax.Array:
 
 
 def is_zero(number: jax.Array) -> jax.Array:
-    """Whether every bit but the sign is zero. `number == 0` is true of subnormal numbers, too, on
-    machines that flush them to zero; a sample can move what has such a sensitivity."""
+    """Whether every bit is zero. `number == 0` is true of subnormal numbers, too, where these are
+    flushed to zero; a sample can move what has such a sensitivity. (Of -0.0 it is false: LLVM would
+    make a comparison of floats of a test that leaves the sign out.)"""
     bits = jax.lax.bitcast_convert_type(number, jnp.dtype(f"uint{8 * number.dtype.itemsize}"))
-    return bits << 1 == 0
+    return bits == 0
 
 
 _Static = tuple[Groups, frozenset[str]]

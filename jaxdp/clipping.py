@@ -11,6 +11,12 @@ for every sample i and every group k of leaves, with L2 sensitivity C_k per grou
 removing one sample. A sample that is masked or whose gradient is not finite contributes zero.
 Thresholds are at least `SMALLEST_THRESHOLD`: a number below it is refused, a schedule raised to it.
 
+Arrays are taken as they are: what stands ahead of the clip in the chain has seen the rows of all
+samples, and may have mixed them (`optax.clip_by_global_norm`, a momentum, any normalisation over
+the update), which no clip can undo or notice. So a clip that is given arrays must come first, and
+for the whole tree: leaves hidden by `optax.masked` or `optax.partition` are refused. The handle of
+`jaxdp.per_sample_grads`, or `PerSampleGrads.from_arrays(grads)`, lets nothing ahead of the clip.
+
 | clip              | groups           | weight of a sample         |
 |-------------------|------------------|----------------------------|
 | clip_flat         | one, all leaves  | min(1, C/‖g‖)              |
@@ -26,10 +32,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_real
 from jaxdp.bounded import Bounded, Groups
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import select_rows
@@ -55,11 +63,9 @@ MakeRule = Callable[[Any, Groups, jax.Array], ClipRule]
 def check_threshold(name: str, value: FloatOrSchedule) -> None:
     """Raises unless `value` is a schedule, or a finite number of at least `SMALLEST_THRESHOLD`."""
     checked(name, value)
-    if not callable(value) and not isinstance(value, Tracer) and value < SMALLEST_THRESHOLD:
-        raise ValueError(
-            f"{name} must be at least {SMALLEST_THRESHOLD}, got {name}={float(value)}. Scale the "
-            "loss: gradients of that size underflow."
-        )
+    if not callable(value) and not isinstance(value, Tracer):
+        advice = "Scale the loss up: gradients of that size underflow."
+        check_real(name, float(np.asarray(value)), minimum=SMALLEST_THRESHOLD, advice=advice)
 
 
 def threshold_at(value: FloatOrSchedule, step: jax.Array) -> jax.Array:
@@ -466,7 +472,7 @@ def _per_sample(updates: Any, params: optax.Params | None) -> PerSampleGrads:
             "a clip takes per-sample gradients, got a Bounded, whose samples are summed already: "
             "keep one clip in the chain, and let jaxdp.add_noise follow it"
         )
-    grads = updates if isinstance(updates, PerSampleGrads) else PerSampleGrads.from_arrays(updates)
+    grads = updates if isinstance(updates, PerSampleGrads) else _given(updates)
     if params is not None:
         expected = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
         got = [leaf.shape for leaf in jax.tree.leaves(grads.params)]
@@ -478,6 +484,22 @@ def _per_sample(updates: Any, params: optax.Params | None) -> PerSampleGrads:
                 "the gradient of a mean loss"
             )
     return grads
+
+
+def _given(updates: Any) -> PerSampleGrads:
+    """Per-sample gradients given as arrays, of all parameters."""
+
+    def hidden(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    if any(map(hidden, jax.tree.leaves(updates, is_leaf=hidden))):
+        raise ValueError(
+            "a clip must be given the gradients of all parameters, got some that are hidden from "
+            "it: what another branch of optax.partition or optax.masked does with the rows of "
+            "single samples is not bounded. Put the clip ahead of it, as "
+            "jaxdp.clip_by_group(labels, thresholds), and partition what follows the noise"
+        )
+    return PerSampleGrads.from_arrays(updates)
 
 
 def _members(groups: Groups) -> list[int]:

@@ -18,10 +18,10 @@ class BatchStatisticsError(ValueError):
     def at(cls, where: str) -> "BatchStatisticsError":
         """Where a value is normalised by itself."""
         return cls(
-            f"loss_fn must not normalise over a batch, got a value minus its own mean, or scaled by "
-            f"itself, over an axis of length one ({where}): in the loss of one example the batch is "
-            "that example, and nothing is left of it. Use nn.GroupNorm or nn.LayerNorm, or running "
-            "averages"
+            "loss_fn must not normalise over a batch, got a value minus its own mean, or scaled by "
+            f"itself, over an axis of length one ({where}): in the loss of one example the batch "
+            "is that example, and nothing is left of it. Use nn.GroupNorm or nn.LayerNorm, or "
+            "running averages"
         )
 
 

@@ -224,7 +224,7 @@ class PerSampleGrads:
 def _refuse_to_flatten(_: PerSampleGrads) -> Any:
     raise TypeError(
         "PerSampleGrads is a lazy handle on one batch: it cannot be mapped over, nor cross jit, "
-        "scan or vmap, nor be given to a transformation ahead of the clip, which could mix samples. "
+        "scan or vmap, nor go through a transformation ahead of the clip, which could mix samples. "
         "Give it to a clip (jaxdp.clip_flat, ...) in the function that made it, whole, and let the "
         "result through"
     )

@@ -153,8 +153,8 @@ def check_arrays(params: Any, trainable: Any = True) -> None:
             raise TypeError(
                 f"parameters must be arrays, got the number {leaf} for {name}: make it an array if "
                 "it is to be trained; if it is a setting, close over it (with Equinox: params, "
-                "static = eqx.partition(model, eqx.is_inexact_array)), or make it an array and freeze "
-                "it with trainable="
+                "static = eqx.partition(model, eqx.is_inexact_array)), or make it an array and "
+                "freeze it with trainable="
             )
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             raise TypeError(

@@ -179,7 +179,7 @@ def test_the_two_numbers_of_a_pair_are_independent() -> None:
     for of in (np.positive, np.square, np.sign, np.abs):
         assert abs(np.corrcoef(of(x), of(y))[0, 1]) < 5.5 / math.sqrt(count)
     both = int(np.sum((np.abs(x) > 2) & (np.abs(y) > 2)))
-    chance = (2 * scipy.stats.norm.sf(2)) ** 2
+    chance = float(2 * scipy.stats.norm.sf(2)) ** 2
     assert scipy.stats.binomtest(both, count, chance).pvalue > ALARM
 
 
@@ -234,6 +234,7 @@ def laid_out(shape: tuple[int, ...], spec: Any) -> jax.Array:
         ((12, 7), P("a")),
         ((8, 5), P(("b", "a"))),
         ((8,), P("a")),
+        ((512, 256), P("a", "b")),  # drawn word by word
     ],
     ids=str,
 )

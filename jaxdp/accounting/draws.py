@@ -173,8 +173,9 @@ def check_draws(value: object) -> tuple[Draws, ...]:
         for each in check_sequence("draws", value, advice=advice)
     )
     joined((), draws)
-    if sum(each.purpose == EPOCHS for each in draws) > 1:
-        raise ValueError(f"draws must name one sampler of epochs, got {shown(draws)}. {advice}")
+    samplers = [each.purpose for each in draws if each.purpose in (BATCHES, EPOCHS)]
+    if len(set(samplers)) < len(samplers):
+        raise ValueError(f"draws must be those of one sampler, got {shown(draws)}. {advice}")
     return draws
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from jaxdp.accounting.checks import check_integer, check_keys, shown
-from jaxdp.accounting.draws import EPOCHS, Draws, check_draws, continued, draws_from_list
+from jaxdp.accounting.draws import BATCHES, EPOCHS, Draws, check_draws, continued, draws_from_list
 from jaxdp.accounting.mechanisms import Release
 from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.schemes import (
@@ -77,8 +77,9 @@ class LedgerEntry:
             2.4
         """
         sigma = combined_noise_multiplier(self.noise_multipliers)
-        epochs = next((each for each in self.draws if each.purpose == EPOCHS), None)
-        return Release(sigma, self.sampling, self.steps, epochs)
+        # Of a sampler that does not say how it cuts its epochs, its steps tell where they lie.
+        drawn = {each.purpose: each for each in self.draws}
+        return Release(sigma, self.sampling, self.steps, drawn.get(EPOCHS, drawn.get(BATCHES)))
 
 
 Entry = LedgerEntry | PureRelease

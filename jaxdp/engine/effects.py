@@ -47,6 +47,11 @@ _OWN_RULE = {
 _KNOWN_EFFECTS = {"NamedAxisEffect", "DebugEffect"}
 _REF_EFFECTS = {"ReadEffect", "WriteEffect", "AccumEffect", "InternalMutableArrayEffect"}
 
+ON_ONE_EXAMPLE = (
+    "Compute on one example alone: normalise within it (nn.group_norm, nn.layer_norm) and add up "
+    "devices after clipping. Where the devices hold parts of the model, jax.shard_map(..., "
+    "check_vma=True) tells these from parts of the batch"
+)
 _PASS_VALUES = "Pass values in and out: what one sample writes another may read"
 
 
@@ -142,8 +147,7 @@ def _hazard(eqn: Equation, axes: frozenset[str]) -> Hazard | None:
         return Hazard(
             f"communication over a named axis: {eqn.name} over {over}",
             eqn.source,
-            "Compute on one example alone: normalise within it (nn.group_norm, nn.layer_norm) and "
-            "add up devices after clipping",
+            ON_ONE_EXAMPLE,
         )
     if eqn.name in _HOST:
         return Hazard(

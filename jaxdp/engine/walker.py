@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import AbstractValue
 from jax.extend import core, source_info_util
 
 Path = tuple[int, ...]
@@ -120,7 +121,7 @@ class Equation:
     @property
     def foreign(self) -> bool:
         """Whether its primitive is not one of JAX's own, so that nobody knows what it means."""
-        return not _is_of_jax(self._eqn.primitive)
+        return not is_of_jax(self._eqn.primitive)
 
     def bind(self, values: Sequence[Any], **changed: Any) -> list[Any]:
         """The primitive applied to these values, with other parameters where these are given."""
@@ -294,7 +295,7 @@ def closed_over(program: Program) -> list[Any]:
 
 def is_ref(value: Any) -> bool:
     """Whether an array, or what is known of one, is a mutable array."""
-    aval = value if isinstance(value, jax.core.AbstractValue) else jax.typeof(value)
+    aval = value if isinstance(value, AbstractValue) else jax.typeof(value)
     return "Ref" in type(aval).__name__
 
 
@@ -302,7 +303,8 @@ def is_ref(value: Any) -> bool:
 _OF_JAX: set[Any] = set()
 
 
-def _is_of_jax(primitive: Any) -> bool:
+def is_of_jax(primitive: Any) -> bool:
+    """Whether a primitive is a name in a module of JAX."""
     if primitive not in _OF_JAX:  # first seen, or defined in a module that was imported since
         modules = [module for name, module in list(sys.modules.items()) if _of_jax(name)]
         found = (value for module in modules for value in list(vars(module).values()))

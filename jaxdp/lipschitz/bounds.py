@@ -7,6 +7,7 @@ a constraint for a bound to be true. Constraints (`lipschitz.project`) keep the 
 """
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -167,7 +168,7 @@ class LeafBounds(NamedTuple):
       tape, cotangents: where they come from.
     """
 
-    bounds: list[Cotangent]
+    bounds: Sequence[Cotangent]
     layers: tuple[LayerBound, ...]
     tape: Tape
     cotangents: Cotangents

@@ -4,15 +4,20 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import source_info_util
 
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.rounding import gamma, times
 from jaxdp.lipschitz.rules.registry import BoundRule, PullBack, Registered
 from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
+
+# So that a call is said to stand where the user wrote it, not where this room makes it.
+source_info_util.register_exclusion(str(Path(__file__).parent))
 
 # No function can be called so by accident: a name with a slash is no identifier.
 _PREFIX = "jaxdp/lipschitz/"

@@ -18,7 +18,7 @@ from jaxdp.clipping import adaptive_limits
 from jaxdp.engine.numerics import square_sums
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
-from jaxdp.lipschitz.rounding import squared_terms, up
+from jaxdp.lipschitz.rounding import divisor, once, squared_terms, up
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import SHARED, Cotangent, Range, Value
 from jaxdp.nn.composition import function
@@ -205,6 +205,7 @@ def _identity_forward(x: jax.Array, clip_value: jax.Array) -> tuple[jax.Array, j
 
 def _clipped_cotangent(clip_value: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     clip_value = jnp.maximum(clip_value, 0)
+    cotangent = once(cotangent)
     size = _size(cotangent)
     factor = jnp.where(size <= clip_value, jnp.ones_like(size), clip_value / size)
     # Where the cotangent is not finite nothing is left of it: a factor of zero would keep NaN.
@@ -214,9 +215,9 @@ def _clipped_cotangent(clip_value: jax.Array, cotangent: jax.Array) -> tuple[jax
 
 def _size(cotangent: jax.Array) -> jax.Array:
     """Its L2 norm: divided by the largest entry first, since squares vanish and overflow."""
-    most = jnp.max(jnp.abs(cotangent), initial=0)
-    share = cotangent / jnp.where(most > 0, most, jnp.ones_like(most))
-    return most * jnp.sqrt(square_sums(share.reshape(1, -1))[0])
+    scale = divisor(jnp.max(jnp.abs(cotangent), initial=0))
+    share = cotangent / scale
+    return scale * jnp.sqrt(square_sums(share.reshape(1, -1))[0])
 
 
 _clipping_identity.defvjp(_identity_forward, _clipped_cotangent)

@@ -26,6 +26,7 @@ from jaxdp.lipschitz.bounds import (
     known_infinite,
     leaf_bounds,
 )
+from jaxdp.lipschitz.rounding import once
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, Problem, check_function, pose, taken_apart, with_gradient
 from jaxdp.trees import prefix_leaves
@@ -172,6 +173,7 @@ def admitted(examples: Any, mask: jax.Array, limits: Sequence[float]) -> tuple[A
     """Examples as the bounds assume them: each floating-point leaf finite and no longer than its
     limit, zero where there is no sample; and which rows count, bool `[B]`."""
     leaves, treedef = jax.tree.flatten(examples)
+    leaves = [once(leaf) if is_float(leaf) else leaf for leaf in leaves]
     squared = [
         square_sums(widened(leaf).reshape(len(mask), math.prod(leaf.shape[1:])))
         if is_float(leaf)

@@ -23,7 +23,7 @@ from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
 from jaxdp.lipschitz.operator_norm import convolution_norm, patch_multiplicity
 from jaxdp.lipschitz.projections import onto_ball, onto_spectral_ball, orthogonal
-from jaxdp.lipschitz.rounding import gamma, times
+from jaxdp.lipschitz.rounding import divisor, gamma, once, times
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
 from jaxdp.nn.composition import LayerLike, combined, function
@@ -395,7 +395,9 @@ def _through(bound: Cotangent, x: Value, gain: float) -> Cotangent:
 def _bounded_input(bound: float) -> Callable[[jax.Array], jax.Array]:
     def bounded_input(x: jax.Array) -> jax.Array:
         # Divided by its largest entry first: no square overflows, and no root is taken of zero.
-        scale = jnp.maximum(jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0)), bound)
+        x = once(x)
+        most = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
+        scale = divisor(jnp.maximum(most, bound))
         squared = jnp.sum(jnp.square(x / scale))
         return x * (bound / scale / jnp.sqrt(jnp.maximum(squared, 1)))
 
@@ -414,10 +416,10 @@ def _bounded_input(bound: float) -> Callable[[jax.Array], jax.Array]:
 @functools.cache
 def _l2_norm_pool(window: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
     def l2_norm_pool(x: jax.Array) -> jax.Array:
-        blocks, inner = _blocks(x, window)
+        blocks, inner = _blocks(once(x), window)
         # Divided by the largest entry of the window first, since squares vanish and overflow.
         most = jax.lax.stop_gradient(jnp.max(jnp.abs(blocks), inner, keepdims=True))
-        scale = jnp.where(most > 0, most, jnp.ones_like(most))
+        scale = divisor(most)
         squared = jnp.sum(jnp.square(blocks / scale), inner)
         positive = squared > 0
         root = jnp.sqrt(jnp.where(positive, squared, 1))

@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 from jaxdp.accounting.checks import check_real
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
-from jaxdp.lipschitz.rounding import gamma, times
+from jaxdp.lipschitz.rounding import divisor, gamma, once, times
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import Range, Value, scaled
 
@@ -365,7 +365,7 @@ def _is_label(logits: jax.Array, label: jax.Array) -> jax.Array:
 @functools.cache
 def _softmax_cross_entropy(temperature: float, classes: int) -> Callable[..., jax.Array]:
     def softmax_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-        log_shares = jax.nn.log_softmax(temperature * logits)
+        log_shares = jax.nn.log_softmax(once(temperature * logits))
         # A sum, not a look-up, which gives NaN for a label that is no class.
         return -jnp.sum(log_shares, where=_is_label(logits, label)) / temperature
 
@@ -418,8 +418,9 @@ def _cosine(least_norm: float, count: int) -> Callable[..., jax.Array]:
     def shortened(vector: jax.Array) -> jax.Array:
         # Divided by its largest entry first: no square overflows, and the root, which has no
         # gradient at zero, is taken of one at least.
+        vector = once(vector)
         largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vector), initial=0))
-        scale = jnp.maximum(largest, least_norm)
+        scale = divisor(jnp.maximum(largest, least_norm))
         vector = vector / scale
         return vector * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(vector)), 1))
 

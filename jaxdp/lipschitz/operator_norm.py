@@ -15,7 +15,16 @@ import jax.numpy as jnp
 
 from jaxdp.engine.numerics import square_sums
 from jaxdp.lipschitz import rounding
-from jaxdp.lipschitz.rounding import EQUATION, TINY, UNIT, gamma, product, squared_terms, up
+from jaxdp.lipschitz.rounding import (
+    EQUATION,
+    TINY,
+    UNIT,
+    divisor,
+    gamma,
+    product,
+    squared_terms,
+    up,
+)
 
 _SQUARINGS = 6
 """Of a Gram matrix. The bound is at most rank^(1/256) times the norm: 2.7 % for rank 1024."""
@@ -52,7 +61,7 @@ def matrix_norm(matrix: jax.Array) -> jax.Array:
     # Entries of at most one: no square overflows, and none that counts is lost.
     sizes = jnp.abs(matrix)
     largest = jnp.max(sizes, (-2, -1), keepdims=True)
-    scale = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    scale = divisor(largest)
     matrix, sizes, scale = matrix / scale.astype(matrix.dtype), sizes / scale, scale[..., 0, 0]
     ones = jnp.max(jnp.sum(sizes, -2), -1)
     infinity = jnp.max(jnp.sum(sizes, -1), -1)

@@ -7,10 +7,17 @@ rounded up. The model, with u = 2⁻²⁴:
 * A sum of k terms, in any order, with or without fused multiply-adds, is off by at most
   γ_k Σ|terms|, γ_k = ku/(1 - ku) (Higham 2002, "Accuracy and Stability of Numerical Algorithms",
   section 4.2, and theorem 3.1 for inner products, whose products count as one more rounding).
-* A function of one entry is off by at most 16u of its value. The formulas of its derivative, with
-  the arithmetic of the bound beside them, add at most 16u more: `EQUATION` is both.
+* A function of one entry is off by at most 16u of its value; exp2 and erfc, which are made of other
+  ones, by `COMPOSED` more. The formulas of its derivative, with the arithmetic of the bound beside
+  them, add at most 16u: `EQUATION` is both.
 * A result below the least normal number may be flushed to zero; products that reassociation can
   bring back are therefore never counted as less than that number.
+
+A compiler may compute a value twice and round it differently each time: with a fused multiply-add
+at one place, without at another. Each is within the bounds, but z - max z may then be above zero by
+as much as z is rounded. Where a formula needs that a number and a function of it agree, it reads
+the number `once`. (The gradient of a maximum is divided between the entries that equal it: that
+there is one is assumed.)
 
 Products in the default precision of an accelerator round their operands first (`product`). What is
 computed from public values alone is computed alike by the program of the loss and by that of its
@@ -33,6 +40,9 @@ UNIT = 2.0**-24
 EQUATION = 2.0**-19
 """32u, relative: what one equation without a sum and the arithmetic of its bound may be off by."""
 
+COMPOSED = 128
+"""In units of u: XLA's exp2 is that of a product, and erfc has a tail of its own."""
+
 TINY = float(np.finfo(np.float32).tiny)
 """The least normal number of float32."""
 
@@ -43,6 +53,11 @@ _OPERANDS = {"gpu": 2.0**-10, "cuda": 2.0**-10, "rocm": 2.0**-10, "tpu": 2.0**-7
 _ACCURATE = {"cpu": UNIT}
 """u of products in the highest precision: six bfloat16 passes of a TPU, and tensor cores, which
 add with truncation (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"), take 4u."""
+
+
+def once(array: jax.Array) -> jax.Array:
+    """The array, computed and rounded once for all that is made of it."""
+    return jax.lax.optimization_barrier(array)
 
 
 def gamma(count: int, unit: float = UNIT) -> float:
@@ -92,12 +107,18 @@ def power(bound: jax.Array, exponent: int) -> jax.Array:
     return up(jnp.where(bound > 0, jnp.maximum(found, TINY), found), 2 * exponent)
 
 
+def divisor(most: jax.Array) -> jax.Array:
+    """What to divide numbers by, of which this is the largest absolute value, so that their squares
+    neither overflow nor vanish: that value, or 2¹²⁵, since a division may be a product with the
+    reciprocal, which must not vanish; one for zeros."""
+    return jnp.where(most > 0, jnp.minimum(most, jnp.asarray(2.0**125, most.dtype)), 1)
+
+
 def root_of_squares(bounds: ArrayLike) -> jax.Array:
     """sqrt(Σ b²), at any scale: divided by the largest first, since squares vanish."""
     bounds = jnp.asarray(bounds, jnp.float32).reshape(-1)
-    most = jnp.max(bounds, initial=0)
-    share = bounds / jnp.where(most > 0, most, 1)
-    found = most * jnp.sqrt(jnp.sum(jnp.square(share)))
+    scale = divisor(jnp.max(bounds, initial=0))
+    found = scale * jnp.sqrt(jnp.sum(jnp.square(bounds / scale)))
     return up(jnp.where(jnp.isnan(found), jnp.inf, found), bounds.size // 2 + 2)
 
 
@@ -105,8 +126,8 @@ def norm(array: jax.Array) -> jax.Array:
     """Bound on the L2 norm of an array, at any scale; infinite unless all of it is finite."""
     sizes = jnp.abs(array).reshape(1, -1)
     most = jnp.max(sizes, initial=0)
-    share = (sizes / jnp.where(most > 0, most, jnp.ones_like(most))).astype(jnp.float32)
-    found = times(most, jnp.sqrt(square_sums(share)[0]))
+    share = (sizes / divisor(most)).astype(jnp.float32)
+    found = times(divisor(most), jnp.sqrt(square_sums(share)[0]))
     found = jnp.maximum(found, jnp.where(most > 0, TINY, 0))
     return up(jnp.where(jnp.isfinite(most), found, jnp.inf), squared_terms(array.size) // 2 + 2)
 

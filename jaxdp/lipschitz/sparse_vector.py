@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_real
 from jaxdp.distributions import laplace
 from jaxdp.lipschitz.bounds import input_limits
 from jaxdp.lipschitz.gradients import admitted
@@ -175,17 +175,11 @@ def select_clip_value(
     if not 0 < quantile < 1:
         raise ValueError(f"quantile must be in (0, 1), got {quantile}")
     checked("expected_count", expected_count)
-    if expected_count > _LARGEST_COUNT:
-        raise ValueError(
-            f"expected_count must be at most {_LARGEST_COUNT}, got {expected_count}. Count a "
-            "Poisson draw of the data, which costs less privacy, too."
-        )
+    advice = "Count a Poisson draw of the data, which costs less privacy, too."
+    check_real("expected_count", expected_count, maximum=_LARGEST_COUNT, advice=advice)
     checked("epsilon", epsilon)
-    if not isinstance(epsilon, Tracer) and epsilon < _SMALLEST_EPSILON:
-        raise ValueError(
-            f"epsilon must be at least {_SMALLEST_EPSILON}, got {epsilon}. Less chooses at random: "
-            "choose without looking at the data."
-        )
+    advice = "Less is a choice at random: make it without looking at the data."
+    check_real("epsilon", epsilon, minimum=_SMALLEST_EPSILON, advice=advice)
     # Why Lap(1/ε) is enough. Let D' be D with one example more. It counts from some candidate a
     # on: q'_i = q_i for i < a and q'_i = q_i + 1 for i ≥ a. Let x = γn + ρ, with density p, and
     #     P[j] = ∫ p(x) Π_{i<j} P[ν_i < x - q_i] P[ν_j ≥ x - q_j] dx.

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxdp.lipschitz import rounding
-from jaxdp.lipschitz.rounding import EQUATION, root_of_squares, times, up
+from jaxdp.lipschitz.rounding import EQUATION, gamma, root_of_squares, times, up
 
 Cotangent = jax.Array | float | None
 """Bound on the L2 norm of a cotangent, a scalar; None where the cotangent is zero. A finite one
@@ -49,13 +49,14 @@ class Range(NamedTuple):
         """Whether it says nothing, whatever the parameters are."""
         return all(isinstance(bound, float) for bound in self) and self == UNKNOWN
 
-    def outward(self) -> "Range":
-        """Rounded so that it holds for what one equation computes: see `rounding.EQUATION`."""
+    def outward(self, units: int = 0) -> "Range":
+        """Rounded so that it holds for what one equation computes: see `rounding.EQUATION`; with
+        a function in it that is off by so many u more."""
         if self.unknown:
             return self
         low, high = (jnp.asarray(end, jnp.float32) for end in (self.low, self.high))
-        slip = np.float32(EQUATION)
-        return Range(up(self.norm), low - slip * jnp.abs(low), high + slip * jnp.abs(high))
+        slip = np.float32(EQUATION + gamma(units))
+        return Range(up(self.norm, units), low - slip * jnp.abs(low), high + slip * jnp.abs(high))
 
     def tightened(self, size: int) -> "Range":
         """What norm and interval say of each other, for `size` entries; nothing at all where

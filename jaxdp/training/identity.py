@@ -44,10 +44,12 @@ def check_charged(state: TrainState, ledger: Ledger) -> None:
     steps = [entry for entry in ledger.entries if isinstance(entry, LedgerEntry)]
     by_hand = sum(entry.steps for entry in steps if not entry.draws)
     for purpose, fingerprint, drawn in noise_draws(state.opt_state):
+        # Beyond the steps of the run: an optimizer that has trained on other data before.
+        first = max(drawn - done, 0)
         known = [each for each in ledger.draws if each.stream == (purpose, fingerprint)]
-        held = sum(max(min(each.end, drawn) - each.first, 0) for each in known)
-        if held + by_hand < drawn:
+        held = sum(max(min(each.end, drawn) - max(each.first, first), 0) for each in known)
+        if held + by_hand < drawn - first:
             raise ValueError(
-                f"ledger must hold every step that was executed, got {held} of the {drawn} draws "
-                f"of {purpose!r} that the state has behind it: {advice}"
+                f"ledger must hold every step that was executed, got {held} of the "
+                f"{drawn - first} draws of {purpose!r} that the state has behind it: {advice}"
             )

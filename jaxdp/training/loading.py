@@ -84,12 +84,13 @@ def data_digest(data: Data, sampler: Sampler) -> str | None:
     rows = np.unique(np.linspace(0, sampler.num_examples - 1, _DIGESTED_ROWS).astype(np.int64))
     found = hmac.new(f"jaxdp data\n{sampler.seed}".encode(), digestmod=hashlib.sha256)
     for path, leaf in jax.tree.leaves_with_path(data):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {np.shape(leaf)}".encode())
-        # An array of objects holds addresses.
-        if leaf.dtype != object:
-            found.update(np.asarray(leaf[rows]).tobytes())
+        some = leaf[rows]
+        if isinstance(some, jax.Array) and jnp.issubdtype(some.dtype, jax.dtypes.prng_key):
+            some = jax.random.key_data(some)
+        some = np.asarray(some)
+        found.update(f"{jax.tree_util.keystr(path)} {some.dtype} {np.shape(leaf)}".encode())
+        if some.dtype != object:  # of which an array holds addresses
+            found.update(some.tobytes())
     return found.hexdigest()
 
 

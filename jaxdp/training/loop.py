@@ -235,9 +235,12 @@ def _saved_when_interrupted(live: Live, save: Callable[[], None]) -> Iterator[No
     """After Ctrl-C no step is lost. Processes save together, so one of them alone cannot."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if live.state is not None and jax.process_count() == 1:
-            save()
+            try:
+                save()
+            except Exception as error:  # of any kind: the user is to see the interrupt
+                interrupt.add_note(f"jaxdp: the run could not be saved: {error}")
         raise
 
 

@@ -103,8 +103,8 @@ def make_step(
         `(example, key)`.
 
     Returns:
-      The compiled `Step`; `run` compiles once per shape of the batch. Integer leaves, and those that
-      `grads_fn` holds fixed (`trainable`), stay as they are, whatever the chain makes of them.
+      The compiled `Step`; `run` compiles once per shape of the batch. Integer leaves, and those
+      that `grads_fn` holds fixed (`trainable`), stay as they are, whatever the chain makes of them.
 
     Raises:
       TypeError: (when run) `grads_fn` returns neither per-sample gradients nor a `Bounded` with

@@ -340,7 +340,12 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "two samplers": (
         lambda: ANY.charge(1.0, SHUFFLED, 1, [Draws(EPOCHS, "a", 0), Draws(EPOCHS, "b", 0)]),
         ValueError,
-        "draws must name one sampler of epochs",
+        "draws must be those of one sampler",
+    ),
+    "two seeds": (
+        lambda: ANY.charge(1.0, POISSON, 1, [batches(0, seed="1"), batches(0, seed="2")]),
+        ValueError,
+        "draws must be those of one sampler",
     ),
     "again": (
         lambda: Ledger().charge(1.0, POISSON, 1, [noise(3)]).charge(2.0, OTHER, 1, [noise(3)]),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdp.accounting import EPOCHS, Draws, Ledger, ShuffledEpochs
+from jaxdp.accounting import BATCHES, EPOCHS, Draws, Ledger, ShuffledEpochs
 from jaxdp.sampling import ShuffledSampler
 
 DELTA = 1e-5
@@ -124,6 +124,12 @@ def test_what_other_samplers_drew_in_between_ends_an_epoch() -> None:
     drawn = ledger.charge(2.0, scheme, 2, [Draws(EPOCHS, "a", 2, 2)])
     assert cost(drawn) == pytest.approx(2 / 4)
     assert cost(drawn.charge(2.0, scheme, 2)) == pytest.approx(3 / 4)
+
+
+def test_of_a_sampler_of_one_s_own_its_steps_tell_where_they_lie() -> None:
+    for first, epochs in [(0, 1), (2, 2), (4, 1), (7, 2)]:
+        ledger = Ledger().charge(2.0, ShuffledEpochs(4), 4, [Draws(BATCHES, "5eed", first, 4)])
+        assert cost(ledger) == pytest.approx(epochs / 4)
 
 
 def test_merged_runs_are_pieces_of_their_own() -> None:

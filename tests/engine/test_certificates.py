@@ -142,20 +142,18 @@ def products_of_both_sides(positions: int, d: int, p: int) -> Family:
 
 
 def twins(w: Any, example: Any) -> jax.Array:
-    (x, y), v = example
-    return jnp.vdot(v, x @ w) - jnp.vdot(v, y @ w)
+    x, y, v, opposite = example
+    return jnp.vdot(v, x @ w) + jnp.vdot(opposite, y @ w)
 
 
 def twin_inputs(d: int, p: int) -> Family:
     """One weight on two inputs: a blank image, and the same one dimmed."""
 
     def draw(rng: np.random.Generator) -> Any:
-        (x, y), (v, _) = pairs(rng, 2, d, p)
-        return (x, y), v
+        u, v = pairs(rng, 2, d, p)
+        return u[0], u[1], v[0], v[1]
 
-    return Family(
-        twins, (d, p), draw, lambda e: outer((e[0][0] - e[0][1].astype(float))[None], e[1][None])
-    )
+    return Family(twins, (d, p), draw, lambda e: outer(np.stack(e[:2]), np.stack(e[2:])))
 
 
 def tied(table: Any, example: Any) -> jax.Array:
@@ -318,7 +316,7 @@ FAMILIES = {
     "Gram": products(8, 1024, 64),
     "Gram of few entries": products(4, 30, 40),
     "bfloat16": half_products(4, 256, 64),
-    "bfloat16, rows": half_products(64, 16, 8).by_rows(),
+    "bfloat16, rows": half_products(64, 16, 8)._replace(rows=METHODS),
     "both sides": products_of_both_sides(2, 784, 32),
     "twins": twin_inputs(3072, 16),
     "tied, narrow": tied_tables(8, 16, 1),
@@ -374,7 +372,7 @@ LARGE = {
     "layer 768 by 768, 64 positions": (products(64, 768, 768), 30),
     "layer 2048 by 128, 64 positions": (products(64, 2048, 128), 60),
     "layer 4096 by 256, 64 positions": (products(64, 4096, 256), 30),
-    "layer 768 by 3072, 512 positions": (products(512, 768, 3072), 3),
+    "layer 768 by 3072, 512 positions": (products(512, 768, 3072).by_rows(), 3),
     "convolution of 1024 channels": (convolutions(4, 1024, 64), 60),
     "convolution of 2048 channels": (convolutions(4, 2048, 64), 30),
     "twins of 12288 entries": (twin_inputs(12_288, 8), 60),
@@ -416,8 +414,9 @@ def in_the_direction_that_cancels(family: Family, seed: int) -> Any:
         u[..., 0] = -1e6
         return ids, w, u, v
     if family.loss_fn is twins:
-        (x, y), v = example
-        return (np.full_like(x, a), np.full_like(y, a * (1 + apart))), np.full_like(v, 1e6)
+        x, y, v, opposite = example
+        larger = np.full_like(y, a * (1 + apart))
+        return np.full_like(x, a), larger, np.full_like(v, 1e6), np.full_like(opposite, -1e6)
     return example
 
 

@@ -11,7 +11,6 @@ from jaxdp.accounting import PoissonSampling
 from tests.training import small
 from tests.training.small import fit
 
-
 ANY_FIT: Any = fit
 
 

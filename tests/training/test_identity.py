@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxdp
@@ -151,6 +152,36 @@ def test_runs_with_keys_and_seeds_of_their_own_compose() -> None:
     assert first.ledger.merge(fit(chain(7, adaptive=8), poisson(9)).ledger).steps == 8
 
 
+def test_a_loop_of_one_s_own_says_what_it_draws() -> None:
+    """And has the ledger of `fit`."""
+    tx, sampler, ledger = chain(0, adaptive=5), shuffled(), Ledger()
+    grads_fn = jaxdp.per_sample_grads(small.loss_fn)
+    params = jnp.asarray(small.INITIAL)
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def update(params: Any, opt_state: Any, batch: Any, mask: Any) -> Any:
+        updates, opt_state = tx.update(
+            grads_fn(params, batch, mask),  # pyright: ignore[reportArgumentType]
+            opt_state,
+            params,
+            is_last=True,  # pyright: ignore[reportCallIssue]
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+    for step in range(5):
+        draws = (*sampler.draws(step), *jaxdp.noise_draws(opt_state))
+        [part] = sampler.draw(step)
+        params, opt_state = update(params, opt_state, small.DATA[part.indices], part.mask)
+        sigmas = [round(float(s), 6) for s in jaxdp.executed_noise_multipliers(opt_state)]
+        ledger = ledger.charge(sigmas, sampler.scheme, draws=draws)
+    run = fit(tx, sampler, steps=5)
+    assert sorted(ledger.draws) == sorted(run.ledger.draws)
+    assert [entry.steps for entry in ledger.entries] == [5]
+    with pytest.raises(ValueError, match=AGAIN):
+        ledger.merge(run.ledger)
+
+
 # One run.
 
 
@@ -204,6 +235,16 @@ def test_the_ledger_of_another_run_does_not_hold_the_steps_of_this_one() -> None
     one, other = fit(chain(0)), fit(chain(1), poisson(2), steps=8)
     with pytest.raises(ValueError, match="got 0 of the 4 draws of 'gradient noise'"):
         fit(chain(0), state=one.state, steps=6, ledger=other.ledger)
+
+
+def test_an_optimizer_that_has_trained_on_other_data_goes_on() -> None:
+    """The steps before are of that data, and in its ledger."""
+    other = fit(steps=3)
+    state = other.state._replace(step=jnp.zeros((), jnp.int32))
+    first = fit(state=state, sampler=poisson(2), steps=2)
+    run = fit(state=first.state, sampler=poisson(2), steps=4, ledger=first.ledger)
+    assert run.ledger.steps == 4
+    assert [each.first for each in run.ledger.draws] == [0, 3]
 
 
 def test_steps_that_were_charged_by_hand_may_be_those_of_the_state() -> None:

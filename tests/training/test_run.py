@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ from jaxdp import training
 from jaxdp.accounting import Ledger
 from tests.training import small
 from tests.training.small import DATA, chain, fit, poisson, step_of
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> Iterator[None]:
+    """A shell's background job ignores Ctrl-C, and so would the tests in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Fails:
@@ -210,6 +218,19 @@ def test_ctrl_c_saves_the_run(tmp_path: Path) -> None:
     store.close()
     np.testing.assert_array_equal(run.state.params, fit(**options).state.params)
     assert run.ledger == fit(**options).ledger
+
+
+def test_ctrl_c_stays_ctrl_c_where_nothing_can_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = training.Checkpoints(tmp_path)
+    monkeypatch.setattr(store, "save", lambda *arguments: broken())
+    with pytest.raises(KeyboardInterrupt) as found:
+        fit(checkpoints=store, report_every=9, steps=9, **in_data(Fails(5, interrupt)))
+    store.close()
+    assert any("could not be saved: the disk is full" in note for note in found.value.__notes__)
+    run = training.run_of(found.value)
+    assert run is not None and run.ledger.steps == int(run.state.step) > 0
 
 
 def test_an_exception_leaves_the_checkpoints_as_they_are(tmp_path: Path) -> None:

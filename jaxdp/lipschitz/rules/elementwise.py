@@ -8,15 +8,19 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxdp.engine.walker import Equation
-from jaxdp.lipschitz.rounding import TINY, gamma, power, root_of_squares, times
+from jaxdp.lipschitz.rounding import COMPOSED, TINY, gamma, power, root_of_squares, times, up
 from jaxdp.lipschitz.rules.registry import BoundRule, PullBack, register_bound_rule
-from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
+from jaxdp.lipschitz.value import INFINITE, Cotangent, Range, Value, scaled
 
 Slope = Callable[[Value], ArrayLike]
 
 
 def _monotone(
-    fun: Callable[[jax.Array], jax.Array], slope: Slope, at_zero: float | None = None
+    fun: Callable[[jax.Array], jax.Array],
+    slope: Slope,
+    at_zero: float | None = None,
+    *,
+    units: int = 0,
 ) -> BoundRule:
     r"""Of an increasing function φ, entry by entry.
 
@@ -25,15 +29,16 @@ def _monotone(
       slope: an upper bound on |φ'| between the bounds of x.
       at_zero: φ(0), if the slope holds between zero and x, too: then
         ‖φ(x)‖ ≤ slope · ‖x‖ + √n |φ(0)|.
+      units: by how many u more than other functions it is off.
     """
 
     def rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
         (x,) = values
-        steepest = slope(x)
+        steepest = up(slope(x), units)
         norm: ArrayLike = math.inf
         if at_zero is not None:
             norm = times(steepest, x.norm) + math.sqrt(x.size) * abs(at_zero)
-        image = Range(norm, fun(x.low), fun(x.high))
+        image = Range(norm, fun(x.low), fun(x.high)).outward(units)
         return [image], lambda cotangents: [scaled(cotangents[0], steepest)]
 
     return rule
@@ -66,7 +71,7 @@ _FUNCTIONS: Mapping[str, BoundRule] = {
     "atan": _monotone(jnp.arctan, lambda x: 1, 0),
     "asinh": _monotone(jnp.arcsinh, lambda x: 1, 0),
     "exp": _monotone(jnp.exp, lambda x: jnp.exp(x.high)),
-    "exp2": _monotone(jnp.exp2, lambda x: times(math.log(2), jnp.exp2(x.high))),
+    "exp2": _monotone(jnp.exp2, lambda x: times(math.log(2), jnp.exp2(x.high)), units=COMPOSED),
     "expm1": _monotone(jnp.expm1, lambda x: jnp.exp(jnp.maximum(x.high, 0)), 0),
     "log": _monotone(lambda x: jnp.log(jnp.maximum(x, 0)), lambda x: _inverse(_positive(x))),
     "log1p": _monotone(
@@ -74,9 +79,7 @@ _FUNCTIONS: Mapping[str, BoundRule] = {
         lambda x: _inverse(jnp.maximum(1 + jnp.minimum(x.low, 0), 0)),
         0,
     ),
-    "sqrt": _monotone(
-        lambda x: jnp.sqrt(jnp.maximum(x, 0)), lambda x: 0.5 * _inverse(jnp.sqrt(_positive(x)))
-    ),
+    "sqrt": _monotone(jnp.sqrt, lambda x: 0.5 * _inverse(jnp.sqrt(_positive(x)))),
     "sign": _step(jnp.sign),
     "floor": _step(jnp.floor),
     "ceil": _step(jnp.ceil),
@@ -110,7 +113,7 @@ def _erfc(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pull
     (x,) = values
     slope = 2 / math.sqrt(math.pi)
     image = Range(low=jax.lax.erfc(x.high), high=jax.lax.erfc(x.low))
-    return [image], lambda cotangents: [scaled(cotangents[0], slope)]
+    return [image.outward(COMPOSED)], lambda cotangents: [scaled(cotangents[0], slope)]
 
 
 @register_bound_rule("rsqrt")
@@ -173,8 +176,8 @@ def _mul(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
         (bound,) = cotangents
         return [
-            scaled(bound, _weighing(copies_x, y)),
-            scaled(bound, _weighing(copies_y, x)),
+            INFINITE if other.unknown else scaled(bound, _weighing(copies, other))
+            for copies, other in ((copies_x, y), (copies_y, x))
         ]
 
     return [Range(norm, low, high)], pull_back

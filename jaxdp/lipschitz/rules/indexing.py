@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
 from jaxdp.engine.walker import Equation
-from jaxdp.lipschitz.rounding import gamma, times, up
+from jaxdp.lipschitz.rounding import divisor, gamma, times, up
 from jaxdp.lipschitz.rules.registry import PullBack, register_bound_rule
 from jaxdp.lipschitz.value import Range, Value, scaled
 
@@ -61,6 +61,5 @@ def _longest_window(eqn: Equation, table: jax.Array) -> jax.Array:
     # Divided by the largest entry first, since squares vanish.
     sizes = jnp.abs(table)
     most = jnp.max(sizes, initial=0)
-    share = (sizes / jnp.where(most > 0, most, jnp.ones_like(most))).astype(jnp.float32)
-    squares = jnp.sum(jnp.square(share), whole)
-    return up(times(most, jnp.sqrt(jnp.max(squares, initial=0))), terms)
+    squares = jnp.sum(jnp.square((sizes / divisor(most)).astype(jnp.float32)), whole)
+    return up(times(divisor(most), jnp.sqrt(jnp.max(squares, initial=0))), terms)

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
+
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.operator_norm import patch_multiplicity
-from jaxdp.lipschitz.rounding import gamma, times, up
+from jaxdp.lipschitz.rounding import gamma, up
 from jaxdp.lipschitz.rules.registry import PullBack, register_bound_rule
 from jaxdp.lipschitz.value import Range, Value, scaled
 
@@ -15,10 +18,14 @@ def _sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
     (x,) = values
     count = x.size // max(eqn.outputs[0].size, 1)
     gain = math.sqrt(count)
-    # In any order, which may flush what vanishes: a sum of terms that cancel is no smaller.
-    slip = times(gamma(count) * count, x.largest)
-    image = Range(up(gain * x.norm, count), count * x.low - slip, count * x.high + slip)
+    image = Range(up(gain * x.norm, count), -_most(-x.low, count), _most(x.high, count))
     return [image], lambda cotangents: [scaled(cotangents[0], gain)]
+
+
+def _most(high: jax.Array, count: int) -> jax.Array:
+    """A bound on the sum of so many entries, none above that: where it is below zero, so are all
+    partial sums, and rounding takes a share of it."""
+    return count * high * jnp.where(high > 0, 1 + gamma(count), 1 - gamma(count))
 
 
 @register_bound_rule("reduce_max", "reduce_min", exact=True)
