@@ -3,6 +3,10 @@
 The road, in its order: per-sample gradients → clip → noise → optax, and the ledger beside it.
 """
 
+# First of all, since it is for the time that the rest takes.
+from jaxdp import interrupts as interrupts
+
+# isort: split
 from jaxdp import accounting as accounting
 from jaxdp import distributed as distributed
 from jaxdp import lipschitz as lipschitz

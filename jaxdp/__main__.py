@@ -2,12 +2,14 @@
 
 import sys
 
+from jaxdp import interrupts
+from jaxdp.cli import main
+
 
 def run() -> int:
-    """The command line, whose own imports may be interrupted as well."""
+    """The command line, which Ctrl-C ends with one line at any moment."""
     try:
-        from jaxdp.cli import main
-
+        interrupts.become_exceptions()
         return main()
     except KeyboardInterrupt:
         print("jaxdp: interrupted", file=sys.stderr)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -415,6 +416,33 @@ def test_ctrl_c_before_anything_is_executed_is_one_line(
     assert main([*command, *rest]) == 130
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"jaxdp {command[0]}: interrupted\n")
+
+
+def test_ctrl_c_while_all_is_imported_shows_no_traceback(tmp_path: Path) -> None:
+    """JAX is stood for by a module in whose import Ctrl-C is pressed."""
+    pressed = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+    (tmp_path / "jax.py").write_text(pressed)
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    commands = {"module": ["-m", "jaxdp", "epsilon"], "library": ["-c", "import jaxdp"]}
+    for name, command in commands.items():
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, timeout=120
+        )
+        assert done.returncode == -signal.SIGINT  # which a shell calls 130
+        assert (b"KeyboardInterrupt" in done.stderr) == (name == "library")
+
+
+def test_ctrl_c_raises_again_when_all_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["jaxdp", "epsilon", "--noise-multiplier", "-1", *RUN])
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with pytest.raises(SystemExit):
+            runpy.run_module("jaxdp", run_name="__main__")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_behind_stdout_is_one_line(tmp_path: Path) -> None:
