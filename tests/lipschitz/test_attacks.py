@@ -46,7 +46,8 @@ def rows_of(shape: tuple[int, ...], limit: float) -> np.ndarray:
     unit = np.ones(size) / math.sqrt(size)
     rows = [
         0 * unit, unit, -unit, 3 * unit, unit * rng.choice([-1, 1], size), np.eye(size)[0],
-        1e-20 * unit, 1.08e-19 * unit, 1e-30 * np.eye(size)[-1], 1e17 * unit, 1e30 * unit,
+        1e-20 * unit, np.where(np.arange(size) % 16, 1.08e-19, 1.09e-19), 1e-30 * np.eye(size)[-1],
+        1e17 * unit, 1e30 * unit,
         np.where(np.eye(size)[0] > 0, np.nan, unit), np.where(np.eye(size)[0] > 0, np.inf, unit),
         *rng.normal(size=(6, size)), *(1e-3 * rng.normal(size=(2, size))),
     ]  # fmt: skip
@@ -371,19 +372,24 @@ MAPPED: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }  # fmt: skip
 
 
+LAYERS = ("bounded input", "clip", "clip, twice mapped", "pool", "declared")
+
+
 @pytest.mark.parametrize("name", list(MAPPED))
 def test_calls_side_by_side_are_as_many(name: str) -> None:
     """Parameters below and above: the cotangent of what goes in, and the size of what comes out."""
-    params = {"below": ROWS, "above": jnp.ones(())}
+    params = {"below": 0 * ROWS, "above": jnp.ones(())}
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
-        out = MAPPED[name](params["below"] * x)
-        return jnp.sum(out) if name == "cosine" else params["above"] * jnp.sum(out)
+        out = MAPPED[name](params["below"] + x)
+        # Of a loss there is no bound to multiply with: a traced label may be none of a class.
+        return params["above"] * jnp.sum(out) if name in LAYERS else jnp.sum(out)
 
-    if name not in ("bounded input", "clip", "clip, twice mapped", "pool", "declared", "cosine"):
-        loss = lambda params, x: jnp.sum(MAPPED[name](params["below"] * x))  # noqa: E731
-    lengths, stated = added(Case(loss, params, (5, 3), 3.0), rows_of((5, 3), 3.0))
-    assert 0.05 * stated < max(lengths) <= stated < math.inf
+    grads_fn = jax.jit(lipschitz.bounded_grads(loss, 3.0))
+    found = [grads_fn(params, row[None]) for row in rows_of((5, 3), 3.0)]
+    for leaf, stated in zip(("above", "below"), found[0].sensitivity, strict=True):
+        longest = max(length(each.value[leaf]) for each in found)
+        assert (leaf == "above" or 0.01 * stated < longest) and longest <= stated < math.inf
 
 
 def test_a_threshold_that_calls_share_is_counted_as_often() -> None:
