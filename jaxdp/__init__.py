@@ -20,6 +20,7 @@ from jaxdp.explanation import Explanation as Explanation
 from jaxdp.explanation import explain as explain
 from jaxdp.noise import add_noise as add_noise
 from jaxdp.noise import executed_noise_multipliers as executed_noise_multipliers
+from jaxdp.noise import noise_draws as noise_draws
 from jaxdp.per_sample import PerSampleGrads as PerSampleGrads
 from jaxdp.per_sample import per_sample_grads as per_sample_grads
 from jaxdp.randomness import random_key as random_key

@@ -15,19 +15,20 @@ from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded
 from jaxdp.engine.reduction import zero_sum
+from jaxdp.engine.sums import Running
 
 
 class AccumulateState(NamedTuple):
     """State of `jaxdp.accumulate`.
 
     Attributes:
-      value: sum of the logical batch so far, like the parameters. Raw until the step ends, when
-        it goes back to zero.
+      sums: of the logical batch so far, like the parameters, with what rounding took from them.
+        Raw until the step ends, when they go back to zero.
       sensitivities: largest sensitivity so far of the group of each leaf, float32 `[L]`.
       inner_state: state of the inner transformation.
     """
 
-    value: Any
+    sums: Running
     sensitivities: jax.Array
     inner_state: optax.OptState
 
@@ -40,6 +41,9 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
     of them, and noise is drawn once:
 
     $$ \text{inner}\Bigl( \sum_p v_p,\; \max_p \Delta_p \Bigr) $$
+
+    The sum is compensated (`jaxdp.engine.sums`), so that one sample cannot change how thousands of
+    others are rounded: the state holds two arrays of the size of the parameters.
 
     Args:
       inner: everything behind the clip: `jaxdp.add_noise` first, then optax.
@@ -66,8 +70,9 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
     behind = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AccumulateState:
+        zeros = jax.tree.map(lambda leaf: zero_sum(jax.eval_shape(jnp.asarray, leaf)), params)
         return AccumulateState(
-            jax.tree.map(lambda leaf: zero_sum(jax.eval_shape(jnp.asarray, leaf)), params),
+            Running.start(zeros),
             jnp.zeros((len(jax.tree.leaves(params)),), jnp.float32),
             behind.init(params),
         )
@@ -90,9 +95,9 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
                 f"accumulate takes the jaxdp.Bounded of a clip, got {type(updates).__name__}: put "
                 "it right behind the clip, around jaxdp.add_noise and the optimizer"
             )
-        value = jax.tree.map(jnp.add, state.value, updates.value)
+        sums = state.sums.add(updates.value)
         sensitivities = jnp.maximum(state.sensitivities, _of_leaves(updates))
-        total: Any = updates._replace(value, _of_groups(sensitivities, updates))
+        total: Any = updates._replace(sums.value, _of_groups(sensitivities, updates))
 
         def end() -> tuple[Any, AccumulateState]:
             released, inner_state = behind.update(
@@ -103,13 +108,13 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
                     "accumulate must hold everything behind the clip, but its inner transformation "
                     "lets a Bounded through: move jaxdp.add_noise and what follows it inside"
                 )
-            empty = jax.tree.map(jnp.zeros_like, value)
-            return released, AccumulateState(empty, jnp.zeros_like(sensitivities), inner_state)
+            empty = jax.tree.map(jnp.zeros_like, (sums, sensitivities))
+            return released, AccumulateState(*empty, inner_state)
 
         def go_on() -> tuple[Any, AccumulateState]:
             released, _ = jax.eval_shape(end)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), released)
-            return zeros, AccumulateState(value, sensitivities, state.inner_state)
+            return zeros, AccumulateState(sums, sensitivities, state.inner_state)
 
         if isinstance(is_last, bool | np.bool_):
             return end() if is_last else go_on()

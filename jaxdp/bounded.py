@@ -99,6 +99,8 @@ class Bounded(metaclass=_SpeakingType):
     ):
         leaves = jax.tree.leaves(value)
         sensitivity = jnp.asarray(sensitivity)
+        if sensitivity.dtype != jnp.float64:
+            sensitivity = sensitivity.astype(jnp.float32)
         if groups is None:
             groups = (0 if jnp.issubdtype(leaf.dtype, jnp.inexact) else None for leaf in leaves)
         groups = tuple(groups)
@@ -119,7 +121,7 @@ class Bounded(metaclass=_SpeakingType):
     @property
     def total_sensitivity(self) -> jax.Array:
         """L2 sensitivity of the whole tree, a scalar: sqrt(Σ_k Δ_k²)."""
-        return jnp.sqrt(jnp.sum(jnp.square(self.sensitivity)))
+        return root_sum_squares(self.sensitivity)
 
     def check_groups(self) -> None:
         """Raises ValueError unless there is one sensitivity for each group of leaves.
@@ -161,7 +163,13 @@ class Bounded(metaclass=_SpeakingType):
             for leaf, group in zip(leaves, self.groups, strict=True)
         ]
         value = jax.tree.unflatten(treedef, scaled)
-        return self._replace(value, self.sensitivity * jnp.abs(factor))
+        # A product that is too small for its precision vanishes, though entries of the value, sums
+        # of many samples, may be left: rounded up to what is left of one sample.
+        sensitivity = self.sensitivity * jnp.abs(factor)
+        moved = ~(is_zero(self.sensitivity) | is_zero(factor))
+        tiny = jnp.finfo(sensitivity.dtype).tiny
+        sensitivity = jnp.where(moved & (sensitivity < tiny), tiny, sensitivity)
+        return self._replace(value, sensitivity)
 
     __rmul__ = __mul__
 
@@ -184,6 +192,21 @@ class Bounded(metaclass=_SpeakingType):
     def __repr__(self) -> str:
         shapes = jax.tree.map(jnp.shape, self.value)
         return f"Bounded(value={shapes}, sensitivity={self.sensitivity}; {_NEXT_STEP})"
+
+
+def root_sum_squares(numbers: jax.Array) -> jax.Array:
+    """(Σ x²)^(1/2) of an array, relative to its largest entry: no square vanishes or overflows."""
+    largest = jnp.max(jnp.abs(numbers))
+    scale = jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt(jnp.sum(jnp.square(numbers / scale)))
+
+
+def is_zero(number: jax.Array) -> jax.Array:
+    """Whether every bit is zero. `number == 0` is true of subnormal numbers, too, where these are
+    flushed to zero; a sample can move what has such a sensitivity. (Of -0.0 it is false: LLVM would
+    make a comparison of floats of a test that leaves the sign out.)"""
+    bits = jax.lax.bitcast_convert_type(number, jnp.dtype(f"uint{8 * number.dtype.itemsize}"))
+    return bits == 0
 
 
 _Static = tuple[Groups, frozenset[str]]

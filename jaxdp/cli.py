@@ -1,8 +1,10 @@
 """The command line: `python -m jaxdp train | epsilon | calibrate`. Parsing and printing only."""
 
 import argparse
+import contextlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import NoReturn
 
 import jax
 
-from jaxdp import accounting, distributed
+from jaxdp import accounting, distributed, training
 from jaxdp.recipes import classify, data, models, report
 
 _EXAMPLES = """\
@@ -28,6 +30,18 @@ examples:
 # Clip norm and learning rate where none is given: gradients that are clipped are far shorter.
 _CLIPPED, _CLIPLESS = (0.1, 8.0), (None, 0.2)
 
+# What input, the machine or another process may be the cause of. All else is a mistake of jaxdp,
+# whose traceback should be reported.
+_EXPECTED = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    ImportError,
+    OSError,
+    MemoryError,
+    RuntimeError,  # the compiler's and the device's errors, and `distributed.ProcessLost`
+)
+
 _Help = argparse.ArgumentDefaultsHelpFormatter
 
 
@@ -44,16 +58,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: without the program's name; default `sys.argv[1:]`.
 
     Returns:
-      The exit code: 0, or 2 for input that cannot be used, after one sentence on stderr.
+      The exit code: 0; or, after a line on stderr, 2 for what cannot be done, 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     _quieten()
     try:
         options.command(options)
-    except (ValueError, ImportError, OSError, distributed.ProcessLost) as error:
-        print(f"jaxdp {options.name}: error: {error}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()  # where nobody reads, or the disk is full, is noticed here
+    except KeyboardInterrupt as error:
+        return _end(options, "interrupted", _executed(error, options), code=130)
+    except _EXPECTED as error:
+        return _end(options, f"error: {error or type(error).__name__}", _executed(error, options))
     return 0
+
+
+def _end(options: argparse.Namespace, *said: str, code: int = 2) -> int:
+    """Says why a command has ended, on one line."""
+    line = " ".join("; ".join(filter(None, said)).split())
+    print(f"jaxdp {options.name}: {line}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again when it exits, and show a traceback
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _executed(error: BaseException, options: argparse.Namespace) -> str:
+    """What a run that an exception has ended leaves: nothing of it is taken back."""
+    run = training.run_of(error)
+    if run is None:
+        return ""
+    epsilon = run.ledger.epsilon(options.delta, accountant=options.accountant)
+    spent = f"{run.ledger.steps:,} steps are executed and spent, ε {report.rounded_up(epsilon, 3)}"
+    spent += f" at δ {options.delta:g}"
+    if options.checkpoints is None:
+        return f"{spent}; without --checkpoints they cannot be resumed"
+    return f"{spent}; start it again to resume from the newest checkpoint in {options.checkpoints}"
 
 
 def _quieten() -> None:
@@ -96,6 +137,10 @@ def _train(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     metrics, plot = options.out / "metrics.json", options.out / "training.png"
+    if options.checkpoints is not None and options.checkpoints.absolute() == options.out.absolute():
+        raise ValueError(
+            f"--checkpoints needs a directory of its own, got that of --out, {options.out}"
+        )
     report.check_outputs(metrics, plot)
     result = classify.train(
         config,
@@ -107,10 +152,13 @@ def _train(options: argparse.Namespace) -> None:
     )
     if jax.process_index() > 0:
         return  # the first process writes and prints for all
-    report.write_metrics(metrics, config, dataset, result)
-    report.write_plot(plot, dataset, result)
-    rows = report.summary(config, dataset, result) | {"written": f"{metrics}, {plot}"}
-    report.print_table("Private training", rows)
+    rows = report.summary(config, dataset, result)
+    try:
+        report.write_metrics(metrics, config, dataset, result)
+        report.write_plot(plot, config, dataset, result)
+        rows["written"] = f"{metrics}, {plot}"
+    finally:  # a disk that has filled up takes the files, and not the result
+        report.print_table("Private training", rows)
 
 
 def _epsilon(options: argparse.Namespace) -> None:
@@ -122,7 +170,7 @@ def _epsilon(options: argparse.Namespace) -> None:
         accountant=options.accountant,
         neighboring_relation=options.neighboring_relation,
     )
-    report.print_table("Privacy spent", {"ε": f"{spent:.4f}", **_assumptions(options)})
+    report.print_table("Privacy spent", {"ε": report.rounded_up(spent, 4), **_assumptions(options)})
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -135,7 +183,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         neighboring_relation=options.neighboring_relation,
     )
     rows = {
-        "noise multiplier": f"{noise_multiplier:.4f}",
+        "noise multiplier": report.rounded_up(noise_multiplier, 4),
         "ε": f"at most {options.epsilon:g}",
         **_assumptions(options),
     }
@@ -282,12 +330,17 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="for experiments; without it, randomness is the operating system's",
     )
     train.add_argument("--out", type=Path, default=Path("out"), help="for metrics and plot")
-    train.add_argument("--checkpoints", type=Path, default=None, help="save here, and resume")
+    train.add_argument(
+        "--checkpoints",
+        type=Path,
+        default=None,
+        help="save here after each epoch, and resume a run of the same options and data",
+    )
     train.add_argument(
         "--log",
         default=None,
         choices=("logging", "wandb", "tensorboard", "all"),
-        help="where each epoch is logged",
+        help="where each epoch is logged; what is not private is marked so",
     )
     train.add_argument(
         "--devices",

@@ -9,6 +9,13 @@ $$ \sum_i w_{ik}\, g_{ik}, \qquad \lVert w_{ik}\, g_{ik} \rVert_2 \le C_k $$
 
 for every sample i and every group k of leaves, with L2 sensitivity C_k per group under adding or
 removing one sample. A sample that is masked or whose gradient is not finite contributes zero.
+Thresholds are at least `SMALLEST_THRESHOLD`: a number below it is refused, a schedule raised to it.
+
+Arrays are taken as they are: what stands ahead of the clip in the chain has seen the rows of all
+samples, and may have mixed them (`optax.clip_by_global_norm`, a momentum, any normalisation over
+the update), which no clip can undo or notice. So a clip that is given arrays must come first, and
+for the whole tree: leaves hidden by `optax.masked` or `optax.partition` are refused. The handle of
+`jaxdp.per_sample_grads`, or `PerSampleGrads.from_arrays(grads)`, lets nothing ahead of the clip.
 
 | clip              | groups           | weight of a sample         |
 |-------------------|------------------|----------------------------|
@@ -25,20 +32,59 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_real
 from jaxdp.bounded import Bounded, Groups
+from jaxdp.distributions import normal
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.rule import ClipRule
 from jaxdp.per_sample import PerSampleGrads
-from jaxdp.randomness import COUNT_NOISE, step_key
+from jaxdp.randomness import COUNT_NOISE, drawn_alone, own_key, step_key
 from jaxdp.schedules import FloatOrSchedule, checked, value_at
 from jaxdp.trees import prefix_leaves
 from jaxdp.varying import summed_over_devices, untracked_axes, varying_axes
 
+# Below, sums of weighted gradients would underflow where the norms do not, and a sample add more
+# than its threshold: 1.13 times at 1e-18.
+SMALLEST_THRESHOLD = 1e-12
+
+# How far an adaptive threshold may go from where it began. Where over half of the gradients vanish,
+# their median is zero, and a threshold that followed it there would never come back.
+_ADAPTIVE_RANGE = 1e6
+
 # (parameters' structure, which leaves have a gradient, logical step) -> rule
 MakeRule = Callable[[Any, Groups, jax.Array], ClipRule]
+
+
+def check_threshold(name: str, value: FloatOrSchedule) -> None:
+    """Raises unless `value` is a schedule, or a finite number of at least `SMALLEST_THRESHOLD`."""
+    checked(name, value)
+    if not callable(value) and not isinstance(value, Tracer):
+        advice = "Scale the loss up: gradients of that size underflow."
+        check_real(name, float(np.asarray(value)), minimum=SMALLEST_THRESHOLD, advice=advice)
+
+
+def threshold_at(value: FloatOrSchedule, step: jax.Array) -> jax.Array:
+    """The threshold of a logical step, float32, at least `SMALLEST_THRESHOLD`; NaN stays."""
+    return jnp.maximum(value_at(value, step), SMALLEST_THRESHOLD)
+
+
+def adaptive_limits(initial_threshold: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Between which an adaptive threshold moves that began here: float32, or the dtype of an array.
+
+    Example:
+      >>> print(*adaptive_limits(2.0))
+      2e-06 2000000.0
+    """
+    initial = jnp.asarray(initial_threshold)
+    lowest = jnp.maximum(initial / _ADAPTIVE_RANGE, SMALLEST_THRESHOLD)
+    # Without a product that overflows.
+    most = float(jnp.finfo(initial.dtype).max) / _ADAPTIVE_RANGE
+    return lowest, jnp.maximum(jnp.minimum(initial, most) * _ADAPTIVE_RANGE, lowest)
 
 
 class ClipState(NamedTuple):
@@ -53,13 +99,14 @@ def clip_flat(threshold: FloatOrSchedule) -> optax.GradientTransformationExtraAr
     $$ \sum_i g_i \min(1, C / \lVert g_i \rVert_2), \qquad \Delta = C $$
 
     Args:
-      threshold: C > 0, in the unit of the gradients, or a schedule of the logical step.
+      threshold: C > 0, in the unit of the gradients, or a schedule of the logical step. As large
+        as float32 can hold is no clipping, and the release NaN unless σ is zero.
 
     Returns:
       A transformation from per-sample gradients to a `jaxdp.Bounded` with scalar sensitivity.
 
     Raises:
-      ValueError: C is not positive and finite.
+      ValueError: C is not finite and at least `SMALLEST_THRESHOLD`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,10 +118,10 @@ def clip_flat(threshold: FloatOrSchedule) -> optax.GradientTransformationExtraAr
 
     Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1.
     """
-    checked("threshold", threshold)
+    check_threshold("threshold", threshold)
 
     def rule(params: Any, groups: Groups, step: jax.Array) -> ClipRule:
-        return ClipRule(groups, value_at(threshold, step), _shrink)
+        return ClipRule(groups, threshold_at(threshold, step), _shrink)
 
     return _clip(rule)
 
@@ -110,7 +157,7 @@ def clip_per_layer(threshold: Any) -> optax.GradientTransformationExtraArgs:
     section 3 (per-layer clipping).
     """
     for value in jax.tree.leaves(threshold):
-        checked("threshold", value)
+        check_threshold("threshold", value)
 
     def rule(params: Any, groups: Groups, step: jax.Array) -> ClipRule:
         values = _leaf_thresholds(threshold, params)
@@ -157,7 +204,7 @@ def clip_by_group(
     if not thresholds:
         raise ValueError("thresholds must hold at least one label, got none")
     for label, value in thresholds.items():
-        checked(f"thresholds[{label!r}]", value)
+        check_threshold(f"thresholds[{label!r}]", value)
     names = list(thresholds)
 
     def rule(params: Any, groups: Groups, step: jax.Array) -> ClipRule:
@@ -214,7 +261,7 @@ def clip_automatic(
     Source: Bu et al. 2023, "Automatic Clipping: Differentially Private Deep Learning Made Easier
     and Stronger", equation 5.5 (AUTO-S).
     """
-    checked("threshold", threshold)
+    check_threshold("threshold", threshold)
     checked("stability", stability)
 
     def normalise(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
@@ -222,7 +269,7 @@ def clip_automatic(
 
     def rule(params: Any, groups: Groups, step: jax.Array) -> ClipRule:
         if not per_layer:
-            return ClipRule(groups, value_at(threshold, step), normalise)
+            return ClipRule(groups, threshold_at(threshold, step), normalise)
         layers = _each_leaf(groups)
         return ClipRule(layers, _stack([threshold] * len(_members(layers)), step), normalise)
 
@@ -237,16 +284,22 @@ class ClipAdaptiveState(NamedTuple):
       thresholds: C_t of the coming step, float32, scalar or `[K]`. Private already: releasable.
       counts: Σ_i (1[‖g_i‖ ≤ C_t] − ½) so far in this logical batch: raw until the step ends, when
         it goes back to zero.
+      lowest: the least C_t, float32 scalar.
+      highest: the largest C_t, float32 scalar.
       noise_multiplier: of the count released at the last logical step, relative to its
         sensitivity; NaN before the first.
-      key: where the counts' noise comes from.
+      key: where the counts' noise comes from, of this purpose and these leaves alone. Secret.
     """
 
     step: jax.Array
     thresholds: jax.Array
     counts: jax.Array
+    lowest: jax.Array
+    highest: jax.Array
     noise_multiplier: jax.Array
     key: jax.Array
+
+    purpose = COUNT_NOISE
 
 
 def clip_adaptive(
@@ -273,9 +326,13 @@ def clip_adaptive(
     `[σ, σ_b]` to the ledger. In the paper's notation σ_b here is 2σ_b there: noise relative to
     the sensitivity, as everywhere in jaxdp.
 
+    C_t stays between C_0/10⁶ and 10⁶·C_0, and above `SMALLEST_THRESHOLD`: where gradients vanish,
+    as on data that is fitted, it stops falling, and when they return it follows them.
+
     Args:
       initial_threshold: C_0 > 0.
-      key: JAX key of the counts' noise.
+      key: JAX key of the counts' noise, of one run; it may be that of the gradients' noise. See
+        `jaxdp.add_noise`.
       count_noise_multiplier: σ_b ≥ 0, or a schedule. A tenth of the batch size is a good start.
       expected_batch_size: m > 0, a public constant, never the realised count.
       quantile: γ in [0, 1].
@@ -288,7 +345,8 @@ def clip_adaptive(
       and the threshold moved at the last one only.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: an argument out of its range; (in `init`, `update`) under a `vmap` that maps what
+        is counted, but not the key. Where a schedule of σ_b goes below zero, thresholds become NaN.
       NotImplementedError: (in `update`) inside `pmap`, or `shard_map` with `check_vma=False`.
 
     Example:
@@ -303,7 +361,7 @@ def clip_adaptive(
     Source: Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping",
     equation 1 and section 2.2, theorem 1.
     """
-    checked("initial_threshold", initial_threshold)
+    check_threshold("initial_threshold", initial_threshold)
     checked("count_noise_multiplier", count_noise_multiplier, zero=True)
     checked("expected_batch_size", expected_batch_size)
     checked("learning_rate", learning_rate)
@@ -312,12 +370,18 @@ def clip_adaptive(
 
     def init(params: optax.Params) -> ClipAdaptiveState:
         shape = (len(jax.tree.leaves(params)),) if per_layer else ()
+        own = own_key(key, COUNT_NOISE, params)
+        drawn_alone(own, params)
+        initial = jnp.asarray(initial_threshold, jnp.float32)
+        lowest, highest = adaptive_limits(initial)
         return ClipAdaptiveState(
             step=jnp.zeros((), jnp.int32),
-            thresholds=jnp.full(shape, initial_threshold, jnp.float32),
+            thresholds=jnp.full(shape, initial),
             counts=jnp.zeros(shape, jnp.float32),
+            lowest=lowest,
+            highest=highest,
             noise_multiplier=jnp.full((), jnp.nan, jnp.float32),
-            key=key,
+            key=own,
         )
 
     def update(
@@ -349,12 +413,15 @@ def clip_adaptive(
         counts = summed_over_devices(counts, varying_axes(counts))
         counts = state.counts.at[places].add(counts)
 
+        draw = step_key(state.key, state.step)
         noise_multiplier = value_at(count_noise_multiplier, state.step)
+        alone = drawn_alone(draw, (counts, state.thresholds, noise_multiplier))
+        noise_multiplier = jnp.where(alone & (noise_multiplier >= 0), noise_multiplier, jnp.nan)
         std = noise_multiplier * math.sqrt(thresholds.size) / 2  # one sample moves K counts by ½
-        count_key = step_key(state.key, COUNT_NOISE, state.step)
-        noise = jax.random.normal(count_key, counts.shape, counts.dtype)
+        noise = normal(draw, counts.shape)
         error = 0.5 + (counts + std * noise) / expected_batch_size - quantile
         moved = state.thresholds * jnp.exp(-value_at(learning_rate, state.step) * error)
+        moved = jnp.clip(moved, state.lowest, state.highest)
 
         def at_end(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(is_last, new, old)
@@ -363,6 +430,8 @@ def clip_adaptive(
             step=at_end(state.step + 1, state.step),
             thresholds=at_end(moved, state.thresholds),
             counts=at_end(jnp.zeros_like(counts), counts),
+            lowest=state.lowest,
+            highest=state.highest,
             noise_multiplier=at_end(noise_multiplier, state.noise_multiplier),
             key=state.key,
         )
@@ -403,7 +472,7 @@ def _per_sample(updates: Any, params: optax.Params | None) -> PerSampleGrads:
             "a clip takes per-sample gradients, got a Bounded, whose samples are summed already: "
             "keep one clip in the chain, and let jaxdp.add_noise follow it"
         )
-    grads = updates if isinstance(updates, PerSampleGrads) else PerSampleGrads.from_arrays(updates)
+    grads = updates if isinstance(updates, PerSampleGrads) else _given(updates)
     if params is not None:
         expected = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
         got = [leaf.shape for leaf in jax.tree.leaves(grads.params)]
@@ -415,6 +484,22 @@ def _per_sample(updates: Any, params: optax.Params | None) -> PerSampleGrads:
                 "the gradient of a mean loss"
             )
     return grads
+
+
+def _given(updates: Any) -> PerSampleGrads:
+    """Per-sample gradients given as arrays, of all parameters."""
+
+    def hidden(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    if any(map(hidden, jax.tree.leaves(updates, is_leaf=hidden))):
+        raise ValueError(
+            "a clip must be given the gradients of all parameters, got some that are hidden from "
+            "it: what another branch of optax.partition or optax.masked does with the rows of "
+            "single samples is not bounded. Put the clip ahead of it, as "
+            "jaxdp.clip_by_group(labels, thresholds), and partition what follows the noise"
+        )
+    return PerSampleGrads.from_arrays(updates)
 
 
 def _members(groups: Groups) -> list[int]:
@@ -442,4 +527,4 @@ def _leaf_thresholds(threshold: Any, params: Any) -> list[FloatOrSchedule]:
 
 
 def _stack(thresholds: list[FloatOrSchedule], step: jax.Array) -> jax.Array:
-    return jnp.stack([value_at(threshold, step) for threshold in thresholds])
+    return jnp.stack([threshold_at(threshold, step) for threshold in thresholds])

@@ -14,6 +14,16 @@ from typing import Any
 class BatchStatisticsError(ValueError):
     """A layer that normalises one example by others."""
 
+    @classmethod
+    def at(cls, where: str) -> "BatchStatisticsError":
+        """Where a value is normalised by itself."""
+        return cls(
+            "loss_fn must not normalise over a batch, got a value minus its own mean, or scaled by "
+            f"itself, over an axis of length one ({where}): in the loss of one example the batch "
+            "is that example, and nothing is left of it. Use nn.GroupNorm or nn.LayerNorm, or "
+            "running averages"
+        )
+
 
 def refuse_batch_statistics() -> AbstractContextManager[Any]:
     """While it is entered, a `flax.linen.BatchNorm` that computes batch statistics raises."""

@@ -14,7 +14,8 @@ $$ \sigma_{\text{eff}} = \Bigl( \sum_k (\Delta_k / s_k)^2 \Bigr)^{-1/2}, $$
 | (c_1 … c_K)  | σ·c_k·Δ_k                  | σ·(Σc_k⁻²)^(−1/2)   |
 | "optimal"    | σ·(Δ_k·S/√n_k)^(1/2)       | σ                   |
 
-with n_k the number of entries of group k and S = Σ_j Δ_j·√n_j.
+with n_k the number of entries of group k and S = Σ_j Δ_j·√n_j. The law of the noise and how far it
+is from N(0, I) stand in `jaxdp.distributions`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +27,18 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.bounded import Bounded
+from jaxdp.bounded import Bounded, is_zero, root_sum_squares
+from jaxdp.distributions import normal
 from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.per_sample import PerSampleGrads
-from jaxdp.randomness import GRADIENT_NOISE, leaf_key, step_key
+from jaxdp.randomness import (
+    GRADIENT_NOISE,
+    drawn_alone,
+    fingerprints,
+    leaf_key,
+    own_key,
+    step_key,
+)
 from jaxdp.schedules import FloatOrSchedule, checked, value_at
 from jaxdp.varying import devices_along, varying_axes
 
@@ -40,12 +49,14 @@ class AddNoiseState(NamedTuple):
     Attributes:
       step: logical step, int32 scalar.
       noise_multiplier: σ_eff of the last step, which the ledger charges; NaN before the first.
-      key: where the noise comes from. Secret.
+      key: where the noise comes from, of this purpose and these leaves alone. Secret.
     """
 
     step: jax.Array
     noise_multiplier: jax.Array
     key: jax.Array
+
+    purpose = GRADIENT_NOISE
 
 
 def add_noise(
@@ -57,9 +68,12 @@ def add_noise(
 
     Args:
       noise_multiplier: σ ≥ 0, noise standard deviation relative to the sensitivity of adding or
-        removing one sample, or a schedule of the logical step. 0 is no privacy.
-      key: a JAX key. The noise of a leaf at a step is drawn from a key derived from `key`, the
-        step, and the leaf's place and path in the tree.
+        removing one sample, or a schedule of the logical step. 0 is no privacy: the sum itself.
+      key: a JAX key, of one run: `jaxdp.random_key()`. The noise of a leaf at a step is drawn from
+        a key derived from `key`, the purpose, the step, and the leaf's place and path in the tree.
+        Another run with this key, or this one begun anew, draws the same noise again: give it
+        another key (`noise_draws` is what a ledger tells them apart by). Each member of a `vmap`
+        needs its own.
       allocation: how σ is spread over the groups of the clip (see the table above): "global"
         gives every leaf the same standard deviation; "per_layer" noise relative to the group's
         own sensitivity; a sequence of K numbers c_k > 0 that, too, times c_k; "optimal" the
@@ -72,11 +86,16 @@ def add_noise(
       drawn once: replicas of a leaf draw the same, and where a leaf is spread over devices each
       draws its own part.
 
+    The result is NaN, all of it, wherever the stated noise cannot be drawn: where a schedule of σ
+    goes below zero or is not finite; where σ > 0 and a sample can move a leaf whose standard
+    deviation is not finite or below tiny/ε of its precision, 1e-31 in float32; where two members of
+    a `vmap` have one key; where a traced `is_last` is false.
+
     Raises:
       ValueError: σ negative or not finite; an unknown allocation, or one of the wrong length.
       TypeError: (in `update`) what comes in is no `Bounded`.
-      ValueError: (in `update`) the sum of one of several devices; `is_last=False`. Where that is
-        traced, and at steps where a schedule goes below zero, the result is NaN.
+      ValueError: (in `update`) the sum of one of several devices; `is_last=False`; (in both) under
+        a `vmap` that maps what is released, but not the key.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -94,7 +113,9 @@ def add_noise(
     spread = _allocation(allocation)
 
     def init(params: optax.Params) -> AddNoiseState:
-        return AddNoiseState(jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.float32), key)
+        own = own_key(key, GRADIENT_NOISE, params)
+        drawn_alone(own, params)
+        return AddNoiseState(jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.float32), own)
 
     def update(
         updates: Any,
@@ -106,13 +127,15 @@ def add_noise(
     ) -> tuple[Any, AddNoiseState]:
         bounded = _bounded(updates)
         _check_summed(bounded)
+        draw = step_key(state.key, state.step)
         sigma = value_at(noise_multiplier, state.step)
-        # Noise for a part of a logical batch is a release that nobody accounts for, and a negative
-        # σ is none at all: both poison the result.
-        sigma = jnp.where(_whole(is_last) & (sigma >= 0), sigma, jnp.nan)
-        sensitivity = jnp.atleast_1d(bounded.sensitivity).astype(jnp.float32)
-        stds = sigma * spread.deviations(sensitivity, _group_sizes(bounded))
-        noised = _noised(bounded, stds, step_key(state.key, GRADIENT_NOISE, state.step))
+        alone = drawn_alone(draw, (bounded.value, bounded.sensitivity, sigma, params))
+        # Noise for a part of a logical batch is a release that nobody accounts for, noise that
+        # another member of a vmap draws, too, cancels, and a negative σ is none at all.
+        sigma = jnp.where(_whole(is_last) & alone & (sigma >= 0), sigma, jnp.nan)
+        sensitivity = jnp.atleast_1d(bounded.sensitivity)
+        stds = spread.deviations(sensitivity, _group_sizes(bounded, sensitivity.dtype))
+        noised = _noised(bounded, sigma, stds, draw)
         if params is not None:
             noised = jax.tree.map(lambda leaf, p: leaf.astype(jnp.result_type(p)), noised, params)
         effective = sigma * spread.effective(sensitivity.size)
@@ -136,11 +159,52 @@ def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:
       [1.5]
     """
 
+    return [state.noise_multiplier for state in _releases(opt_state)]
+
+
+def noise_draws(opt_state: optax.OptState) -> tuple[tuple[str, str, int], ...]:
+    """Which noise comes next: (purpose, fingerprint of the key, step) of everything that is drawn.
+
+    Two runs that state the same draw the same: a ledger that keeps what it was charged for refuses
+    the second one. A run that goes on from its saved state does not repeat itself.
+
+    Args:
+      opt_state: state of an optax chain, not traced. Of a `jax.vmap` over states, each member is
+        told.
+
+    Raises:
+      ValueError: two noised releases would be drawn from one key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> tx = optax.chain(add_noise(1.5, jax.random.key(0)), optax.sgd(1e-3))
+      >>> state = tx.init(jnp.ones(2))
+      >>> [(purpose, len(key), step) for purpose, key, step in noise_draws(state)]
+      [('gradient noise', 64, 0)]
+      >>> _, state = tx.update(Bounded(jnp.ones(2), 1.0), state, jnp.ones(2))
+      >>> noise_draws(state)[0][2]
+      1
+    """
+    draws = []
+    for state in _releases(opt_state):
+        keys = fingerprints(state.key)
+        steps = np.broadcast_to(jax.device_get(state.step), len(keys))
+        draws += [(state.purpose, key, int(step)) for key, step in zip(keys, steps, strict=True)]
+    if len({(purpose, key) for purpose, key, _ in draws}) < len(draws):
+        raise ValueError(
+            "every noised release must have a key of its own, got one key twice: members of an "
+            "ensemble need jax.random.split(key, members), see jaxdp.add_noise"
+        )
+    return tuple(draws)
+
+
+def _releases(opt_state: optax.OptState) -> list[Any]:
+    """The states of everything that is released under noise."""
+
     def releases(state: Any) -> bool:
         return hasattr(state, "noise_multiplier")
 
-    states = jax.tree.leaves(opt_state, is_leaf=releases)
-    return [state.noise_multiplier for state in states if releases(state)]
+    return [s for s in jax.tree.leaves(opt_state, is_leaf=releases) if releases(s)]
 
 
 def _whole(is_last: ArrayLike) -> jax.Array:
@@ -178,6 +242,7 @@ class _Allocation(NamedTuple):
 
     Attributes:
       deviations: `(sensitivities [K], entries per group [K]) -> standard deviations [K]` at σ = 1.
+        No square of a sensitivity on the way: below 1e-19 it would vanish, and all noise with it.
       effective: K -> σ_eff at σ = 1. In closed form: computed from the deviations it would wobble
         in its last digits from step to step, and every wobble be a mechanism of its own to account.
     """
@@ -187,13 +252,16 @@ class _Allocation(NamedTuple):
 
 
 def _same_for_all(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
-    return jnp.full_like(sensitivity, jnp.sqrt(jnp.sum(jnp.square(sensitivity))))
+    return jnp.full_like(sensitivity, root_sum_squares(sensitivity))
 
 
 def _least_power(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
-    # Minimises Σ n_k s_k² at Σ (Δ_k/s_k)² = 1, by Lagrange: s_k² ∝ Δ_k/√n_k.
-    total = jnp.sum(sensitivity * jnp.sqrt(sizes))
-    return jnp.sqrt(sensitivity * total / jnp.sqrt(sizes))
+    # Minimises Σ n_k s_k² at Σ (Δ_k/s_k)² = 1, by Lagrange: s_k² ∝ Δ_k/√n_k. Relative to the
+    # largest Δ, roots taken apart.
+    roots = jnp.sqrt(jnp.maximum(sizes, 1))
+    largest = jnp.max(sensitivity)
+    total = jnp.sum(sensitivity / jnp.where(largest > 0, largest, 1) * roots)
+    return jnp.sqrt(sensitivity) * jnp.sqrt(largest) * jnp.sqrt(total / roots)
 
 
 _NAMED = {
@@ -227,30 +295,47 @@ def _allocation(allocation: str | Sequence[float]) -> _Allocation:
     return _Allocation(scaled, lambda k: sum(c**-2 for c in coefficients) ** -0.5)
 
 
-def _group_sizes(bounded: Bounded) -> jax.Array:
-    """How many entries each group has, float32 `[K]`."""
+def _group_sizes(bounded: Bounded, dtype: Any) -> jax.Array:
+    """How many entries each group has, `[K]`."""
     sizes = [0] * max(bounded.sensitivity.size, 1)
     for leaf, group in zip(jax.tree.leaves(bounded.value), bounded.groups, strict=True):
         if group is not None:
             sizes[group] += leaf.size * devices_along(varying_axes(leaf))
-    return jnp.asarray(sizes, jnp.float32)
+    return jnp.asarray(sizes, dtype)
 
 
-def _noised(bounded: Bounded, stds: jax.Array, key: jax.Array) -> Any:
+def _noised(bounded: Bounded, sigma: jax.Array, stds: jax.Array, key: jax.Array) -> Any:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(bounded.value)
+    sensitivities = jnp.atleast_1d(bounded.sensitivity)
 
     def release(index: int, path: Any, leaf: jax.Array, group: int | None) -> jax.Array:
         if group is None:
             return leaf
         leaf = leaf.astype(accumulation_dtype(leaf.dtype))
+        std = _deviation(sigma, stds[group], sensitivities[group], leaf.dtype)
         noise = _normal_like(leaf, leaf_key(key, index, path))
-        return leaf + stds[group].astype(leaf.dtype) * noise
+        # By selection: where σ is zero, Δ may be as large as it likes.
+        return jnp.where(is_zero(std), leaf, leaf + std * noise)
 
     released = [
         release(index, path, leaf, group)
         for index, ((path, leaf), group) in enumerate(zip(leaves, bounded.groups, strict=True))
     ]
     return jax.tree.unflatten(treedef, released)
+
+
+def _deviation(
+    sigma: jax.Array, unit: jax.Array, sensitivity: jax.Array, dtype: Any
+) -> jax.Array:
+    """The standard deviation in the precision of a leaf: NaN where it is not what was asked for."""
+    wide = max(unit.dtype, jnp.dtype(dtype), key=lambda each: each.itemsize)
+    std = (sigma.astype(wide) * unit.astype(wide)).astype(dtype)
+    # Any smaller, and a product of it with the noise would vanish with a chance that counts.
+    smallest = jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps
+    drawn = (std >= smallest) & jnp.isfinite(std)
+    still = is_zero(sensitivity) & jnp.isfinite(std) & (std >= 0)
+    std = jnp.where(drawn | still, std, jnp.nan)
+    return jnp.where(is_zero(sigma), jnp.zeros_like(std), std)
 
 
 def _normal_like(leaf: jax.Array, key: jax.Array) -> jax.Array:
@@ -260,5 +345,4 @@ def _normal_like(leaf: jax.Array, key: jax.Array) -> jax.Array:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     sharding = jax.typeof(leaf).sharding
     spread = any(entry is not None for entry in sharding.spec)
-    shape, dtype = leaf.shape, leaf.dtype
-    return jax.random.normal(key, shape, dtype, out_sharding=sharding if spread else None)
+    return normal(key, leaf.shape, leaf.dtype, sharding if spread else None)

@@ -224,8 +224,9 @@ class PerSampleGrads:
 def _refuse_to_flatten(_: PerSampleGrads) -> Any:
     raise TypeError(
         "PerSampleGrads is a lazy handle on one batch: it cannot be mapped over, nor cross jit, "
-        "scan or vmap. Give it to a clip (jaxdp.clip_flat, ...) in the function that made it and "
-        "let the result through, or call .materialize() for the arrays"
+        "scan or vmap, nor go through a transformation ahead of the clip, which could mix samples. "
+        "Give it to a clip (jaxdp.clip_flat, ...) in the function that made it, whole, and let the "
+        "result through"
     )
 
 
@@ -271,8 +272,10 @@ def per_sample_grads(
       microbatch_size: at most this many samples at a time. Needs their memory only; the numbers
         are the same up to the order of summation.
       trainable: bool, or a pytree prefix of the parameters of bools: leaves under False are
-        frozen. They are not differentiated, get no noise, and their updates are zero. Integer
-        leaves are always frozen.
+        frozen. They are not differentiated, get no noise, and are zero in the sum. Integer leaves
+        are always frozen. What follows the noise may move them all the same, as weight decay does:
+        `jaxdp.training.make_step` puts them back; a loop of your own ends its chain with
+        `optax.masked(optax.set_to_zero(), frozen)`, or closes over what it does not train.
       sharding: of the rows of the batch, where these lie on several devices under `jit`. Numbers
         are right without it; with it every device computes from its own rows, and all that devices
         exchange is one sum of gradients. A mesh with explicit axes, as `jax.make_mesh` makes them,
@@ -284,10 +287,18 @@ def per_sample_grads(
       NaN included); keyword arguments go to `loss_fn` as they are, to every sample alike.
 
     Raises:
-      TypeError: `loss_fn` does not return a real scalar; the mask is not bool.
+      TypeError: `loss_fn` does not return a real scalar; the mask is not bool; a parameter is a
+        Python number that is not frozen, or a random key.
       ValueError: batch leaves disagree on B; mask of another shape; nothing to differentiate;
-        a budget that one sample exceeds; a flax module that computes batch statistics; rows that
-        do not divide among the devices.
+        a budget that one sample exceeds; a layer that computes batch statistics; rows that do not
+        divide among the devices; an effect that is not understood (see below).
+
+    Refused is what may show one sample to another, or what cannot be followed, with its line, in
+    backward rules, too: communication over an axis along which samples are spread; mutable arrays
+    (one that the loss makes for itself is right with method="dense"); `io_callback` and ordered
+    effects; and what may look at a whole batch (callbacks and foreign functions that are not mapped
+    one by one, `custom_vmap`, kernels, primitives that are not JAX's), unless microbatch_size=1
+    leaves nothing else to look at.
 
     Example:
       >>> import jax.numpy as jnp

@@ -65,10 +65,12 @@ def pose(
     """The problem, from arguments as `jaxdp.per_sample_grads` and what it returns take them.
 
     Raises:
-      TypeError: `loss_fn` is no function or returns no real scalar; the mask is not bool.
+      TypeError: `loss_fn` is no function or returns no real scalar; the mask is not bool; what
+        `check_arrays` refuses.
       ValueError: batch leaves disagree on B; mask of another shape; nothing to differentiate.
     """
     check_function(loss_fn)
+    check_arrays(params, trainable)
     mask = checked_mask(mask, batch_size(batch, "batch"))
     rows = Batch(jax.tree.map(jnp.asarray, batch), mask, jnp.zeros(mask.shape, jnp.float32))
     params = jax.tree.map(jnp.asarray, params)
@@ -132,6 +134,33 @@ def merged_tree(params: Any, groups: Groups, moving: list[Any], fixed: Callable[
         for leaf, group in zip(leaves, groups, strict=True)
     ]
     return jax.tree.unflatten(treedef, filled)
+
+
+def check_arrays(params: Any, trainable: Any = True) -> None:
+    """Raises TypeError at what optimizers cannot train and should not be given.
+
+    A number of Python among the parameters is a setting as a rule (the rate of a dropout layer),
+    and training would change it. A random key has no arithmetic.
+
+    Args:
+      params: the parameters.
+      trainable: as for `jaxdp.per_sample_grads`: a number under False is no parameter.
+    """
+    flags = prefix_leaves("trainable", trainable, params)
+    for (path, leaf), flag in zip(jax.tree.leaves_with_path(params), flags, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if type(leaf) is float and flag:
+            raise TypeError(
+                f"parameters must be arrays, got the number {leaf} for {name}: make it an array if "
+                "it is to be trained; if it is a setting, close over it (with Equinox: params, "
+                "static = eqx.partition(model, eqx.is_inexact_array)), or make it an array and "
+                "freeze it with trainable="
+            )
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            raise TypeError(
+                f"parameters must hold no random keys, got one for {name}: no optimizer can take "
+                "it. Close over it, or make a key for each sample part of the batch"
+            )
 
 
 def trainable_groups(params: Any, trainable: Any) -> Groups:

@@ -1,28 +1,36 @@
-"""Where randomness comes from: keys that never repeat."""
+"""Where randomness comes from: every draw belongs to (run, purpose, step, path).
 
+The run is the user's key. A transformation that draws noise folds its purpose and the paths of its
+leaves into it once, in `init` (`own_key`): what its state holds is the key of nothing else. From
+there a draw is a function of the step and of the leaf. `fingerprint` names such a key without
+telling it, so that a ledger can refuse to be charged twice for one draw.
+"""
+
+import hashlib
 import secrets
-import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jax.experimental import multihost_utils
 
-# Each use of a user's key folds in its own tag: the same key given twice by mistake, to the noise
-# and to an adaptive clip, still gives independent draws.
-GRADIENT_NOISE = 0x6E6F6973
-COUNT_NOISE = 0x636F756E
-SELECTION_NOISE = 0x73656C65
+# Purposes. The same key given by mistake to the noise and to an adaptive clip still gives
+# independent draws.
+GRADIENT_NOISE = "gradient noise"
+COUNT_NOISE = "count noise"
+SELECTION_NOISE = "selection noise"
 
 
 def random_key() -> jax.Array:
-    """A JAX key from the operating system's entropy.
+    """A JAX key from the operating system's entropy: one for each run.
 
-    Noise protects only as long as nobody can draw it again: whoever knows the key subtracts it.
-    Use this for models that are released, and a fixed `jax.random.key(seed)` for experiments. On
-    several processes (`jax.distributed`) all must call it, and get the same key: else each would
-    add noise of its own.
+    Noise protects only as long as nobody can draw it again: whoever knows the key subtracts it, and
+    of two runs with one key the difference has no noise. Use this for models that are released, and
+    a fixed `jax.random.key(seed)` for experiments: draws are a function of the key, so that a run
+    can be repeated bit for bit. On several processes (`jax.distributed`) all must call it, and get
+    the same key: else each would add noise of its own.
 
     Example:
       >>> random_key().shape
@@ -36,16 +44,135 @@ def random_key() -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(entropy), impl=impl)
 
 
-def step_key(key: jax.Array, use: int, step: jax.Array) -> jax.Array:
-    """The key of one use at one logical step: distinct for every (use, step)."""
-    return jax.random.fold_in(jax.random.fold_in(key, use), step)
+def own_key(key: jax.Array, purpose: str, tree: Any) -> jax.Array:
+    """The key of one purpose in one tree: what the state of a transformation holds.
+
+    The paths of the leaves count: where `optax.partition` gives two chains the same key by mistake,
+    each sees leaves of its own only.
+
+    Args:
+      key: the user's, of one run.
+      purpose: one of the constants above.
+      tree: the parameters; leaves may be abstract, and only their paths are looked at.
+    """
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return _folded(key, "\n".join([purpose, *paths]))
+
+
+def step_key(key: jax.Array, step: jax.Array) -> jax.Array:
+    """The key of one logical step: distinct for every step."""
+    return jax.random.fold_in(key, step)
 
 
 def leaf_key(key: jax.Array, index: int, path: Any) -> jax.Array:
-    """The key of one leaf at one step: distinct for every (index, path).
+    """The key of one leaf at one step: distinct for every (index, path)."""
+    return _folded(key, f"{index}{jax.tree_util.keystr(path)}")
 
-    The path counts, too: where `optax.partition` gives two chains the same key by mistake, each
-    sees its own leaves only, and their indices alone would coincide.
+
+def fingerprint(key: jax.Array) -> str:
+    """Names a key without telling it: SHA-256 of its implementation and words, 64 hex digits.
+
+    Equal keys have equal fingerprints, on every machine. It cannot be turned back, but a guess can
+    be checked: the key of a small seed is found by trying them all, that of `random_key` is not.
+
+    Args:
+      key: one key, not traced.
+
+    Raises:
+      ValueError: more than one key.
+
+    Example:
+      >>> fingerprint(jax.random.key(0)) == fingerprint(jax.random.key(0))
+      True
+      >>> fingerprint(jax.random.key(0)) == fingerprint(jax.random.key(1))
+      False
     """
-    name = jax.tree_util.keystr(path).encode()
-    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name)), index)
+    names = fingerprints(key)
+    if len(names) != 1:
+        raise ValueError(f"key must be one key, got {len(names)} of them. Name each of them alone.")
+    return names[0]
+
+
+def fingerprints(keys: jax.Array) -> list[str]:
+    """The fingerprint of each key of an array, in its flat order.
+
+    Example:
+      >>> len(fingerprints(jax.random.split(jax.random.key(0), 3)))
+      3
+    """
+    words = np.asarray(_words(keys))
+    # A key that has no type is one of the default implementation, and draws the same.
+    name = f"jaxdp key of {jax.random.key_impl(keys)}\n".encode()
+    return [
+        hashlib.sha256(name + row.astype(">u4").tobytes()).hexdigest()
+        for row in words.reshape(-1, words.shape[-1])
+    ]
+
+
+def drawn_alone(key: jax.Array, released: Any) -> jax.Array:
+    """Refuses to draw the same noise for all members of a `jax.vmap`.
+
+    Their releases would differ by what the data says, without noise.
+
+    Args:
+      key: from which this step's noise is to be drawn.
+      released: everything else that the release is computed from, a pytree.
+
+    Returns:
+      Bool: whether no other member of an enclosing `vmap` has this key. The caller poisons the
+      noise where it is false: which values a stack of keys holds is not known to the tracer.
+
+    Raises:
+      ValueError: under a `vmap` that maps something in `released`, but not the key.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(released) if hasattr(leaf, "dtype")]
+    # Nothing flows from here into a derivative.
+    return _alone(key, [jax.lax.stop_gradient(array) for array in arrays])
+
+
+# That a `vmap` stands around is not seen where a `jit` stands between; a batching rule is called
+# there, too.
+@custom_vmap
+def _alone(key: jax.Array, released: list[jax.Array]) -> jax.Array:
+    return jnp.ones((), bool)
+
+
+@_alone.def_vmap
+def _alone_among(
+    size: int, mapped: Any, keys: jax.Array, released: list[jax.Array]
+) -> tuple[jax.Array, bool]:
+    key_mapped, released_mapped = mapped
+    if not key_mapped:
+        if any(released_mapped):
+            raise ValueError(
+                "every member of a vmap must have a noise key of its own, got one key for all "
+                f"{size}: their noise would be the same, and cancel in a difference. Make the "
+                "chain of a member from its key: states = jax.vmap(lambda key, params: "
+                "make_tx(key).init(params))(jax.random.split(key, members), params), then "
+                "jax.vmap(make_tx(key).update)(grads, states, params)"
+            )
+        return _alone(keys, released), False
+    # Once more, for a `vmap` around this one.
+    outer = _alone(keys, released)
+    words = _words(keys).reshape(size, -1)
+    order = jnp.lexsort(list(words.T))
+    repeats = jnp.all(words[order[1:]] == words[order[:-1]], axis=1)
+    none = jnp.zeros(1, bool)
+    repeated = jnp.concatenate([none, repeats]) | jnp.concatenate([repeats, none])
+    return jnp.zeros(size, bool).at[order].set(~repeated) & outer, True
+
+
+def _folded(key: jax.Array, name: str) -> jax.Array:
+    """The key of a name: 64 bits of its hash are folded in."""
+    digest = hashlib.sha256(name.encode()).digest()
+    for word in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, np.uint32(int.from_bytes(word, "big")))
+    return key
+
+
+def _words(key: jax.Array) -> jax.Array:
+    return jax.random.key_data(key) if _is_typed(key) else key
+
+
+def _is_typed(key: jax.Array) -> bool:
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)

@@ -1,16 +1,19 @@
 """Numbers that may be schedules, checked once and read at a step."""
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_real
+
 # A number, or a function of the logical step (optax's schedules are such functions).
 FloatOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
+
+# A step computes in float32.
+_SMALLEST, _LARGEST = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
 
 
 def checked(name: str, value: FloatOrSchedule, *, zero: bool = False) -> None:
@@ -18,16 +21,22 @@ def checked(name: str, value: FloatOrSchedule, *, zero: bool = False) -> None:
 
     Args:
       name: of the argument, for the message.
+      value: a Python or NumPy number, an array of no axes, or a function of the step.
       zero: whether zero is allowed, too.
+
+    Raises:
+      TypeError: it is neither a number nor a function; an array with axes, text, a bool.
+      ValueError: it is negative, zero where that is not allowed, or no normal float32.
     """
     if callable(value) or isinstance(value, Tracer):
         return
-    if np.ndim(value) != 0:
-        raise ValueError(f"{name} must be one number or a schedule, got shape {np.shape(value)}")
-    number = float(np.asarray(value))
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        rule = "at least 0" if zero else "above 0"
-        raise ValueError(f"{name} must be finite and {rule}, got {name}={number}")
+    advice = "Pass one number, or a schedule: a function of the step."
+    if zero:
+        number = check_real(name, value, minimum=0, advice=advice)
+    else:
+        number = check_real(name, value, above=0, advice=advice)
+    if number > 0:  # beyond these it would be infinite at a step, or zero
+        check_real(name, number, minimum=_SMALLEST, maximum=_LARGEST, advice=advice)
 
 
 def value_at(value: FloatOrSchedule, step: jax.Array) -> jax.Array:

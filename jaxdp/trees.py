@@ -5,13 +5,14 @@ from typing import Any
 import jax
 
 
-def prefix_leaves(name: str, prefix: Any, tree: Any) -> list[Any]:
+def prefix_leaves(name: str, prefix: Any, tree: Any, whole: str = "the parameters") -> list[Any]:
     """The value that `prefix` gives to each leaf of `tree`, in the order of its leaves.
 
     Args:
       name: of the argument, for the message.
       prefix: pytree prefix of `tree`; a value on a subtree holds for each of its leaves.
       tree: the full tree.
+      whole: what the full tree is, for the message.
 
     Raises:
       ValueError: `prefix` is no prefix of `tree`.
@@ -25,7 +26,8 @@ def prefix_leaves(name: str, prefix: Any, tree: Any) -> list[Any]:
         jax.tree.map(spread, prefix, tree)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{name} must be a pytree prefix of the parameters: got structure "
-            f"{jax.tree.structure(prefix)} for parameters {jax.tree.structure(tree)}"
+            f"{name} must be a pytree prefix of {whole}: got structure "
+            f"{jax.tree.structure(prefix)} for {whole.removeprefix('the ')} "
+            f"{jax.tree.structure(tree)}"
         ) from error
     return values

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from jaxdp.coupling import BatchStatisticsError, refuse_batch_statistics
 from jaxdp.engine import walker
+from jaxdp.engine.batch_of_one import own_statistics
+from jaxdp.engine.effects import ON_ONE_EXAMPLE, hazards
 from jaxdp.engine.walker import Equation, Program
 
 Kind = Literal["couples samples", "escapes clipping", "check"]
 
-# They send values to the host, and use what it answers not at all or not alone.
+# They show values to the host, and use what it answers not at all or not alone.
 _HOST_OUTPUT = {"io_callback", "debug_callback", "debug_print", "outfeed"}
-# Named axes in types, without any communication.
-_HARMLESS = {"axis_index", "pvary", "pcast", "pbroadcast"}
 
 
 class Finding(NamedTuple):
@@ -66,10 +66,12 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
 
     The model is traced on one example; nothing is computed. Reported are:
 
-    * statistics of a batch: a BatchNorm of flax.linen in training, and any communication over a
-      named axis (`lax.pmean` in a BatchNorm of haiku or equinox), in the gradient, too;
-    * host callbacks, which may remember other samples, print them, or send them away, and mutable
-      arrays that the function writes to;
+    * statistics of a batch: a BatchNorm of flax, haiku or anybody in training, which normalises one
+      example by itself here and has nothing left of it, and any communication over a named axis
+      (`lax.pmean` in a BatchNorm of equinox), in the gradient, too;
+    * all that `jaxdp.per_sample_grads` refuses: mutable arrays, effects that must keep an order,
+      `custom_vmap`, kernels and primitives with rules of their own for a batch;
+    * host callbacks, which may remember other samples, print them, or send them away;
     * parameters that come back changed by the example, such as running averages: written back,
       they would skip clipping and noise;
     * arrays that the function closes over (scalars aside) and calls of foreign functions, to be
@@ -122,9 +124,15 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
     try:
         program, output = walker.trace(flat, leaves, inputs)
         programs = [program]
-        # Callbacks have no gradient; they are findings enough.
-        if not any(_callback(eqn) for eqn in walker.equations(program)):
+        try:
             programs.append(walker.trace(gradient, leaves, inputs)[0])
+        except NameError:
+            raise
+        except Exception:
+            # What has effects may have no gradient, as callbacks, or none that this JAX can take of
+            # a mutable array; it is finding enough.
+            if not any(_equations(program)):
+                raise
     except NameError as error:
         if "axis name" not in str(error):
             raise
@@ -136,6 +144,7 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
     paths = [path for path, _ in jax.tree.leaves_with_path(params)]
     findings = [
         *(finding for each in programs for finding in _equations(each)),
+        *_normalised(program, len(leaves)),
         *_returned(output, program, roots, treedef, params),
         *(finding for each in programs for finding in _closed_over(each)),
         *_unused(roots, paths, leaves),
@@ -161,28 +170,25 @@ def _communication(where: str, what: str) -> Finding:
         "couples samples",
         where,
         f"communication over a named axis: {what}",
-        "Compute on one example alone: normalise within it (nn.group_norm, nn.layer_norm) and add "
-        "up devices after clipping",
+        ON_ONE_EXAMPLE,
     )
 
 
 def _equations(program: Program) -> Iterator[Finding]:
+    """What training refuses (`engine.effects`), and what it cannot see is wrong."""
+    refused = hazards(program)
+    for hazard in refused:
+        yield Finding("couples samples", hazard.where, hazard.what, hazard.fix)
+    said = {hazard.where for hazard in refused}
     for eqn in walker.equations(program):
-        if _named_axes(eqn):
-            yield _communication(eqn.source, eqn.name)
-        elif eqn.name in _HOST_OUTPUT:
+        if eqn.source in said:
+            continue
+        if eqn.name in _HOST_OUTPUT:
             yield Finding(
                 "escapes clipping",
                 eqn.source,
                 f"{eqn.name} shows the example outside of the program",
                 "Remove it before training on private data",
-            )
-        elif _callback(eqn):
-            yield Finding(
-                "couples samples",
-                eqn.source,
-                f"{eqn.name}, which may remember other samples",
-                "Prepare the example on the host, or write the function in JAX",
             )
         elif eqn.name == "ffi_call":
             yield Finding(
@@ -191,14 +197,30 @@ def _equations(program: Program) -> Iterator[Finding]:
                 "a foreign function, which JAX cannot look into",
                 "Fine if it computes on its arguments and keeps nothing",
             )
+        elif _callback(eqn):
+            yield Finding(
+                "couples samples",
+                eqn.source,
+                f"{eqn.name}, which may remember other samples",
+                "Prepare the example on the host, or write the function in JAX",
+            )
 
 
-def _named_axes(eqn: Equation) -> bool:
-    """Whether values cross a named axis: JAX names such axes by strings, its own by numbers."""
-    if eqn.name in _HARMLESS:
-        return False
-    axes = [eqn.params.get("axes"), eqn.params.get("axis_name")]
-    return any(isinstance(axis, str) for axis in jax.tree.leaves(axes))
+def _normalised(program: Program, parameters: int) -> Iterator[Finding]:
+    for statistic in own_statistics(program, parameters):
+        where = statistic.eqn.source
+        if statistic.over_batch_alone:
+            what, _, fix = str(BatchStatisticsError.at(where)).partition(". ")
+            yield Finding("couples samples", where, what, fix)
+        else:
+            yield Finding(
+                "check",
+                where,
+                "a normalisation over a leading axis of length one and others: of a batch it would "
+                "mix samples, of one example it is its own",
+                "Fine if it is meant for one example, as nn.instance_norm; a BatchNorm learns "
+                "averages that are none",
+            )
 
 
 def _roots(program: Program, parameters: int) -> list[frozenset[int]]:

@@ -31,6 +31,12 @@ def sample_axes(rows: Any) -> frozenset[str]:
     return varying_axes(rows) | untracked_axes()
 
 
+def model_axes(rows: Any) -> frozenset[str]:
+    """The axes of devices along which these rows of a batch are the same: what differs there is a
+    part of the model."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes) - sample_axes(rows)
+
+
 def vary(tree: Any, axes: frozenset[str]) -> Any:
     """The same arrays, each varying over all of these axes."""
 

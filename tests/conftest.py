@@ -39,6 +39,7 @@ collect_ignore = ["golden/make.py"]
 # the examples of the docstrings.
 ONCE = (
     "jaxdp/",
+    "tests/accounting",
     "tests/distributed/test_fit",
     "tests/distributed/test_processes",
     "tests/recipes",

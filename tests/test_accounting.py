@@ -516,7 +516,7 @@ DAMAGED = {
     "null": "null",
     "deep": "[" * 100_000,
     "another format": damaged(lambda d: d.update(format="other")),
-    "a newer version": damaged(lambda d: d.update(version=2)),
+    "a newer version": damaged(lambda d: d.update(version=3)),
     "a true version": damaged(lambda d: d.update(version=True)),
     "an unknown field": damaged(lambda d: d.update(extra=1)),
     "a missing field": damaged(lambda d: d.pop("closed")),
@@ -899,7 +899,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: BOOK.charge_pure(0.1, 0.5), TypeError, "must be PoissonSampling or None, got 0.5"),
     (lambda: BOOK.charge_pure(0.1, SHUFFLED), TypeError, "Pass None where the whole data set"),
     (lambda: BOOK.charge_pure(0.1).dp_event(), ValueError, "Ask the ledger itself for epsilon"),
-    (lambda: BOOK.merge({}), TypeError, "other must be a Ledger, got {}"),
+    (lambda: BOOK.merge({}), TypeError, "other must be of type Ledger, got {}"),
     (lambda: BOOK.epsilon(2.0), ValueError, "delta must be"),
     (lambda: BOOK.delta(-1.0), ValueError, "epsilon must be finite, >= 0, got -1.0"),
     (

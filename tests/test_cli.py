@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, and the one sentence it says otherwise."""
 
+import errno
 import gzip
 import json
 import math
@@ -15,8 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from jaxdp import accounting, training
 from jaxdp.cli import main
+from jaxdp.recipes import data, report
 from jaxdp.recipes.classify import CLIP_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -62,12 +67,16 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def strict(text: str) -> Any:
-    """JSON as its standard has it, without NaN and Infinity."""
+    """JSON as its standard has it: no NaN, no Infinity, no name twice."""
 
     def forbidden(name: str) -> Any:
         raise AssertionError(f"{name} is no JSON")
 
-    return json.loads(text, parse_constant=forbidden)
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len(dict(pairs)) == len(pairs), pairs
+        return dict(pairs)
+
+    return json.loads(text, parse_constant=forbidden, object_pairs_hook=once)
 
 
 # epsilon and calibrate.
@@ -75,14 +84,14 @@ def strict(text: str) -> Any:
 RUN = ["--sampling-rate", "0.04", "--steps", "250"]
 EPSILONS = [
     (["--noise-multiplier", "1.1", *RUN], "3.4715"),
-    (["--noise-multiplier", "1.1", *RUN, "--accountant", "rdp"], "3.8950"),
+    (["--noise-multiplier", "1.1", *RUN, "--accountant", "rdp"], "3.8951"),
     (["--noise-multiplier", "2", "3", "4", *RUN], "1.9851"),
-    (["--noise-multiplier", "2", "3", "4", *RUN, "--accountant", "rdp"], "2.1969"),
+    (["--noise-multiplier", "2", "3", "4", *RUN, "--accountant", "rdp"], "2.1970"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), EPSILONS)
-def test_epsilon_prints_the_reference_values(
+def test_epsilon_prints_the_reference_values_rounded_up(
     capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     printed = call(capsys, "epsilon", *arguments)
@@ -108,8 +117,8 @@ def test_calibrate_inverts_epsilon(capsys: pytest.CaptureFixture[str], options: 
     calibrated = call(capsys, "calibrate", "--epsilon", "3", *RUN, *options)
     sigma = calibrated["noise multiplier"]
     spent = call(capsys, "epsilon", "--noise-multiplier", sigma, *RUN, *options)
-    # Four printed digits of σ may be rounded down.
-    assert 2.99 < float(spent["ε"]) <= 3.001
+    # σ is rounded up to four digits, and ε as well: what is printed keeps the promise.
+    assert 2.99 < float(spent["ε"]) <= 3.0001
     assert calibrated["ε"] == "at most 3"
 
 
@@ -139,9 +148,9 @@ def test_train_writes_metrics_and_a_plot_and_prints_a_table(
     assert min(pixels.shape[:2]) > 300 and np.ptp(pixels[..., :3]) > 0.5
 
     assert printed["test accuracy"] == f"{metrics['test_accuracy']:.2%}"
-    assert printed["ε"].startswith(f"{metrics['epsilon']:.3f}") and "budget 2" in printed["ε"]
+    assert printed["ε"] == f"{report.rounded_up(metrics['epsilon'], 3)} (budget 2)"
     assert printed["δ"] == "1e-05" and printed["accountant"].startswith("RDP")
-    assert printed["noise multiplier"] == f"{metrics['noise_multiplier']:.4f}"
+    assert printed["noise multiplier"] == report.rounded_down(metrics["noise_multiplier"], 4)
     assert (
         printed["gradient of one example"] == "norm at most 0.1, at first, by the clip (adaptive)"
     )
@@ -207,13 +216,283 @@ def test_train_resumes_from_its_checkpoints(
     # Without a seed: it is in the checkpoint, and nowhere else.
     first = call(capsys, *arguments)
     before = strict((tmp_path / "out" / "metrics.json").read_text())
-    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert saved == ["3"]
+    assert before["assumptions"]["randomness"] == "operating system"
+    saved = sorted((tmp_path / "checkpoints").glob("[!.]*"))
+    assert [path.name for path in saved] == ["3"]
     assert call(capsys, *arguments) == first
-    # Throughput included: nothing was executed again.
     assert strict((tmp_path / "out" / "metrics.json").read_text()) == before
-    message = refuse(capsys, *arguments, "--seed", "2")
-    assert "another sampler" in message
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a whole run with seed 5."""
+    directory = tmp_path_factory.mktemp("run")
+    out = ["--out", str(directory / "out"), "--checkpoints", str(directory / "checkpoints")]
+    with jax.numpy_dtype_promotion("standard"):
+        assert main([*SMALL, "--model", "linear", "--seed", "5", *out]) == 0
+    return directory / "checkpoints"
+
+
+# Options that make a run another one, and what the sentence names.
+OTHER_RUNS: dict[str, tuple[list[str], str]] = {
+    "delta": (["--delta", "1e-9"], "delta is 1e-05 there and 1e-09 here"),
+    "epsilon": (["--epsilon", "4"], "epsilon is 8.0 there and 4.0 here"),
+    "accountant": (["--accountant", "pld"], 'accountant is "rdp" there and "pld" here'),
+    "clip": (["--clip", "automatic"], 'clip is "flat" there and "automatic" here'),
+    "threshold": (["--threshold", "0.2"], "threshold is 0.1 there and 0.2 here"),
+    "epochs": (["--epochs", "0.6"], "epochs is 0.3 there and 0.6 here"),
+    "batch size": (["--batch-size", "100"], "batch_size is 128.0 there and 100.0 here"),
+    "learning rate": (["--learning-rate", "1"], "learning_rate is 8.0 there and 1.0 here"),
+    "schedule": (["--schedule", "constant"], 'schedule is "cosine" there and "constant" here'),
+    "momentum": (["--momentum", "0.5"], "momentum is 0.9 there and 0.5 here"),
+    "microbatch size": (["--microbatch-size", "9"], "microbatch_size is null there and 9 here"),
+    "model": (["--model", "tanh-mlp"], 'model is "linear" there and "tanh-mlp" here'),
+    "seed": (["--seed", "6"], "another sampler"),
+    "several": (["--delta", "1e-6", "--clip", "automatic"], 'automatic" here; delta is 1e-05'),
+}
+
+
+@pytest.mark.parametrize(("options", "says"), OTHER_RUNS.values(), ids=OTHER_RUNS.keys())
+def test_another_run_than_the_saved_one_is_refused_by_what_differs(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    checkpoints: Path,
+    options: list[str],
+    says: str,
+) -> None:
+    """Or an ε would be stated that was never true, of a σ that was never drawn."""
+    run = [*SMALL, "--model", "linear", "--seed", "5", "--checkpoints", str(checkpoints)]
+    assert says in refuse(capsys, *run, "--out", str(tmp_path), *options)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_seeded_run_is_not_resumed_as_an_unseeded_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoints: Path
+) -> None:
+    run = [*SMALL, "--model", "linear", "--checkpoints", str(checkpoints), "--out", str(tmp_path)]
+    message = refuse(capsys, *run)
+    assert 'randomness is "a given seed' in message and '"operating system" here' in message
+
+
+def test_other_data_of_the_same_shape_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    digits = data.load("digits")
+
+    def but_for_one(images: np.ndarray) -> np.ndarray:
+        images = images.copy()
+        images[7] = 1 - images[7]
+        return images
+
+    for name, train_x, test_x in [
+        ("same", digits.train_x, digits.test_x),
+        ("other", but_for_one(digits.train_x), digits.test_x),
+        ("test", digits.train_x, but_for_one(digits.test_x)),
+    ]:
+        np.savez(
+            tmp_path / f"{name}.npz",
+            x_train=np.round(train_x * 255).astype(np.uint8)[..., 0],
+            y_train=digits.train_y,
+            x_test=np.round(test_x * 255).astype(np.uint8)[..., 0],
+            y_test=digits.test_y,
+        )
+    run = ["train", *SMALL[3:], "--model", "linear", "--seed", "5", "--out", str(tmp_path / "out")]
+    run += ["--checkpoints", str(tmp_path / "checkpoints")]
+    call(capsys, *run, "--data", str(tmp_path / "same.npz"))
+    message = refuse(capsys, *run, "--data", str(tmp_path / "other.npz"))
+    assert 'another configuration: training_data is "' in message
+    message = refuse(capsys, *run, "--data", str(tmp_path / "test.npz"))
+    assert 'another configuration: test_data is "' in message
+
+
+def test_what_is_stated_after_a_resume_is_what_was_executed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after two epochs of three, and the rest; against a run that nobody interrupted."""
+
+    def run(name: str) -> list[str]:
+        to = ["--out", str(tmp_path / "out"), "--checkpoints", str(tmp_path / name)]
+        return [*SMALL, "--model", "linear", "--seed", "5", "--epochs", "3", *to]
+
+    whole = call(capsys, *run("whole"))
+    expected = strict((tmp_path / "out" / "metrics.json").read_text())
+    (tmp_path / "out" / "metrics.json").unlink()
+
+    with monkeypatch.context() as patch:
+        reports = []
+
+        def pressed(store: training.Checkpoints, *arguments: Any) -> None:
+            save(store, *arguments)
+            reports.append(store)
+            if len(reports) == 2:
+                raise KeyboardInterrupt
+
+        save = training.Checkpoints.save
+        patch.setattr(training.Checkpoints, "save", pressed)
+        assert main(run("cut")) == 130
+    out, err = capsys.readouterr()
+    spent = f"ε {report.rounded_up(expected['history'][1]['epsilon'], 3)} at δ 1e-05"
+    assert out == "" and err == (
+        f"jaxdp train: interrupted; 22 steps are executed and spent, {spent}; start it again to "
+        f"resume from the newest checkpoint in {tmp_path / 'cut'}\n"
+    )
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+    assert call(capsys, *run("cut")) == whole
+    assert strict((tmp_path / "out" / "metrics.json").read_text()) == expected
+    assert expected["steps"] == 34 and whole["steps"] == "34 (all of them)"
+    assert expected["stopped_by"] == "steps"
+    assert expected["assumptions"]["randomness"].startswith("a given seed")
+    [entry] = ledger_of(tmp_path / "cut").entries
+    assert isinstance(entry, accounting.LedgerEntry)
+    assert entry.noise_multipliers == (expected["noise_multiplier"],)
+    epsilon = ledger_of(tmp_path / "cut").epsilon(1e-5, accountant="rdp")
+    assert expected["epsilon"] == epsilon == expected["history"][-1]["epsilon"]
+
+
+def ledger_of(directory: Path) -> accounting.Ledger:
+    newest = max(directory.glob("[!.]*"), key=lambda path: int(path.name))
+    return accounting.Ledger.from_json(json.loads((newest / "run.json").read_text())["ledger"])
+
+
+def test_a_run_that_fails_says_what_it_has_spent(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(training.Checkpoints, "_write", full)
+    run = [*SMALL, "--out", str(tmp_path / "out"), "--checkpoints", str(tmp_path / "checkpoints")]
+    message = refuse(capsys, *run)
+    assert "the checkpoint of step 3 cannot be written" in message and "No space left" in message
+    assert "; 3 steps are executed and spent, ε 7.9" in message
+
+
+def test_a_disk_that_fills_up_at_the_end_does_not_take_the_result(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(report, "write_file", full)
+    assert main([*SMALL, "--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert rows(out)["ε"].startswith("7.9") and "written" not in rows(out)
+    assert err.count("\n") == 1 and "No space left" in err
+
+
+def test_a_run_that_diverges_keeps_its_metrics(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    call(capsys, *SMALL, "--learning-rate", "1e30", "--out", str(tmp_path))
+    metrics = strict((tmp_path / "metrics.json").read_text())
+    assert metrics["steps"] == 3 and 7.8 < metrics["epsilon"] <= 8
+
+
+def test_out_and_checkpoints_are_two_directories(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Metrics among checkpoints would keep the run from being resumed."""
+    same = ["--out", str(tmp_path / "run"), "--checkpoints", str(tmp_path / "run")]
+    assert "a directory of its own" in refuse(capsys, *SMALL, *same)
+    below = ["--out", str(tmp_path / "run" / "out"), "--checkpoints", str(tmp_path / "run")]
+    assert "must hold checkpoints alone, got 'out'" in refuse(capsys, *SMALL, *below)
+
+
+@pytest.mark.parametrize("command", [[*SMALL], ["epsilon", "--noise-multiplier", "1", "--steps"]])
+def test_ctrl_c_before_anything_is_executed_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+) -> None:
+    def pressed(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load", pressed)
+    monkeypatch.setattr(accounting, "epsilon", pressed)
+    rest = ["5", "--sampling-rate", "0.1"] if command[0] == "epsilon" else []
+    assert main([*command, *rest]) == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"jaxdp {command[0]}: interrupted\n")
+
+
+def test_a_full_disk_behind_stdout_is_one_line(tmp_path: Path) -> None:
+    """Python itself would show a traceback when it exits."""
+    command = [sys.executable, "-m", "jaxdp", "epsilon", "--noise-multiplier", "1.1", *RUN]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": path},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=120,
+        )
+    assert done.returncode == 2
+    assert done.stderr.decode() == "jaxdp epsilon: error: [Errno 28] No space left on device\n"
+
+
+# No number that can be typed ends in a traceback. Each line goes as far as the first step.
+
+NUMBERS = [
+    "1e308",
+    "-1",
+    "inf",
+    "nan",
+    "5e-324",
+    "0",
+    "-0.0",
+    "",
+    "1e-20",
+    "9" * 400,
+    "1e18",
+    "two",
+]
+NUMBERS += ["2147483648", "99999999999999999999", "\u0663", "0x10", "1_0", "1,5"]
+TRAIN_OPTIONS = ["--epsilon", "--delta", "--epochs", "--batch-size", "--threshold"]
+TRAIN_OPTIONS += ["--learning-rate", "--momentum", "--microbatch-size", "--seed", "--devices"]
+lines = st.dictionaries(
+    st.sampled_from(TRAIN_OPTIONS), st.sampled_from(NUMBERS), min_size=1, max_size=3
+)
+
+
+def check_line(
+    capsys: pytest.CaptureFixture[str],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: dict[str, str],
+) -> None:
+    def begun(*arguments: Any, **options: Any) -> None:
+        raise ValueError("it would train")
+
+    monkeypatch.setattr(training, "fit", begun)
+    options = [part for option in line.items() for part in option]
+    refuse(capsys, *SMALL, "--out", str(out), *options)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(line=lines)
+def test_no_command_line_ends_in_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: dict[str, str],
+) -> None:
+    check_line(capsys, tmp_path, monkeypatch, line)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(line=lines)
+def test_no_command_line_of_many_ends_in_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: dict[str, str],
+) -> None:
+    check_line(capsys, tmp_path, monkeypatch, line)
 
 
 def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
@@ -300,6 +579,15 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "seed": (lambda d: [*SMALL, "--seed", "-1"], "seed must be"),
     "seed too large": (lambda d: [*SMALL, "--seed", str(10**20)], "seed must be"),
     "negative epochs": (lambda d: [*SMALL, "--epochs", "-3"], "epochs must be"),
+    "absurd epochs": (lambda d: [*SMALL, "--epochs", "1e308"], "epochs must be"),
+    "epochs beyond counting": (lambda d: [*SMALL, "--epochs", "1e30"], "2,147,483,647 steps"),
+    "absurd devices": (lambda d: [*SMALL, "--devices", str(10**9)], "devices must be at most 1024"),
+    "out cannot be made": (lambda d: [*SMALL, "--out", "/proc/none"], "cannot write /proc/none"),
+    "out cannot be written": (lambda d: [*SMALL, "--out", "/proc"], "cannot write /proc/metrics"),
+    "checkpoints cannot be written": (
+        lambda d: [*SMALL, "--checkpoints", "/proc/none"],
+        "cannot be written in /proc/none",
+    ),
     "endless epochs": (lambda d: [*SMALL, "--epochs", "inf"], "epochs must be"),
     "no epochs": (lambda d: [*SMALL, "--epochs", "nan"], "epochs must be"),
     "no learning rate": (lambda d: [*SMALL, "--learning-rate", "nan"], "learning_rate must be"),

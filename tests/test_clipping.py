@@ -21,6 +21,7 @@ import pytest
 import scipy.stats
 
 import jaxdp
+from jaxdp.clipping import SMALLEST_THRESHOLD
 from tests import helpers
 from tests.helpers import CLIPS, KEY, PARAMS, THRESHOLDS, TREES
 
@@ -348,18 +349,18 @@ MISUSES: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "count noise": (
         lambda: helpers.adaptive(1.0, count_noise_multiplier=-1.0),
         ValueError,
-        "count_noise_multiplier must be finite and at least 0, got .*=-1.0",
+        "count_noise_multiplier must be finite, >= 0, got -1.0",
     ),
     "batch size": (
         lambda: helpers.adaptive(1.0, expected_batch_size=0.0),
         ValueError,
-        "expected_batch_size must be finite and above 0",
+        "expected_batch_size must be finite, > 0",
     ),
     "learning rate": (
         lambda: helpers.adaptive(1.0, learning_rate=0.0), ValueError, "learning_rate must be"
     ),
     "stability": (
-        lambda: jaxdp.clip_automatic(stability=0.0), ValueError, "stability must be .* above 0"
+        lambda: jaxdp.clip_automatic(stability=0.0), ValueError, "stability must be .* > 0"
     ),
 }
 
@@ -385,7 +386,7 @@ def test_misuse_is_told_with_name_rule_and_value(misuse: str) -> None:
     ],
 )
 def test_a_threshold_must_be_a_finite_number_above_zero(make: Any, threshold: float) -> None:
-    with pytest.raises(ValueError, match=r"threshold.* must be finite and above 0, got"):
+    with pytest.raises(ValueError, match=r"threshold.* must be finite, > 0, got"):
         make(threshold)
 
 
@@ -397,3 +398,176 @@ def test_gradients_of_every_tree_are_accepted_as_arrays() -> None:
         assert jax.tree.structure(total.value) == jax.tree.structure(params)
         shapes = zip(jax.tree.leaves(total.value), jax.tree.leaves(params), strict=True)
         assert all(got.shape == param.shape for got, param in shapes)
+
+
+# Thresholds that neither vanish nor run away.
+
+TINY = (9.9e-13, 1e-18, 1e-30, 1e-40)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("threshold", jaxdp.clip_flat),
+        ("threshold", jaxdp.clip_per_layer),
+        ("threshold", lambda c: jaxdp.clip_per_layer({"body": 1.0, "head": c})),
+        (r"thresholds\['a'\]", lambda c: jaxdp.clip_by_group("a", {"a": c})),
+        ("threshold", jaxdp.clip_automatic),
+        ("initial_threshold", helpers.adaptive),
+    ],
+)
+@pytest.mark.parametrize("threshold", TINY)
+def test_a_number_below_the_floor_is_refused(name: str, make: Any, threshold: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be finite, .*, got .* Scale the loss up"):
+        make(threshold)
+
+
+SCHEDULED: Mapping[str, Callable[[Any], Any]] = {
+    "flat": jaxdp.clip_flat,
+    "per_layer": jaxdp.clip_per_layer,
+    "per_layer_list": lambda c: jaxdp.clip_per_layer([c, c, c]),
+    "by_group": lambda c: jaxdp.clip_by_group("a", {"a": c}),
+    "automatic": jaxdp.clip_automatic,
+}
+
+
+@functools.cache
+def scheduled(name: str) -> Any:
+    """`(threshold, rows) -> Bounded`, and what is released of it with σ = 1."""
+
+    @jax.jit
+    def clipped(threshold: jax.Array, rows: Any) -> Any:
+        clip = SCHEDULED[name](lambda step: threshold)
+        bounded, _ = clip.update(rows, clip.init(PARAMS), PARAMS)
+        noise = jaxdp.add_noise(1.0, KEY)
+        return bounded, noise.update(bounded, noise.init(PARAMS), PARAMS)[0]
+
+    return clipped
+
+
+@pytest.mark.parametrize("name", list(SCHEDULED))
+@pytest.mark.parametrize("threshold", [0.0, -1.0, *TINY])
+def test_a_schedule_is_raised_to_the_floor_and_noised(name: str, threshold: float) -> None:
+    """Below 1e-19 the noise used to vanish, and what was released was the sum itself."""
+    rows = helpers.small_grads(ROWS)
+    bounded, released = scheduled(name)(jnp.float32(threshold), rows)
+    assert np.all(np.asarray(bounded.sensitivity) == np.float32(SMALLEST_THRESHOLD))
+    noise = jax.tree.map(jnp.subtract, released, bounded.value)
+    sizes = np.concatenate([np.ravel(np.abs(leaf)) for leaf in jax.tree.leaves(noise)])
+    # Of ten normal numbers of this deviation, 1e-12 to 1.8e-12, all are below six, and one at least
+    # above a third, except with probability 10⁻⁵.
+    assert np.all(sizes < 6 * 1.8e-12) and np.max(sizes) > 1e-12 / 3
+
+
+@pytest.mark.parametrize("name", list(SCHEDULED))
+def test_a_schedule_of_nan_or_infinity_gives_nan_in_the_release(name: str) -> None:
+    for threshold in (np.nan, np.inf):
+        _, released = scheduled(name)(jnp.float32(threshold), helpers.small_grads(ROWS))
+        assert all(bool(jnp.all(jnp.isnan(leaf))) for leaf in jax.tree.leaves(released))
+
+
+def test_a_traced_threshold_is_that_of_a_number() -> None:
+    rows = helpers.small_grads(ROWS)
+    for threshold in (1e-12, 0.3, 1e30, 3e38):
+        clip = jaxdp.clip_flat(threshold)
+        number, _ = clip.update(rows, clip.init(PARAMS), PARAMS)
+        traced, _ = scheduled("flat")(jnp.float32(threshold), rows)
+        helpers.assert_trees_close(traced.value, number.value, atol=0)
+        assert float(traced.sensitivity) == float(number.sensitivity)
+
+
+@functools.cache
+def followed(per_layer: bool, noise: float) -> Any:
+    """`(state, rows, steps) -> (state, thresholds [steps], what was released [steps])`."""
+    tx = optax.chain(
+        helpers.adaptive(
+            1.0, per_layer=per_layer, count_noise_multiplier=noise, learning_rate=0.5
+        ),
+        jaxdp.add_noise(1.0, KEY),
+    )
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(state: Any, rows: Any, steps: int) -> Any:
+        def body(state: Any, _: Any) -> Any:
+            released, state = tx.update(rows, state, PARAMS)
+            return state, (state[0].thresholds, released["head"])
+
+        return jax.lax.scan(body, state, None, length=steps)
+
+    return tx, run
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_an_adaptive_threshold_survives_gradients_that_vanish(per_layer: bool) -> None:
+    """From some step on it was zero for ever, and there was no noise, which was charged all the
+    same. It stops at a millionth, is noised there, and comes back with the gradients."""
+    tx, run = followed(per_layer, 0.5)
+    nothing = jax.tree.map(jnp.zeros_like, helpers.small_grads(4))
+    state, (thresholds, released) = run(tx.init(PARAMS), nothing, 400)
+    assert np.min(thresholds) == np.float32(1e-6)
+    # Noise of deviation σ·C (√3·σ·C for three leaves), at the last 200 steps as well.
+    scale = np.float64(released[200:]) / np.sqrt(3 if per_layer else 1)
+    assert np.std(scale / 1e-6) == pytest.approx(1, abs=0.3)
+    assert np.all(released != 0)
+    state, (thresholds, _) = run(state, helpers.small_grads(4), 400)
+    assert np.all((np.asarray(thresholds[-1]) > 1e-2) & (np.asarray(thresholds[-1]) < 1e2))
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_an_adaptive_threshold_has_a_ceiling(per_layer: bool) -> None:
+    tx, run = followed(per_layer, 0.5)
+    huge = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e12), helpers.small_grads(4))
+    state, (thresholds, released) = run(tx.init(PARAMS), huge, 400)
+    assert np.max(thresholds) == np.float32(1e6) and np.all(np.isfinite(released))
+    _, (thresholds, _) = run(state, helpers.small_grads(4), 400)
+    assert np.all(np.asarray(thresholds[-1]) < 1e2)
+
+
+def test_noise_of_any_size_leaves_an_adaptive_threshold_in_its_range() -> None:
+    tx, run = followed(True, 1e6)
+    _, (thresholds, released) = run(tx.init(PARAMS), helpers.small_grads(4), 400)
+    assert np.min(thresholds) == np.float32(1e-6) and np.max(thresholds) == np.float32(1e6)
+    assert np.all(np.isfinite(released))
+
+
+def test_the_range_of_an_adaptive_threshold_is_one_of_float32() -> None:
+    for initial, lowest, highest in (
+        (2.0, 2e-6, 2e6), (1e-9, 1e-12, 1e-3), (3e38, 3e32, float(np.finfo(np.float32).max))
+    ):
+        state = helpers.adaptive(initial).init(PARAMS)
+        np.testing.assert_allclose([state.lowest, state.highest], [lowest, highest], rtol=1e-6)
+        traced = jax.jit(lambda c: helpers.adaptive(c).init(PARAMS))(jnp.float32(initial))
+        helpers.assert_trees_close(traced, state, atol=0)
+
+
+@pytest.mark.parametrize("noise", [-1.0, np.nan])
+def test_counts_without_their_noise_poison_the_threshold(noise: float) -> None:
+    clip = helpers.adaptive(1.0, count_noise_multiplier=lambda step: jnp.float32(noise))
+    _, state = clip.update(helpers.small_grads(2), clip.init(PARAMS), PARAMS)
+    assert np.isnan(state.thresholds) and np.isnan(state.noise_multiplier)
+
+
+def test_two_adaptive_clips_with_one_key_draw_counts_of_their_own() -> None:
+    """With one noise for both counts, log(C_a/C_b) told the difference of the two exactly. A share
+    of 10⁻⁶ of the noise would be as many bits of agreement as float32 has."""
+
+    def thresholds(labels: Any, key: jax.Array) -> tuple[float, float]:
+        parts = {
+            name: optax.chain(
+                helpers.adaptive(1.0, key=key, count_noise_multiplier=50.0, learning_rate=0.01),
+                jaxdp.add_noise(1.0, KEY),
+            )
+            for name in ("a", "b")
+        }
+        clip = optax.partition(parts, labels)
+        params = {"x": jnp.zeros(3), "y": jnp.zeros(3)}
+        rows = jax.tree.map(lambda leaf: jnp.ones((4, *leaf.shape)), params)
+        _, state = clip.update(rows, clip.init(params))
+        inner = state.inner_states
+        a, b = (inner[name].inner_state[0].thresholds for name in ("a", "b"))
+        return float(jnp.log(a)), float(jnp.log(b))
+
+    for seed in range(3):
+        for labels in ({"x": "a", "y": "b"}, {"x": "b", "y": "a"}):
+            a, b = thresholds(labels, jax.random.key(seed))
+            assert abs(a - b) > 1e-4

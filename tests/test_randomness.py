@@ -1,4 +1,4 @@
-"""Keys that never repeat."""
+"""Keys that never repeat, and what they are called."""
 
 # optax types updates as trees of arrays; jaxdp sends PerSampleGrads and Bounded through it.
 # pyright: reportArgumentType=false
@@ -6,14 +6,26 @@
 # pyright: reportIndexIssue=false
 # pyright: reportReturnType=false
 
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxdp
-from jaxdp.randomness import COUNT_NOISE, GRADIENT_NOISE, SELECTION_NOISE, step_key
+from jaxdp.randomness import (
+    COUNT_NOISE,
+    GRADIENT_NOISE,
+    SELECTION_NOISE,
+    fingerprint,
+    fingerprints,
+    leaf_key,
+    own_key,
+    step_key,
+)
 from tests import helpers
 from tests.helpers import PARAMS
 
@@ -36,16 +48,82 @@ def test_a_key_of_the_system_is_a_jax_key() -> None:
     assert jax.random.key_impl(key) == jax.random.key_impl(jax.random.key(0))
 
 
-def test_every_use_and_every_step_has_its_own_key() -> None:
+PURPOSES = (GRADIENT_NOISE, COUNT_NOISE, SELECTION_NOISE)
+
+
+def test_every_purpose_tree_and_step_has_its_own_key() -> None:
     base = jax.random.key(0)
     steps = jnp.arange(500)
+    trees = (PARAMS, {"body": PARAMS["body"]}, {"head": PARAMS["head"]}, [jnp.ones(1)], ())
     keys = {
         words(key)
-        for use in (GRADIENT_NOISE, COUNT_NOISE, SELECTION_NOISE)
-        for key in jax.vmap(lambda step, use=use: step_key(base, use, step))(steps)
+        for purpose in PURPOSES
+        for tree in trees
+        for key in jax.vmap(
+            lambda step, purpose=purpose, tree=tree: step_key(own_key(base, purpose, tree), step)
+        )(steps)
     }
-    assert len(keys) == 1500
+    assert len(keys) == 3 * 5 * 500
     assert words(base) not in keys
+
+
+def test_the_key_of_a_tree_is_that_of_its_paths() -> None:
+    """Shapes and values are nothing to it: two models with the same names draw the same."""
+    key = jax.random.key(0)
+    abstract = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf * 2, PARAMS))
+    assert words(own_key(key, GRADIENT_NOISE, PARAMS)) == words(
+        own_key(key, GRADIENT_NOISE, abstract)
+    )
+
+
+def test_every_leaf_has_its_own_key() -> None:
+    key = jax.random.key(0)
+    tree = {"a": [1, 2, {"b": 3}], "a'][0": 4, "c": {str(n): n for n in range(300)}}
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    keys = {words(leaf_key(key, index, path)) for index, path in enumerate(paths)}
+    assert len(keys) == len(paths)
+    assert len({words(leaf_key(key, index, paths[0])) for index in range(50)}) == 50
+
+
+def test_a_fingerprint_names_a_key_and_its_stream() -> None:
+    names = [
+        fingerprint(key)
+        for key in (
+            *jax.random.split(jax.random.key(0), 20),
+            jax.random.key(0),
+            jax.random.key(1),
+            jax.random.key(0, impl="rbg"),
+            jax.random.key(0, impl="unsafe_rbg"),
+        )
+    ]
+    assert len(set(names)) == len(names)
+    assert all(len(name) == 64 and set(name) <= set("0123456789abcdef") for name in names)
+    # A key without a type draws what one of the default implementation does.
+    assert fingerprint(jax.random.PRNGKey(7)) == fingerprint(jax.random.key(7))
+    # The same on every machine and in every version: ledgers are kept.
+    assert fingerprint(jax.random.key(0)).startswith("ae26ca0b")
+
+
+def test_a_fingerprint_is_of_one_key() -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    with pytest.raises(ValueError, match="key must be one key, got 3 of them"):
+        fingerprint(keys)
+    assert fingerprints(keys) == [fingerprint(key) for key in keys]
+
+
+def test_nothing_private_is_drawn_from_23_bits() -> None:
+    """Beside the initial values of layers, every draw is from `jaxdp.distributions`."""
+    cut_off = re.compile(
+        r"random\.(normal|laplace|exponential|gumbel|uniform|truncated_normal|logistic|cauchy)\b"
+    )
+    root = Path(jaxdp.__file__).parent
+    found = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if cut_off.search(line) and "`" not in line and ">>>" not in line
+    }
+    assert all(name.startswith("nn/") for name in found)
 
 
 def test_one_key_given_to_noise_and_adaptive_clip_gives_independent_draws() -> None:

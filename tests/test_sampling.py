@@ -115,6 +115,24 @@ def test_batches_iterates_the_draws(make):
         assert ours.is_last == theirs.is_last
 
 
+def test_a_fingerprint_is_of_the_seed_alone():
+    """Whatever else differs, batches of one seed depend on each other."""
+    named = {
+        sampler.fingerprint
+        for sampler in (
+            PoissonSampler(101, sampling_rate=0.1, seed=5),
+            PoissonSampler(99, sampling_rate=0.2, physical_batch_size=8, seed=5),
+            FixedSizeSampler(101, batch_size=7, seed=5),
+            ShuffledSampler(101, batch_size=20, seed=np.int64(5)),
+            sampling.sampler_from_dict(FixedSizeSampler(9, batch_size=2, seed=5).to_dict()),
+        )
+    }
+    others = {FixedSizeSampler(9, batch_size=2, seed=seed).fingerprint for seed in (0, 6, 50, None)}
+    assert len(named) == 1 and len(others) == 4 and not named & others
+    assert all(len(name) == 64 and set(name) <= set("0123456789abcdef") for name in named | others)
+    assert str(2**100) not in FixedSizeSampler(9, batch_size=2, seed=2**100).fingerprint
+
+
 @every_sampler
 def test_the_seed_is_random_by_default_and_never_shown(make):
     kind: Any = type(make(9))
@@ -406,9 +424,9 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: S(5, batch_size=1, seed=1).draw(-1), ValueError, "step must be at least 0, got -1"),
     (lambda: F(5, batch_size=1, seed=1).draw(0.0), TypeError, "step must be an integer, got 0.0"),
     (lambda: F(5, batch_size=1, seed=1).batches(-2), ValueError, "step must be at least 0, got -2"),
-    (lambda: sampling.sampler_from_dict(None), ValueError, "sampler kind must be 'poisson' or"),
+    (lambda: sampling.sampler_from_dict(None), TypeError, "sampler kind must be 'poisson' or"),
     (lambda: sampling.sampler_from_dict({"kind": "sobol"}), ValueError, "got 'sobol'"),
-    (lambda: sampling.sampler_from_dict({"kind": []}), ValueError, "sampler kind must be"),
+    (lambda: sampling.sampler_from_dict({"kind": []}), TypeError, "sampler kind must be"),
     (lambda: sampling.sampler_from_dict({"kind": "poisson"}), ValueError, "sampler must be a map"),
     (
         lambda: sampling.sampler_from_dict(F(5, batch_size=1, seed=1).to_dict() | {"seed": None}),

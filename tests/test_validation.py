@@ -203,3 +203,47 @@ def test_parameters_without_gradient_are_to_be_checked() -> None:
     found = jaxdp.validate(model, params, X)
     assert [finding.where for finding in found.findings] == ["idle", "still"]
     assert kinds(found) == ["check", "check"] and "trainable" in str(found)
+
+
+def test_what_training_refuses_is_found_with_its_line() -> None:
+    mapped = jax.custom_batching.sequential_vmap(jnp.sin)
+
+    def written(params: Any, x: jax.Array) -> jax.Array:
+        ref = jax.new_ref(params["w"])
+        return ref[...] @ x
+
+    def ordered(params: Any, x: jax.Array) -> jax.Array:
+        jax.debug.callback(print, x, ordered=True)
+        return params["w"] @ x
+
+    for model, what in (
+        (lambda p, x: p["w"] @ mapped(x), "custom_vmap"),
+        (written, "new_ref of a mutable array"),
+        (ordered, "OrderedDebugEffect"),
+    ):
+        found = jaxdp.validate(model, W, X)
+        assert not found.ok and what in str(found) and "test_validation.py" in str(found)
+
+
+def test_broadcasting_from_one_device_is_communication() -> None:
+    found = jaxdp.validate(lambda p, x: p["w"] @ jax.lax.pbroadcast(x, ("data",), 0), W, X)
+    assert kinds(found) == ["couples samples"]
+
+
+def test_a_print_hides_no_backward_rule() -> None:
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        jax.debug.print("{}", x)
+        return synchronised(params["w"]) @ x
+
+    found = jaxdp.validate(model, W, X)
+    assert "couples samples" in kinds(found) and "batch" in str(found)
+
+
+def test_a_host_function_with_a_derivative_hides_no_backward_rule() -> None:
+    @jax.custom_jvp
+    def doubled(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(lambda x: 2 * x, x, x, vmap_method="sequential")
+
+    doubled.defjvp(lambda primals, tangents: (doubled(*primals), jax.lax.psum(tangents[0], "b")))
+    found = jaxdp.validate(lambda p, x: jnp.sum(doubled(p["w"] * x)), W, X)
+    assert not found.ok and "axis name: b" in str(found)

@@ -27,7 +27,9 @@ from jaxdp.accounting.calibration import (
     calibrate_steps,
 )
 from jaxdp.accounting.composition import AccountantName, RelationName
-from jaxdp.accounting.ledger import Ledger, LedgerEntry
+from jaxdp.accounting.draws import BATCHES, EPOCHS, Draws
+from jaxdp.accounting.entries import LedgerEntry
+from jaxdp.accounting.ledger import Ledger
 from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.run import dp_event, epsilon
 from jaxdp.accounting.schemes import (
@@ -41,7 +43,10 @@ from jaxdp.accounting.schemes import (
 )
 
 __all__ = [
+    "BATCHES",
+    "EPOCHS",
     "AccountantName",
+    "Draws",
     "FixedSizeSampling",
     "Ledger",
     "LedgerEntry",

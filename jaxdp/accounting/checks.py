@@ -1,4 +1,25 @@
-"""The checks that accounting and sampling share: each names the argument, the rule and the value.
+"""The one place where arguments are checked: each check names the argument, the rule and the value.
+
+Every refusal reads "NAME must be RULE, got VALUE. ADVICE": a TypeError where the value is of a kind
+that could never do, a ValueError where another of its kind would. A check returns the value as the
+plain Python type that the rest of the code works with, and is made once, at the public boundary.
+
+Numbers may be Python's, NumPy's or arrays of no axes, JAX's included, which are read without
+importing jax. A bool is no number, and text is no sequence.
+
+================ =================================================================
+check            what passes
+================ =================================================================
+check_integer    an integer between two bounds
+check_real       a finite real number between bounds
+check_reals      one such number, or a sequence of them
+check_bool       True or False
+check_choice     one of some strings
+check_callable   a function
+check_instance   an object of a class
+check_sequence   a list, a tuple or another sequence that is no text
+check_keys       a mapping with exactly the given keys
+================ =================================================================
 
 Example:
     >>> check_integer("steps", 3, minimum=0, advice="Pass the number of executed steps.")
@@ -6,17 +27,66 @@ Example:
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from numbers import Integral, Real
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+LARGEST_COUNT = 2**63 - 1
+"""The largest count of steps, rows or examples: what an int64 holds."""
+
+_LONGEST_SEQUENCE = 1_000_000
+_SHOWN = 80
 
 
-def check_integer(name: str, value: object, *, minimum: int, advice: str) -> int:
-    """Returns `value` as an int, or says why it is not an integer of at least `minimum`.
+def shown(value: object) -> str:
+    """The value as a message prints it: on one line, and cut where it is long.
+
+    Args:
+        value: anything.
+
+    Returns:
+        At most 80 characters.
+
+    Example:
+        >>> shown("3"), len(shown([0.5] * 1000))
+        ("'3'", 80)
+    """
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a repr is a stranger's code; an int of 5000 digits has none
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _without_axes(value: object) -> object:
+    """The number that an array of no axes holds; anything else as it is."""
+    if isinstance(value, np.generic) or getattr(value, "ndim", None) != 0:
+        return value
+    try:
+        return np.asarray(value).item()
+    except Exception:  # a traced array, which holds no number yet; a key of a random stream
+        return value
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_integer(
+    name: str, value: object, *, minimum: int, maximum: int | None = None, advice: str
+) -> int:
+    """Returns `value` as an int, or says why it is not an integer within the bounds.
 
     Args:
         name: the argument's name, for the message.
-        value: any integer type, NumPy's included; bool is refused.
+        value: any integer type, NumPy's included, or an array of no axes; bool is refused.
         minimum: the smallest allowed value.
+        maximum: the largest allowed value, or None.
         advice: one sentence on what to do next.
 
     Returns:
@@ -24,18 +94,24 @@ def check_integer(name: str, value: object, *, minimum: int, advice: str) -> int
 
     Raises:
         TypeError: `value` is not an integer.
-        ValueError: `value` is below `minimum`.
+        ValueError: `value` is out of the bounds.
 
     Example:
         >>> check_integer("steps", -1, minimum=0, advice="Count from zero.")
         Traceback (most recent call last):
         ValueError: steps must be at least 0, got -1. Count from zero.
+        >>> check_integer("steps", 9, minimum=0, maximum=8, advice="Take fewer.")
+        Traceback (most recent call last):
+        ValueError: steps must be at least 0 and at most 8, got 9. Take fewer.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}. {advice}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}. {advice}")
-    return int(value)
+    number = _without_axes(value)
+    if not _is_number(number, Integral):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}. {advice}")
+    count = int(number)  # pyright: ignore[reportArgumentType]  # an Integral
+    if count < minimum or (maximum is not None and count > maximum):
+        upper = "" if maximum is None else f" and at most {maximum}"
+        raise ValueError(f"{name} must be at least {minimum}{upper}, got {shown(count)}. {advice}")
+    return count
 
 
 def check_real(
@@ -52,7 +128,7 @@ def check_real(
 
     Args:
         name: the argument's name, for the message.
-        value: any real number type, NumPy's included; bool is refused.
+        value: any real number type, NumPy's included, or an array of no axes; bool is refused.
         minimum: inclusive lower bound.
         above: exclusive lower bound.
         maximum: inclusive upper bound.
@@ -67,21 +143,93 @@ def check_real(
         ValueError: `value` is not finite or breaks a bound.
 
     Example:
+        >>> import numpy as np
+        >>> check_real("noise_multiplier", np.array(1.5), minimum=0, advice="1.1 is usual.")
+        1.5
         >>> check_real("delta", 2.0, above=0, below=1, advice="1e-5 is usual.")
         Traceback (most recent call last):
         ValueError: delta must be finite, > 0, < 1, got 2.0. 1e-5 is usual.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r}. {advice}")
+    real = _without_axes(value)
+    if not _is_number(real, Real):
+        raise TypeError(f"{name} must be a real number, got {shown(value)}. {advice}")
     try:
-        number = float(value)
+        number = float(real)  # pyright: ignore[reportArgumentType]  # a Real
     except OverflowError:  # an int beyond the floats is as unusable as infinity
         number = math.inf
     if not (math.isfinite(number) and minimum <= number <= maximum and above < number < below):
         bounds = ((">=", minimum), (">", above), ("<=", maximum), ("<", below))
-        rule = ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if math.isfinite(bound))
-        raise ValueError(f"{name} must be finite, {rule}, got {number!r}. {advice}")
+        rules = [f"{sign} {bound:g}" for sign, bound in bounds if math.isfinite(bound)]
+        rule = ", ".join(["finite", *rules])
+        raise ValueError(f"{name} must be {rule}, got {number!r}. {advice}")
     return number
+
+
+def check_reals(
+    name: str,
+    value: object,
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    advice: str,
+) -> tuple[float, ...]:
+    """Returns one real number, or a sequence of them, as a tuple of floats.
+
+    Args:
+        name: the argument's name, for the message.
+        value: a number, an array of no or of one axis, or an iterable of at most 10⁶ numbers.
+        minimum: inclusive lower bound of each.
+        above: exclusive lower bound of each.
+        advice: one sentence on what to do next.
+
+    Returns:
+        At least one float.
+
+    Raises:
+        TypeError: it is neither a number nor a sequence of numbers.
+        ValueError: there is none, there are too many, or one is not finite or breaks a bound.
+
+    Example:
+        >>> check_reals("noise_multiplier", [1, 2.5], minimum=0, advice="Pass one for each.")
+        (1.0, 2.5)
+    """
+    whole = _without_axes(value)
+    if not isinstance(whole, Iterable) or isinstance(whole, str | bytes | Mapping):
+        return (check_real(name, whole, minimum=minimum, above=above, advice=advice),)
+    try:
+        entries = list(islice(whole, _LONGEST_SEQUENCE + 1))
+    except Exception:  # a traced array
+        raise TypeError(f"{name} must hold real numbers, got {shown(value)}. {advice}") from None
+    if not 0 < len(entries) <= _LONGEST_SEQUENCE:
+        size = "an empty sequence" if not entries else f"more than {_LONGEST_SEQUENCE}"
+        raise ValueError(f"{name} must hold at least one number, got {size}. {advice}")
+    return tuple(
+        check_real(name, entry, minimum=minimum, above=above, advice=advice) for entry in entries
+    )
+
+
+def check_bool(name: str, value: object, *, advice: str) -> bool:
+    """Returns `value` if it is True or False, NumPy's included.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed; 0 and 1 are refused.
+        advice: one sentence on what to do next.
+
+    Returns:
+        The value as a Python bool.
+
+    Raises:
+        TypeError: `value` is no bool.
+
+    Example:
+        >>> check_bool("bias", 1, advice="Leave it out for a bias.")
+        Traceback (most recent call last):
+        TypeError: bias must be True or False, got 1. Leave it out for a bias.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}. {advice}")
+    return bool(value)
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:
@@ -96,6 +244,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
         The value.
 
     Raises:
+        TypeError: `value` is no string.
         ValueError: `value` is not among `choices`.
 
     Example:
@@ -104,8 +253,89 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
     """
     if not isinstance(value, str) or value not in choices:
         allowed = " or ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be {allowed}, got {value!r}. Pass one of these strings.")
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name} must be {allowed}, got {shown(value)}. Pass one of these strings.")
     return value
+
+
+def check_callable(name: str, value: object, *, advice: str) -> Callable[..., Any]:
+    """Returns `value` if it can be called.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed.
+        advice: one sentence on what to do next.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: `value` cannot be called.
+
+    Example:
+        >>> check_callable("loss_fn", 3, advice="Pass the loss of one example.")
+        Traceback (most recent call last):
+        TypeError: loss_fn must be a function, got 3. Pass the loss of one example.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {shown(value)}. {advice}")
+    return value
+
+
+def check_instance(name: str, value: object, kind: type[T], *, advice: str) -> T:
+    """Returns `value` if it is an object of a class.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed.
+        kind: the class.
+        advice: one sentence on what to do next.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: `value` is of another class.
+
+    Example:
+        >>> check_instance("x", 3, str, advice="Quote it.")
+        Traceback (most recent call last):
+        TypeError: x must be of type str, got 3. Quote it.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {shown(value)}. {advice}")
+    return value
+
+
+def check_sequence(name: str, value: object, *, minimum: int = 0, advice: str) -> tuple[Any, ...]:
+    """Returns `value` as a tuple if it is a sequence of at least `minimum` entries.
+
+    Args:
+        name: the argument's name, for the message.
+        value: a list, a tuple, an array with axes, or another sequence; text is refused.
+        minimum: the smallest allowed length.
+        advice: one sentence on what to do next.
+
+    Returns:
+        The entries, unchecked.
+
+    Raises:
+        TypeError: `value` is no sequence.
+        ValueError: it is too short.
+
+    Example:
+        >>> check_sequence("layers", [1, 2], advice="Pass the layers in their order.")
+        (1, 2)
+    """
+    is_array = isinstance(getattr(value, "ndim", None), int) and getattr(value, "ndim", 0) > 0
+    if not (is_array or isinstance(value, Sequence)) or isinstance(value, str | bytes | bytearray):
+        raise TypeError(f"{name} must be a sequence, got {shown(value)}. {advice}")
+    entries = tuple(value)  # pyright: ignore[reportArgumentType]  # a Sequence or an array
+    if len(entries) < minimum:
+        raise ValueError(
+            f"{name} must have at least {minimum} entries, got {shown(value)}. {advice}"
+        )
+    return entries
 
 
 def check_keys(name: str, value: object, keys: Collection[str]) -> Mapping[str, object]:
@@ -120,15 +350,17 @@ def check_keys(name: str, value: object, keys: Collection[str]) -> Mapping[str, 
         The mapping.
 
     Raises:
-        ValueError: it is no mapping, or its keys differ.
+        TypeError: it is no mapping.
+        ValueError: its keys differ.
 
     Example:
         >>> check_keys("point", {"x": 1}, {"x"})
         {'x': 1}
     """
     if not isinstance(value, Mapping) or set(value) != set(keys):
-        found = sorted(map(str, value)) if isinstance(value, Mapping) else repr(value)
-        raise ValueError(
+        is_mapping = isinstance(value, Mapping)
+        found = shown(sorted(map(str, value)) if is_mapping else value)
+        raise (ValueError if is_mapping else TypeError)(
             f"{name} must be a mapping with the keys {sorted(keys)}, got {found}. "
             "It was not written by this version of jaxdp or has been altered."
         )

@@ -1,7 +1,7 @@
 """From executed steps to counted mechanisms.
 
 Order does not matter for Poisson and fixed-size steps, so equal ones become one mechanism with a
-count, and so do equal pure releases. Shuffled epochs become plain Gaussians.
+count, and so do equal pure releases. Shuffled epochs become plain Gaussians (`epochs.py`).
 
 Example:
     >>> step = Release(1.1, PoissonSampling(0.1), steps=2)
@@ -12,11 +12,14 @@ Example:
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import dp_accounting
 
+from jaxdp.accounting.draws import Draws
+from jaxdp.accounting.epochs import EpochSteps, participations
 from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.schemes import (
     FixedSizeSampling,
@@ -38,11 +41,13 @@ _LARGEST_SIGMA = 1e6
 
 
 class Release(NamedTuple):
-    """`steps` consecutive steps of one run that released the same thing."""
+    """`steps` consecutive steps of one run that released the same thing; for shuffled epochs with
+    the draws that say which epochs these were, if they are known."""
 
     noise_multiplier: float
     sampling: SamplingScheme
     steps: int
+    epochs: Draws | None = None
 
 
 class GaussianMechanism(NamedTuple):
@@ -86,42 +91,24 @@ def mechanisms_of(runs: Iterable[Sequence[Release | PureRelease]]) -> tuple[Mech
     pure: Counter[PureRelease] = Counter()
     last = None
     for run in runs:
-        shuffled: dict[ShuffledEpochs, list[Release]] = {}
-        for release in run:
-            if isinstance(release, PureRelease):
-                pure[release] += 1
-            elif isinstance(release.sampling, ShuffledEpochs):
-                shuffled.setdefault(release.sampling, []).append(release)
-                last = (None, release.noise_multiplier)
+        pure.update(each for each in run if isinstance(each, PureRelease))
+        steps = (each for each in run if isinstance(each, Release))
+        # What another sampler drew in between ends an epoch: each piece is counted up.
+        for scheme, releases in groupby(steps, key=lambda release: release.sampling):
+            plain = None if isinstance(scheme, ShuffledEpochs) else scheme
+            piece = [EpochSteps(sigma, steps, epochs) for sigma, _, steps, epochs in releases]
+            last = plain, piece[-1].noise_multiplier
+            if isinstance(scheme, ShuffledEpochs):
+                counted = participations(piece, scheme.steps_per_epoch)
             else:
-                last = (release.sampling, release.noise_multiplier)
-                counts[last] += release.steps
-        for scheme, releases in shuffled.items():
-            for sigma, count in _participations(releases, scheme.steps_per_epoch):
-                counts[None, sigma] += count
+                counted = ((sigma, steps) for sigma, steps, _ in piece)
+            for sigma, count in counted:
+                counts[plain, sigma] += count
     keys = sorted(counts, key=lambda key: (key == last, key[0] == (last and last[0]), repr(key)))
     return (
         *(PureMechanism(release, pure[release]) for release in sorted(pure, key=repr)),
         *(GaussianMechanism(*key, counts[key]) for key in keys),
     )
-
-
-def _participations(releases: Sequence[Release], epoch: int) -> Iterator[tuple[float, int]]:
-    """For every epoch begun, the smallest noise multiplier that one example may have met."""
-    filled, worst = 0, math.inf
-    for release in releases:
-        head = min(release.steps, epoch - filled)
-        filled, worst = filled + head, min(worst, release.noise_multiplier)
-        whole, rest = divmod(release.steps - head, epoch)
-        if filled == epoch:
-            yield worst, 1
-            filled, worst = 0, math.inf
-        if whole:
-            yield release.noise_multiplier, whole
-        if rest:
-            filled, worst = rest, release.noise_multiplier
-    if filled:
-        yield worst, 1
 
 
 def coarsened(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:

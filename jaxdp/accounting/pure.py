@@ -8,9 +8,10 @@ Example:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxdp.accounting.checks import check_real
+from jaxdp.accounting.draws import Draws, check_draws
 from jaxdp.accounting.schemes import PoissonSampling
 
 
@@ -28,10 +29,11 @@ class PureRelease:
         sampling: None if the whole data set was looked at; Poisson sampling if a draw was, made
             afresh for this release alone. A batch that a training step sees as well is no such
             draw: together they tell more than each would tell of a batch of its own.
+        draws: the random numbers that it was made of, left out of `repr`; none where nobody knows.
 
     Raises:
-        TypeError: ε is no number, or the sampling is of another kind.
-        ValueError: ε is not positive and finite.
+        TypeError: ε is no number, or the sampling or the draws are of another kind.
+        ValueError: ε is not positive and finite, or a stream comes twice among the draws.
 
     Source: Kairouz, Oh, Viswanath 2015, "The Composition Theorem for Differential Privacy".
 
@@ -42,6 +44,7 @@ class PureRelease:
 
     epsilon: float
     sampling: PoissonSampling | None = None
+    draws: tuple[Draws, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         advice = "Pass the ε of this release alone; what released nothing is not charged."
@@ -52,6 +55,7 @@ class PureRelease:
                 "sampling of a pure release must be PoissonSampling or None, got "
                 f"{self.sampling!r}. Pass None where the whole data set was looked at."
             )
+        object.__setattr__(self, "draws", check_draws(self.draws))
 
     def spent(self, *, replace_one: bool) -> float:
         r"""The ε that the release costs: at most ε, or 2ε when one example is replaced.

@@ -10,10 +10,17 @@ Example:
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from jaxdp.accounting.checks import check_choice, check_integer, check_keys, check_real
+from jaxdp.accounting.checks import (
+    check_choice,
+    check_integer,
+    check_keys,
+    check_real,
+    check_reals,
+    shown,
+)
 
 NoiseMultiplier = float | Iterable[float]
 """One noise multiplier, or one for each Gaussian that a step releases from the same batch."""
@@ -202,7 +209,7 @@ def scheme_from_dict(data: object) -> SamplingScheme:
         >>> scheme_from_dict({"kind": "poisson", "sampling_rate": 0.5})
         PoissonSampling(sampling_rate=0.5)
     """
-    kind = data.get("kind") if isinstance(data, dict) else data
+    kind = data.get("kind") if isinstance(data, Mapping) else data
     scheme, keys = _KINDS[check_choice("sampling kind", kind, _KINDS)]
     fields = dict(check_keys("sampling scheme", data, keys | {"kind"}))
     del fields["kind"]
@@ -228,7 +235,7 @@ def check_scheme(sampling: object) -> SamplingScheme:
     if not isinstance(sampling, PoissonSampling | FixedSizeSampling | ShuffledEpochs):
         raise TypeError(
             "sampling must be PoissonSampling, FixedSizeSampling or ShuffledEpochs, "
-            f"got {sampling!r}. A sampler's `.scheme` is the right object."
+            f"got {shown(sampling)}. A sampler's `.scheme` is the right object."
         )
     return sampling
 
@@ -237,7 +244,8 @@ def as_noise_multipliers(noise_multiplier: NoiseMultiplier) -> tuple[float, ...]
     """Returns the noise multipliers of one step as a tuple of floats.
 
     Args:
-        noise_multiplier: one number or a non-empty sequence of numbers, each ≥ 0.
+        noise_multiplier: one number or a non-empty sequence of numbers, each ≥ 0; arrays of no or of
+            one axis do, NumPy's and JAX's.
 
     Returns:
         A tuple with at least one float.
@@ -250,22 +258,12 @@ def as_noise_multipliers(noise_multiplier: NoiseMultiplier) -> tuple[float, ...]
         >>> as_noise_multipliers(1)
         (1.0,)
     """
-    values = noise_multiplier if isinstance(noise_multiplier, Iterable) else (noise_multiplier,)
-    checked = tuple(
-        check_real(
-            "noise_multiplier",
-            value,
-            minimum=0,
-            advice="Pass noise standard deviation / clip norm as a Python float.",
-        )
-        for value in values
+    return check_reals(
+        "noise_multiplier",
+        noise_multiplier,
+        minimum=0,
+        advice="Pass noise standard deviation / clip norm, or one for each release of the step.",
     )
-    if not checked:
-        raise ValueError(
-            "noise_multiplier must hold at least one number, got an empty sequence. "
-            "Pass one noise multiplier for each release of the step."
-        )
-    return checked
 
 
 def combined_noise_multiplier(noise_multipliers: NoiseMultiplier) -> float:

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import re
 import secrets
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.extend import core
 
 
 def shared_seed() -> int:
@@ -51,9 +54,50 @@ def check_agreement(**values: Any) -> None:
     if different:
         raise ValueError(
             f"all processes must have the same {' and '.join(different)}, got others on some: give "
-            "every process the same arguments, a seed (jaxdp.distributed.shared_seed()) and keys "
-            "(jaxdp.random_key())"
+            "every process the same arguments, clip, noise and optimizer, a seed "
+            "(jaxdp.distributed.shared_seed()) and keys (jaxdp.random_key())"
         )
+
+
+def program_digest(fun: Callable[..., Any], *arguments: Any) -> str:
+    """What a function computes: of its traced program, and of the constants that it closes over.
+
+    Two processes may hold closures that differ in a number alone, a clip norm or a learning rate:
+    state and arguments are the same then, and what they release is not.
+
+    Args:
+      fun: a function of pytrees of arrays; it is traced, not run.
+      arguments: what it is called with.
+
+    Returns:
+      A digest, 64 hex digits: equal on two processes where program and constants are.
+
+    Example:
+      >>> program_digest(lambda x: 0.1 * x, 1.0) == program_digest(lambda x: 0.2 * x, 1.0)
+      False
+    """
+    closed = jax.make_jaxpr(fun)(*arguments)
+    # Where a closure lies in memory is no part of what it computes.
+    found = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(closed)).encode())
+    for constant in _constants(closed):
+        found.update(_digest(constant).tobytes())
+    return found.hexdigest()
+
+
+def _constants(program: Any) -> Iterator[Any]:
+    """What a program and those in it close over, in the order of the program."""
+    yield from getattr(program, "consts", ())
+    for eqn in program.eqns:
+        # As text, a long array is cut.
+        yield from (atom.val for atom in eqn.invars if isinstance(atom, core.Literal))
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
+            if _is_program(value):
+                yield from _constants(value)
+
+
+def _is_program(value: Any) -> bool:
+    # Closed or not: which of them is a class of its own differs between versions of JAX.
+    return hasattr(value, "eqns")
 
 
 def _digest(value: Any) -> np.ndarray:
@@ -61,10 +105,17 @@ def _digest(value: Any) -> np.ndarray:
     found = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(value):
         found.update(jax.tree_util.keystr(path).encode())
-        if not isinstance(leaf, jax.Array):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             found.update(json.dumps(leaf).encode())
-        elif leaf.is_fully_addressable:
+            continue
+        if isinstance(leaf, jax.Array):
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 leaf = jax.random.key_data(leaf)
-            found.update(np.asarray(leaf).tobytes())
+            if not leaf.is_fully_addressable:
+                # Of a replica each process has its own, which may have gone its own way.
+                if not leaf.is_fully_replicated:
+                    continue
+                leaf = leaf.addressable_shards[0].data
+        array = np.asarray(leaf)
+        found.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return np.frombuffer(found.digest(), np.uint32)

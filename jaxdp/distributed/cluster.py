@@ -4,6 +4,8 @@ import os
 
 import jax
 
+# JAX makes them one after the other: a thousand take a second, and a typing error would take days.
+_MOST_DEVICES = 1024
 _VIRTUAL = "xla_force_host_platform_device_count"
 
 
@@ -25,7 +27,8 @@ def join(
         other platforms this changes nothing, see `data_parallel`.
 
     Raises:
-      ValueError: numbers without a coordinator, no device, or the others cannot be reached.
+      ValueError: numbers without a coordinator, no device or too many, or the others cannot be
+        reached.
 
     Example:
       >>> join()  # on its own
@@ -37,6 +40,8 @@ def join(
         )
     if devices is not None and devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
+    if devices is not None and devices > _MOST_DEVICES:
+        raise ValueError(f"devices must be at most {_MOST_DEVICES} a process, got {devices}")
     # JAX refuses to be told twice.
     if devices is not None and _VIRTUAL not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.reduction import Batch, Lowering, Reduction, Rows, Weigh, zero_sums
+from jaxdp.engine.sums import Running
 
 
 class Whole(NamedTuple):
@@ -34,14 +35,13 @@ class Microbatched(NamedTuple):
     def reduce(self, weigh: Weigh | None) -> Reduction:
         """Norms, and weighted sums if `weigh` is given, added up over microbatches."""
 
-        def add(sums: list[jax.Array], part: Batch) -> tuple[list[jax.Array], Reduction]:
+        def add(sums: Running, part: Batch) -> tuple[Running, Reduction]:
             reduction = self.lowering.reduce(part, weigh)
-            total = [a + b for a, b in zip(sums, reduction.sums, strict=True)]
-            return total, reduction._replace(sums=[])
+            return sums.add(reduction.sums), reduction._replace(sums=[])
 
         zeros = [] if weigh is None else zero_sums(self.leaves, self.batch.mask)
-        sums, parts = jax.lax.scan(add, zeros, self._parts())
-        return self._joined(parts)._replace(sums=sums)
+        sums, parts = jax.lax.scan(add, Running.start(zeros), self._parts())
+        return self._joined(parts)._replace(sums=sums.value)
 
     def rows(self) -> Rows:
         """The gradients of the whole batch, computed one microbatch after the other."""

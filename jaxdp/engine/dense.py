@@ -9,8 +9,9 @@ from typing import NamedTuple
 import jax
 
 from jaxdp.engine.kinds.base import row_norms
-from jaxdp.engine.numerics import select_rows, weighted_sum
+from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.reduction import Batch, LeafLoss, Reduction, Rows, Weigh, stacked
+from jaxdp.engine.sums import weighted_sum
 
 
 def certified_norms(grads: list[jax.Array], mask: jax.Array) -> jax.Array:

@@ -4,8 +4,8 @@ A slot is a second input of a value that adds nothing to it but receives its cot
 factored use it sits on the output of the equation, for a promoted one on the operand. Slots of
 uses inside a scan are stacked over its steps, and so are the operands captured there.
 
-A tap replaces the equation of a factored use by one with another backward pass. What it captures
-is its own affair.
+A tap replaces the equation of a factored use by one with another backward pass. What it does with
+its slot, which is the operand's, and what it captures is its own affair.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,15 +41,15 @@ class Taps(NamedTuple):
     """What replaces an equation at tapped uses.
 
     Attributes:
-      apply: `(use, values of the operands, array) -> (outputs of the equation, captures)`.
+      apply: `(use, values of the operands, slot, array) -> (outputs of the equation, captures)`.
       arrays: by use; what `apply` gets, the same at every step of a scan.
     """
 
-    apply: Callable[[Use, list[Any], jax.Array], tuple[list[Any], list[Any]]]
+    apply: Callable[[Use, list[Any], jax.Array, jax.Array], tuple[list[Any], list[Any]]]
     arrays: dict[int, jax.Array]
 
 
-NO_TAPS = Taps(lambda use, values, array: (use.eqn.bind(values), []), {})
+NO_TAPS = Taps(lambda use, values, slot, array: (use.eqn.bind(values), []), {})
 
 
 def run(
@@ -67,7 +67,8 @@ def run(
       program: as `sites.find_uses` saw it.
       uses: by number; those that are slotted or tapped.
       args: parameter leaves and the leaves of the example.
-      slots: for the uses within this program; none for a tapped use or one that has a twin.
+      slots: for the uses within this program; none for one that has a twin. That of a tapped use
+        is of the operand.
       taps: for the tapped ones.
       path: of the equation that holds this program.
     """
@@ -95,7 +96,8 @@ def run(
         (number,) = factored  # a second parameter would leave no operand to the sample
         use = here[number]
         if number in taps.arrays:
-            outputs, captures[number] = taps.apply(use, values, taps.arrays[number])
+            found = taps.apply(use, values, slots[number], taps.arrays[number])
+            outputs, captures[number] = found
             return outputs
         captures[number] = captured(use, values)
         outputs = eqn.bind(values)

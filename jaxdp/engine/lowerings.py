@@ -6,11 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdp.coupling import BatchStatisticsError
+from jaxdp.engine import effects
+from jaxdp.engine.batch_of_one import own_statistics
 from jaxdp.engine.dense import Dense
 from jaxdp.engine.fused import Fused
-from jaxdp.engine.plan import Plan, one_example
+from jaxdp.engine.plan import Plan, one_example, trace
 from jaxdp.engine.reduction import Batch, LeafLoss, Lowering
 from jaxdp.engine.slots import Slots
+from jaxdp.engine.sums import BLOCK
 from jaxdp.engine.taps import Taps, tapped_uses
 
 _FACTORED = {"slots": Slots, "taps": Taps, "fused": Fused}
@@ -40,13 +44,45 @@ def choose(
     A loss that rematerialises asks for memory: without another budget it gets what the ordinary
     gradient keeps. Any other without a budget has slots on the whole batch. An empty batch has
     nothing to factor, and is left to dense.
+
+    Raises:
+      ValueError: what the loss does besides computing on one example is not understood
+        (`engine.effects`); it normalises over a batch; one sample exceeds the budget.
     """
+    choice = _chosen(
+        method, loss, leaves, batch, microbatch_size=microbatch_size, memory_budget=memory_budget
+    )
+    at_once = min(choice.microbatch_size or batch.mask.shape[0], batch.mask.shape[0])
+    if isinstance(choice.lowering, Taps) and at_once > BLOCK:
+        # Their sum over samples is XLA's, which may be one running total (`engine.sums`).
+        return choice._replace(microbatch_size=BLOCK, reason=f"{choice.reason}; sums in blocks")
+    return choice
+
+
+def _chosen(
+    method: str,
+    loss: LeafLoss,
+    leaves: list[jax.Array],
+    batch: Batch,
+    *,
+    microbatch_size: int | None,
+    memory_budget: int | None,
+) -> Choice:
     if batch.mask.shape[0] == 0:
         return Choice("dense", Dense(loss, leaves), None, "the batch is empty")
+    example = one_example(batch.examples)
+    program, structure = trace(loss, leaves, example)
+    harmless: set[effects.Excuse] = {"dense"} if method == "dense" else set()
+    if microbatch_size == 1:
+        harmless.add("alone")
+    effects.check(program, loss, leaves, batch, harmless)
+    for statistic in own_statistics(program, len(leaves)):
+        if statistic.over_batch_alone:
+            raise BatchStatisticsError.at(statistic.eqn.source)
     if method == "dense":
         candidates: dict[str, Lowering] = {"dense": Dense(loss, leaves)}
     else:
-        plan = Plan.of(loss, leaves, one_example(batch.examples))
+        plan = Plan.from_program(program, structure, leaves)
         names = ("slots", "taps") if method == "auto" else (method,)
         candidates = {name: _FACTORED[name](plan, leaves) for name in names}
         if method == "auto" and memory_budget is None:

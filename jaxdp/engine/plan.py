@@ -28,14 +28,12 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, loss: LeafLoss, leaves: list[Any], example: Any) -> "Plan":
         """Traces the loss of one example and finds the uses of the leaves."""
+        program, structure = trace(loss, leaves, example)
+        return cls.from_program(program, structure, leaves)
 
-        def anchored(leaves: list[Any], example: Any, anchor: jax.Array) -> tuple[jax.Array, Any]:
-            value, aux = loss(leaves, example)
-            # So that a loss of the parameters alone meets the sample, too: in this sum.
-            return value + anchor.astype(value.dtype), aux
-
-        anchor = zeros((), jnp.float32, example)
-        program, structure = walker.trace(anchored, leaves, example, anchor)
+    @classmethod
+    def from_program(cls, program: Program, structure: Any, leaves: list[Any]) -> "Plan":
+        """The same for a loss that is traced already."""
         needed = [True] + [False] * (structure.num_leaves - 1)
         return cls(program, structure, dict(enumerate(find_uses(program, leaves, needed))))
 
@@ -46,6 +44,17 @@ class Plan(NamedTuple):
     def outputs(self, outputs: list[Any]) -> tuple[jax.Array, Any]:
         """Loss and aux from the outputs of the program."""
         return jax.tree.unflatten(self.structure, outputs)
+
+
+def trace(loss: LeafLoss, leaves: list[Any], example: Any) -> tuple[Program, Any]:
+    """The program of the loss of one example, and the structure of what it returns."""
+
+    def anchored(leaves: list[Any], example: Any, anchor: jax.Array) -> tuple[jax.Array, Any]:
+        value, aux = loss(leaves, example)
+        # So that a loss of the parameters alone meets the sample, too: in this sum.
+        return value + anchor.astype(value.dtype), aux
+
+    return walker.trace(anchored, leaves, example, zeros((), jnp.float32, example))
 
 
 def one_example(batch: Any) -> Any:

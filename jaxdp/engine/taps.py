@@ -12,6 +12,10 @@ The weights enter at the sites, never at the loss: a backward pass that is not l
 `custom_vjp` that clips, a cast that rounds) would make something else of w·g than w times what the
 norm was computed from.
 
+The second pass differentiates the tapped operands, each by a slot of its own, and nothing else: the
+leaves are constants in it. So it cannot add to a sum what the first pass has not seen. A use that
+the analysis had missed would be without a gradient, not without a clip.
+
 Only a use whose parameter is used nowhere else is tapped, and not one that a loop shares: norms of
 several uses do not add. The others keep slots (`engine.slots`).
 
@@ -62,26 +66,26 @@ class Taps(NamedTuple):
         one_weight = weigh is None or len(set(weigh.groups)) == 1
         tapped = tapped_uses(plan.uses, self.leaves, one_weight=one_weight)
         slotted = {number: use for number, use in plan.uses.items() if number not in tapped}
-        second = sorted({part.source for use in tapped.values() for part in use.view or ()})
 
         def one(
-            chosen: list[jax.Array], slots: instrument.Slots, sums: Any, example: Any
+            operands: instrument.Slots, slots: instrument.Slots, sums: Any, example: Any
         ) -> tuple[Any, Any]:
-            leaves = list(self.leaves)
-            for index, leaf in zip(second, chosen, strict=True):
-                leaves[index] = leaf
-            args = plan.arguments(leaves, example)
-            taps = TapsAt(_tap, sums)
+            args = plan.arguments(self.leaves, example)
+            slots, taps = {**operands, **slots}, TapsAt(_tap, sums)
             outputs, captures = instrument.run(plan.program, plan.uses, args, slots, taps)
             gates = {number: captures.pop(number)[0] for number in tapped}
             loss, aux = plan.outputs(outputs)
             return (loss, gates), (captures, aux)
 
-        def batched(chosen: list[jax.Array], slots: instrument.Slots, sums: Any) -> Any:
+        def batched(operands: instrument.Slots, slots: instrument.Slots, sums: Any) -> Any:
             in_axes = (None, 0, 0, 0)
-            return jax.vmap(one, in_axes)(chosen, slots, sums, part.examples)
+            return jax.vmap(one, in_axes)(operands, slots, sums, part.examples)
 
-        chosen = [self.leaves[index] for index in second]
+        # The same for all samples: what the second pass gives is summed over them.
+        operands = {
+            number: zeros((*use.lengths, *use.aval.shape), use.aval.dtype, use.aval)
+            for number, use in tapped.items()
+        }
         start = {
             number: zeros(
                 (count, len(use.view or ())),
@@ -91,7 +95,7 @@ class Taps(NamedTuple):
             for number, use in tapped.items()
         }
         (losses, gates), pull_back, (captures, aux) = jax.vjp(
-            batched, chosen, zero_slots(slotted, part.mask), start, has_aux=True
+            batched, operands, zero_slots(slotted, part.mask), start, has_aux=True
         )
         seed = jnp.ones_like(losses)
         _, cotangents, seen = pull_back((seed, jax.tree.map(jnp.zeros_like, gates)))
@@ -106,8 +110,8 @@ class Taps(NamedTuple):
             # those of the first.
             seed, weights = jax.lax.optimization_barrier((seed, weights))
             totals, _, _ = pull_back((seed, _opened(gates, tapped, weights)))
-            for index, total in zip(second, totals, strict=True):
-                sums[index] = total.astype(sums[index].dtype)
+            for number, total in totals.items():
+                _add_to_leaves(sums, tapped[number], total)
         return Reduction(sums, norms, losses, aux)
 
 
@@ -190,11 +194,31 @@ def _opened(
     return {number: of_use(tapped[number], gate) for number, gate in gates.items()}
 
 
-def _tap(use: Use, values: list[Any], accumulator: jax.Array) -> tuple[list[Any], list[Any]]:
-    """The outputs of the equation, and its gate."""
+def _add_to_leaves(sums: list[jax.Array], use: Use, total: jax.Array) -> None:
+    """Adds Σ_i w_i g_i of the operand of a use, `[*lengths, *operand.shape]`, to the sums of the
+    leaves that it shows."""
+    steps = (slice(None),) * len(use.lengths)
+    for part, at in zip(use.view or (), use.boxes, strict=True):
+        loops = [views.Dim(*loop) for loop in zip(use.lengths, part.loops, strict=True)]
+        window = (
+            slice(start, start + dim.size) for start, dim in zip(part.start, part.dims, strict=True)
+        )
+        shown = total[(*steps, *window)].astype(sums[part.source].dtype)
+        leaf = views.place(shown, (*loops, *part.dims), at, sums[part.source].shape)
+        sums[part.source] += leaf
+
+
+def _tap(
+    use: Use, values: list[Any], slot: jax.Array, accumulator: jax.Array
+) -> tuple[list[Any], list[Any]]:
+    """The outputs of the equation, and its gate.
+
+    The equation is linear in the parameter, so that with the slot in its place, which is zero, it
+    has the same cotangent: that of the slot, and never of the parameter itself.
+    """
     apart = [jax.lax.stop_gradient(value) for value in values]
     of_sample, of_parameter = list(values), apart
-    of_sample[use.operand], of_parameter[use.operand] = apart[use.operand], values[use.operand]
+    of_sample[use.operand], of_parameter[use.operand] = apart[use.operand], slot
     output, *rest = use.eqn.bind(of_sample)
     # The gate is made of the accumulator, which is zero, since that is mapped over the samples.
     closed = jnp.sum(jax.lax.stop_gradient(accumulator))

@@ -11,10 +11,12 @@ A `Path` names an equation: its position in the program, behind the positions of
 that hold it. Loops and rematerialised blocks are equations with a `body`.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import AbstractValue
 from jax.extend import core, source_info_util
 
 Path = tuple[int, ...]
@@ -24,6 +26,8 @@ Program = Any  # core.ClosedJaxpr; from JAX 0.11 this is core.Jaxpr
 _NAMES = {"pjit": "jit", "remat2": "remat", "checkpoint": "remat"}
 # Primitives that only call a function: its equations count as those of the caller.
 _CALLS = {"jit", "closed_call", "core_call"}
+# Effects that nothing in the program can notice.
+_UNHEARD = {"DebugEffect", "OrderedDebugEffect"}
 
 
 class Scan(NamedTuple):
@@ -77,6 +81,48 @@ class Equation:
         own = source_info_util.summarize(self._eqn.source_info)
         return own if own or self._caller is None else self._caller.source
 
+    @property
+    def effects(self) -> frozenset[str]:
+        """What it does beside computing its outputs, by JAX's names for it: "WriteEffect"."""
+        return frozenset(type(effect).__name__ for effect in self._eqn.effects)
+
+    @property
+    def named_axes(self) -> frozenset[str]:
+        """The axes that it names: those of `vmap`, `shard_map` or `pmap`. JAX names its own axes by
+        numbers."""
+        named = jax.tree.leaves([self.params.get(key) for key in ("axes", "axis_name")])
+        named += [
+            getattr(effect, "name", None)
+            for effect in self._eqn.effects
+            if type(effect).__name__ == "NamedAxisEffect"
+        ]
+        return frozenset(name for name in named if isinstance(name, str))
+
+    @property
+    def bound_axes(self) -> frozenset[str]:
+        """The axes of devices that it opens for the functions that it holds."""
+        if self.name != "shard_map":
+            return frozenset()
+        # JAX 0.10 calls them manual, 0.12 newly manual.
+        axes = self.params.get("newly_manual_axes", self.params.get("manual_axes"))
+        return frozenset(self.params["mesh"].axis_names if axes is None else axes)
+
+    @property
+    def bodies(self) -> list[Program]:
+        """The functions, loops and branches that it holds."""
+        leaves = jax.tree.leaves(list(self.params.values()), is_leaf=_is_program)
+        return [leaf for leaf in leaves if _is_program(leaf)]
+
+    @property
+    def touches_refs(self) -> bool:
+        """Whether it makes, reads or writes a mutable array."""
+        return any(map(is_ref, (*self.operands, *self.outputs)))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether its primitive is not one of JAX's own, so that nobody knows what it means."""
+        return not is_of_jax(self._eqn.primitive)
+
     def bind(self, values: Sequence[Any], **changed: Any) -> list[Any]:
         """The primitive applied to these values, with other parameters where these are given."""
         params = self._eqn.primitive.get_bind_params({**self.params, **changed})
@@ -110,6 +156,12 @@ class Equation:
     def custom_vjp(self) -> Program | None:
         """The function, if it is one of `jax.custom_vjp`."""
         return self.params["call_jaxpr"] if self.name == "custom_vjp_call" else None
+
+    @property
+    def own_derivative(self) -> bool:
+        """Whether it may bring a rule of differentiation of its own, which is no part of the
+        program until that is differentiated."""
+        return self.name.startswith("custom_") or self.name in ("linear_call", "call_hi_primitive")
 
     @property
     def scan(self) -> Scan | None:
@@ -189,7 +241,8 @@ def evaluate(
 
 
 def live_paths(program: Program, needed: Sequence[bool], path: Path = ()) -> frozenset[Path]:
-    """The equations on which the needed outputs depend, calls entered, bodies whole."""
+    """The equations on which the needed outputs depend, or that have an effect: calls entered,
+    bodies whole."""
     live, _ = _live(program, needed, path)
     return frozenset(live)
 
@@ -205,7 +258,7 @@ def _live(program: Program, needed: Sequence[bool], path: Path) -> tuple[set[Pat
     live: set[Path] = set()
     for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
         outputs = [variable in wanted for variable in eqn.outvars]
-        if not any(outputs):
+        if not any(outputs) and not Equation(eqn).effects - _UNHEARD:
             continue
         here = (*path, index)
         live.add(here)
@@ -223,22 +276,44 @@ def _live(program: Program, needed: Sequence[bool], path: Path) -> tuple[set[Pat
 
 def equations(program: Program) -> Iterator[Equation]:
     """All of them, those of every function, loop and branch inside included."""
-    for nested in _nested(program):
-        yield from map(Equation, nested.eqns)
+    for equation in own_equations(program):
+        yield equation
+        for body in equation.bodies:
+            yield from equations(body)
+
+
+def own_equations(program: Program) -> Iterator[Equation]:
+    """Those at the program's own level."""
+    yield from map(Equation, _open(program).eqns)
 
 
 def closed_over(program: Program) -> list[Any]:
     """The constant arrays of a program and of all programs inside."""
-    return [constant for nested in _nested(program) for constant in _constants(nested)]
+    bodies = [body for equation in equations(program) for body in equation.bodies]
+    return [constant for nested in (program, *bodies) for constant in _constants(nested)]
 
 
-def _nested(program: Program) -> Iterator[Any]:
-    """The program and all that its equations hold, in order."""
-    yield program
-    for eqn in _open(program).eqns:
-        for inside in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
-            if _is_program(inside):
-                yield from _nested(inside)
+def is_ref(value: Any) -> bool:
+    """Whether an array, or what is known of one, is a mutable array."""
+    aval = value if isinstance(value, AbstractValue) else jax.typeof(value)
+    return "Ref" in type(aval).__name__
+
+
+# Primitives are known by where they are: each is a name in the module that defines it.
+_OF_JAX: set[Any] = set()
+
+
+def is_of_jax(primitive: Any) -> bool:
+    """Whether a primitive is a name in a module of JAX."""
+    if primitive not in _OF_JAX:  # first seen, or defined in a module that was imported since
+        modules = [module for name, module in list(sys.modules.items()) if _of_jax(name)]
+        found = (value for module in modules for value in list(vars(module).values()))
+        _OF_JAX.update(value for value in found if isinstance(value, core.Primitive))
+    return primitive in _OF_JAX
+
+
+def _of_jax(module: str) -> bool:
+    return module == "jax" or module.startswith("jax.")
 
 
 def _is_program(value: Any) -> bool:

@@ -49,6 +49,7 @@ from jaxdp.lipschitz.projections import project as project
 from jaxdp.lipschitz.rules.registry import BoundRule as BoundRule
 from jaxdp.lipschitz.rules.registry import register_bound_rule as register_bound_rule
 from jaxdp.lipschitz.sparse_vector import select_clip_value as select_clip_value
+from jaxdp.lipschitz.sparse_vector import selection_draws as selection_draws
 from jaxdp.lipschitz.sparse_vector import unclipped_counts as unclipped_counts
 from jaxdp.lipschitz.value import Range as Range
 from jaxdp.lipschitz.value import Value as Value

@@ -6,20 +6,30 @@ Bounds are computed from the weights as they are, which are private already: no 
 a constraint for a bound to be true. Constraints (`lipschitz.project`) keep the bounds small.
 """
 
+import math
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxdp.engine import walker
-from jaxdp.lipschitz.propagation import propagate, pull_back
-from jaxdp.lipschitz.value import Range, Value
+from jaxdp.lipschitz.propagation import Cotangents, Step, Tape, culprit, propagate, pull_back
+from jaxdp.lipschitz.rounding import root_of_squares, squared_terms, up
+from jaxdp.lipschitz.value import UNKNOWN, Cotangent, Range, Value
 from jaxdp.problem import LossFn, Problem, pose
 from jaxdp.tables import aligned
 from jaxdp.trees import prefix_leaves
 
-SLACK = 1 + 2.0**-16
-"""Factor on every bound: what float32 may round a gradient, and the bound itself, by."""
+LONGEST = 2.0**64
+"""The norm of an example without a bound: the root of the largest number of float32, since an
+example whose squared norm is larger counts for nothing."""
+
+SHORTEST = 1e-12
+"""The least bound on an input but zero: squares of shorter ones vanish."""
 
 
 class LayerBound(NamedTuple):
@@ -48,16 +58,21 @@ class Bounds(NamedTuple):
         its gradient of one example can have. Zero for integer and frozen leaves.
       by_name: the same, by path, in the order of the leaves.
       layers: in the order of the program.
+      inputs: path of each floating-point leaf of the example -> the norm that it is held to.
+      reason: what made a bound infinite, with its place in the code; "" if none is, or inside of
+        `jax.jit`.
     """
 
     sensitivity: Any
     by_name: dict[str, jax.Array]
     layers: tuple[LayerBound, ...]
+    inputs: dict[str, float]
+    reason: str
 
     @property
     def total(self) -> jax.Array:
         """Of the whole gradient: sqrt(ΣΔ²)."""
-        return jnp.linalg.norm(jnp.stack(list(self.by_name.values())))
+        return root_of_squares(jnp.stack(list(self.by_name.values())))
 
     def __str__(self) -> str:
         leaves: list[tuple[str, ...]] = [("leaf", "gradient")]
@@ -66,8 +81,12 @@ class Bounds(NamedTuple):
         for layer in self.layers:
             numbers = (layer.input, layer.output, layer.cotangent)
             rows.append((layer.name, *(f"{float(n):.4g}" for n in numbers), layer.source))
-        total = f"whole gradient: at most {float(self.total):.4g} for one example"
-        return "\n".join([*aligned(leaves), total, "", *aligned(rows)])
+        total = [f"whole gradient: at most {float(self.total):.4g} for one example"]
+        if self.reason:
+            total.append(f"infinite, because {self.reason}")
+        inputs: list[tuple[str, ...]] = [("input", "held to")]
+        inputs += [(name or "example", f"{limit:.4g}") for name, limit in self.inputs.items()]
+        return "\n".join([*aligned(leaves), *total, "", *aligned(rows), "", *aligned(inputs)])
 
 
 def bounds(
@@ -94,9 +113,10 @@ def bounds(
       loss_fn: the loss of one example, as for `jaxdp.per_sample_grads`.
       params: its parameters, in float32 at least.
       example: one example (arrays or shapes), without a batch axis.
-      input_bound: X ≥ 0 for each floating-point leaf of the example: a pytree prefix of it.
-        `math.inf` for a leaf that is bounded in the program. Other leaves, as labels, may be
-        anything.
+      input_bound: X for each floating-point leaf of the example, zero or at least 1e-12: a pytree
+        prefix of it, in which one number stands for one floating-point leaf. `math.inf` for a leaf
+        that is not scaled, because the program bounds it or it is a target; its norm is at most
+        2⁶⁴, as in `bounded_grads`. Integer and bool leaves, as labels, may be anything.
       trainable: as for `per_sample_grads`.
 
     Returns:
@@ -104,8 +124,9 @@ def bounds(
 
     Raises:
       NotImplementedError: a primitive without a rule, with its name and source line.
-      TypeError: half precision; `loss_fn` does not return a real scalar.
-      ValueError: a bound that is negative or NaN; nothing to differentiate.
+      TypeError: half precision; `loss_fn` does not return a real scalar; a bound that is no number.
+      ValueError: a bound that is negative, too small or NaN, or one number for several
+        floating-point leaves; nothing to differentiate.
 
     Example:
       >>> loss_fn = lambda params, x: jnp.tanh(params["w"] @ x + params["b"])
@@ -119,9 +140,15 @@ def bounds(
     weights as they are.
     """
     problem = pose_one(loss_fn, params, example, kwargs, trainable)
-    found, layers = leaf_bounds(problem, input_limits(input_bound, example))
-    tree = problem.tree(found, lambda leaf: jnp.zeros(()))
-    return Bounds(tree, dict(zip(problem.names, found, strict=True)), layers)
+    limits = input_limits(input_bound, example)
+    found = leaf_bounds(problem, limits)
+    return Bounds(
+        problem.tree(found.arrays, lambda leaf: jnp.zeros(())),
+        dict(zip(problem.names, found.arrays, strict=True)),
+        found.layers,
+        {name: limits[index] for index, name in float_leaves(example).items()},
+        found.reason(),
+    )
 
 
 def pose_one(
@@ -132,10 +159,39 @@ def pose_one(
     return pose(loss_fn, params, batch, None, kwargs, has_aux=False, trainable=trainable)
 
 
-def leaf_bounds(
-    problem: Problem, limits: list[float]
-) -> tuple[list[jax.Array], tuple[LayerBound, ...]]:
-    """Δ of each leaf that has a gradient, and the layers."""
+class LeafBounds(NamedTuple):
+    """What there is to know of the leaves that have a gradient.
+
+    Attributes:
+      bounds: Δ of each, a float where it is infinite whatever the parameters are.
+      layers: see `Bounds`.
+      tape, cotangents: where they come from.
+    """
+
+    bounds: Sequence[Cotangent]
+    layers: tuple[LayerBound, ...]
+    tape: Tape
+    cotangents: Cotangents
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """The bounds as arrays."""
+        return [jnp.asarray(bound, jnp.float32) for bound in self.bounds]
+
+    def reason(self) -> str:
+        """See `Bounds`."""
+        if not any(known_infinite(bound) for bound in self.bounds):
+            return ""
+        return culprit(self.tape, self.cotangents) or "of a branch or a derivative of its own"
+
+
+def known_infinite(bound: Cotangent) -> bool:
+    """Whether it is infinite, as far as that is known outside of compiled code."""
+    return not isinstance(bound, Tracer) and not np.isfinite(np.asarray(bound))
+
+
+def leaf_bounds(problem: Problem, limits: list[float]) -> LeafBounds:
+    """Δ of each leaf that has a gradient."""
     for name, leaf in zip(problem.names, problem.leaves, strict=True):
         if jnp.finfo(leaf.dtype).bits < 32:
             raise TypeError(
@@ -148,48 +204,98 @@ def leaf_bounds(
     program, _ = walker.trace(lambda *args: problem.loss(*args)[0], problem.leaves, example)
     parameters = [Value.known(leaf, moves=True) for leaf in problem.leaves]
     inputs = [
-        Value(
-            leaf.shape,
-            leaf.dtype,
-            range=Range(limit if is_float(leaf) else Range().norm),
-            per_sample=True,
-        )
+        Value(leaf.shape, leaf.dtype, range=_input_range(leaf, limit), per_sample=True)
         for leaf, limit in zip(jax.tree.leaves(example), limits, strict=True)
     ]
     outputs, tape = propagate(program, [*parameters, *inputs])
     cotangents = pull_back(tape, outputs, [jnp.float32(1)])
-    found = [cotangents[parameter] for parameter in parameters]
     layers = [
         LayerBound(step.name, step.source, *_seen(step, cotangents))
         for step in tape
         if _meets_example(step)
     ]
+    found = [cotangents[parameter] for parameter in parameters]
     nothing = jnp.zeros((), jnp.float32)
-    return [nothing if bound is None else SLACK * bound for bound in found], tuple(layers)
+    bounds = [nothing if bound is None else bound for bound in found]
+    return LeafBounds(bounds, tuple(layers), tape, cotangents)
 
 
-def _meets_example(step: Any) -> bool:
+def _input_range(leaf: Any, limit: float) -> Range:
+    """Of an example as `bounded_grads` makes it."""
+    if not is_float(leaf):
+        return UNKNOWN  # whatever its dtype may hold
+    # Squares, their sum, the root, the quotient and the product are rounded.
+    return Range(up(min(limit, LONGEST), squared_terms(math.prod(leaf.shape)) // 2 + 8))
+
+
+def _meets_example(step: Step) -> bool:
     return any(value.array is None for value in step.operands) and any(
         value.array is not None and value.moves for value in step.operands
     )
 
 
-def _seen(step: Any, cotangents: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _seen(step: Step, cotangents: Cotangents) -> tuple[jax.Array, jax.Array, jax.Array]:
     incoming = [value.norm for value in step.operands if value.array is None]
     bound = cotangents[step.outputs[0]]
-    return incoming[0], step.outputs[0].norm, jnp.zeros(()) if bound is None else bound
+    return incoming[0], step.outputs[0].norm, jnp.zeros(()) if bound is None else jnp.asarray(bound)
 
 
-def input_limits(input_bound: Any, examples: Any) -> list[float]:
-    """The bound of each leaf, from a prefix of them."""
-    limits = prefix_leaves("input_bound", input_bound, examples)
-    for limit in limits:
-        if not limit >= 0:
-            raise ValueError(f"input_bound must hold norms of at least 0, got {limit}")
-    return limits
+def input_limits(input_bound: Any, example: Any) -> list[float]:
+    """The bound of each leaf, from a prefix of them; infinite for leaves without a norm.
+
+    Args:
+      input_bound: as for `bounds`.
+      example: one example or a batch: structure and dtypes matter.
+    """
+    names = float_leaves(example)
+    which = prefix_leaves("input_bound", _numbered(input_bound), example, "the example")
+    for number in dict.fromkeys(which):
+        held = [name for index, name in names.items() if which[index] is number]
+        if len(held) > 1:
+            raise ValueError(
+                "input_bound must say a norm for each floating-point leaf of the example, got one "
+                f"number for {len(held)} of them ({', '.join(held)}): pass a structure like the "
+                "example, with math.inf for what is not to be scaled, as targets"
+            )
+    return [
+        _limit(number.value) if index in names else math.inf for index, number in enumerate(which)
+    ]
+
+
+class _Number:
+    """One entry of `input_bound`, by identity."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+def _numbered(input_bound: Any) -> Any:
+    return jax.tree.map(_Number, input_bound)
+
+
+def _limit(value: Any) -> float:
+    advice = "Pass the L2 norm that each example is held to, or math.inf for none."
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"input_bound must hold real numbers, got {value!r}. {advice}")
+    limit = float(value)
+    if not (limit == 0 or limit >= SHORTEST):
+        raise ValueError(
+            f"input_bound must hold norms that are 0 or at least {SHORTEST:g}, got {limit}. "
+            + advice
+        )
+    return limit
+
+
+def float_leaves(example: Any) -> dict[int, str]:
+    """Index among the leaves of an example -> path, of those with a norm."""
+    leaves = jax.tree.leaves_with_path(example)
+    return {
+        index: jax.tree_util.keystr(path, simple=True, separator="/")
+        for index, (path, leaf) in enumerate(leaves)
+        if is_float(leaf)
+    }
 
 
 def is_float(leaf: Any) -> bool:
     """Whether it has a norm."""
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
-
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.lax import GatherScatterMode
 
 from jaxdp.engine import walker
 from jaxdp.engine.walker import Equation, Program
 
-# Zero where the first operand is; further operands say where to look, or divide.
+# Zero where the first operand is and the result is a number, as bounds tell: 0/0 and 0 · ∞ are
+# none. Further operands say where to look, or divide.
 _OF_FIRST = {
     "abs", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "cumsum", "div",
-    "dynamic_slice", "expand_dims", "gather", "neg", "reduce_max", "reduce_min",
+    "dynamic_slice", "expand_dims", "neg", "reduce_max", "reduce_min",
     "reduce_precision", "reduce_sum", "reshape", "rev", "sign", "slice", "square", "squeeze",
-    "tanh", "transpose", "reduce_window_sum", "integer_pow", "sqrt",
+    "tanh", "transpose", "reduce_window_sum", "sqrt",
 }  # fmt: skip
 # Zero where one operand is.
 _OF_ANY = {"mul", "dot_general", "conv_general_dilated"}
@@ -32,6 +34,11 @@ def vanishing(program: Program, inputs: Sequence[bool]) -> list[bool]:
             zero = any(values)
         elif eqn.name in _OF_ALL:
             zero = all(values)
+        elif eqn.name == "integer_pow":
+            zero = values[0] and eqn.params["y"] > 0
+        elif eqn.name == "gather":
+            fill = eqn.params["fill_value"]
+            zero = values[0] and (fill == 0 or eqn.params["mode"] != GatherScatterMode.FILL_OR_DROP)
         elif eqn.name == "select_n":
             zero = all(values[1:])
         else:

@@ -1,21 +1,43 @@
 """Functions whose bounds are declared as a whole, not found from what they are made of."""
 
+import functools
 import itertools
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.extend import source_info_util
 
 from jaxdp.engine.walker import Equation
-from jaxdp.lipschitz.rules.registry import BoundRule
+from jaxdp.lipschitz.rounding import gamma, times
+from jaxdp.lipschitz.rules.registry import BoundRule, PullBack, Registered
+from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
+
+# So that a call is said to stand where the user wrote it, not where this room makes it.
+source_info_util.register_exclusion(str(Path(__file__).parent))
 
 # No function can be called so by accident: a name with a slash is no identifier.
 _PREFIX = "jaxdp/lipschitz/"
 _serial = itertools.count()
-_DECLARED: dict[str, BoundRule] = {}
 
 
-def declare(fun: Callable[..., Any], rule: BoundRule) -> Callable[..., Any]:
+class _Declared(NamedTuple):
+    """What is known by the name of a call: the rule, and the shapes of the leaves of one call."""
+
+    registered: Registered
+    shapes: tuple[tuple[int, ...], ...]
+    linear: bool
+
+
+_DECLARED: dict[str, _Declared] = {}
+
+
+def declare(
+    fun: Callable[..., Any], rule: BoundRule, *, whole: bool = False, linear: bool = False
+) -> Callable[..., Any]:
     r"""The function, with a bound rule of its own.
 
     Where the bounds of a composition are too loose (a softmax cross-entropy, taken apart, is an
@@ -30,7 +52,11 @@ def declare(fun: Callable[..., Any], rule: BoundRule) -> Callable[..., Any]:
 
     Args:
       fun: of arrays, to one array or several. What it closes over must not be traced.
-      rule: as for `register_bound_rule`, with the leaves of all arguments as operands.
+      rule, whole: as for `register_bound_rule`, with the leaves of all arguments as operands. The
+        rule sees one call: where `jax.vmap` makes several of it within the program of one example,
+        it is asked about one of them, and its answer is made to hold for all together.
+      linear: what the rule says of cotangents is in proportion to its bound on that of the output,
+        so that calls side by side need no more than one.
 
     Returns:
       The function, jitted.
@@ -47,18 +73,79 @@ def declare(fun: Callable[..., Any], rule: BoundRule) -> Callable[..., Any]:
       2.2
     """
 
-    def named(*args: Any) -> Any:
-        return fun(*args)
+    @functools.cache
+    def called(shapes: tuple[tuple[int, ...], ...]) -> Callable[..., Any]:
+        def named(*args: Any) -> Any:
+            return fun(*args)
 
-    # The name goes with the call through every transformation, and tells the rule.
-    named.__name__ = f"{_PREFIX}{next(_serial)}/{getattr(fun, '__name__', 'function')}"
-    _DECLARED[named.__name__] = rule
-    return jax.jit(named)
+        # The name goes with the call through every transformation, and tells the rule.
+        named.__name__ = f"{_PREFIX}{next(_serial)}/{getattr(fun, '__name__', 'function')}"
+        _DECLARED[named.__name__] = _Declared(Registered(rule, whole), shapes, linear)
+        return jax.jit(named)
+
+    @functools.wraps(fun)
+    def declared(*args: Any) -> Any:
+        return called(tuple(map(jnp.shape, jax.tree.leaves(args))))(*args)
+
+    return declared
 
 
-def declared_rule(eqn: Equation) -> BoundRule | None:
+def declared_rule(eqn: Equation) -> Registered | None:
     """The rule of a call of a declared function, or None."""
-    return _DECLARED.get(eqn.function)
+    declared = _DECLARED.get(eqn.function)
+    if declared is None:
+        return None
+    if len(eqn.operands) != len(declared.shapes):
+        return None  # the call of a derivative, which keeps the name
+    if tuple(aval.shape for aval in eqn.operands) == declared.shapes:
+        return declared.registered
+    return declared.registered._replace(rule=_side_by_side(declared))
+
+
+def _side_by_side(declared: _Declared) -> BoundRule:
+    """Of calls that `jax.vmap` made one: each is bounded as one call is, whose operands are no
+    longer than those of all. Of r calls the results are √r times as long together, and so are the
+    cotangents, if their bound on one call is not in proportion; an operand that all share has the
+    sum of r cotangents."""
+
+    def rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
+        counts = {
+            value.size // math.prod(shape)
+            for value, shape in zip(values, declared.shapes, strict=True)
+            if value.shape != shape and value.size
+        }
+        if len(counts) != 1:
+            raise NotImplementedError(
+                f"no bound is known for a declared function under jax.vmap ({eqn.source}) with "
+                "operands that it maps in different ways: call it in a loop (jax.lax.scan)"
+            )
+        (calls,) = counts
+        one = [
+            Value(
+                shape, value.dtype, range=value.range, moves=value.moves,
+                per_sample=value.per_sample,
+            )
+            if value.shape != shape
+            else value
+            for value, shape in zip(values, declared.shapes, strict=True)
+        ]  # fmt: skip
+        ranges, pull_back = declared.registered.rule(eqn, one)
+        ranges = [each._replace(norm=times(math.sqrt(calls), each.norm)) for each in ranges]
+
+        def back(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
+            mapped = 1.0 if declared.linear else math.sqrt(calls)
+            gains = [
+                math.sqrt(calls) if value.shape == shape else 1.0
+                for value, shape in zip(values, declared.shapes, strict=True)
+            ]
+            return [
+                scaled(bound, mapped * gain * (1 + gamma(calls)))
+                for bound, gain in zip(pull_back(bounds), gains, strict=True)
+            ]
+
+        return ranges, back
+
+    return rule
 
 
 def shown_name(eqn: Equation) -> str:

@@ -1,5 +1,6 @@
 """How the gradients of a batch compare with their bounds. NOT private: for the operator's eyes."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.lipschitz.bounds import input_limits, leaf_bounds
-from jaxdp.lipschitz.gradients import admitted
+from jaxdp.lipschitz.gradients import admitted, refuse_infinite
 from jaxdp.per_sample import PerSampleGrads, per_sample_grads
 from jaxdp.problem import LossFn, pose
 
@@ -121,7 +122,9 @@ def _compared(
 ) -> SignalToNoise:
     problem = pose(loss_fn, params, batch, mask, kwargs, has_aux=False, trainable=trainable)
     limits = input_limits(input_bound, batch)
-    bounds, _ = leaf_bounds(problem, limits)
+    found = leaf_bounds(problem, limits)
+    refuse_infinite(found, [math.inf] * len(problem.names), problem.names)
+    bounds = found.arrays
     examples, counted = admitted(problem.batch.examples, problem.batch.mask, limits)
     grads_fn = per_sample_grads(lambda leaves, example: problem.loss(leaves, example)[0])
     norms = norms_of(grads_fn(problem.leaves, examples, counted))

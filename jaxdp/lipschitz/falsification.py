@@ -45,15 +45,17 @@ class Falsification(NamedTuple):
 
     Attributes:
       attacks: the best one for each leaf, by path.
+      reason: what made a bound infinite; "" if none is.
     """
 
     attacks: dict[str, Attack]
+    reason: str = ""
 
     @property
     def survived(self) -> bool:
         """Whether no bound was broken, to 1e-5. NaN breaks a bound, and so does infinity."""
         return all(
-            attack.ratio <= 1 + TOLERANCE and np.isfinite(attack.bound)
+            attack.ratio <= 1 + TOLERANCE and math.isfinite(attack.bound)
             for attack in self.attacks.values()
         )
 
@@ -63,6 +65,8 @@ class Falsification(NamedTuple):
             numbers = (f"{attack.norm:.4g}", f"{attack.bound:.4g}", f"{attack.ratio:.3f}")
             rows.append((name, *numbers, attack.by))
         verdict = "survived" if self.survived else "BROKEN: a bound is false"
+        if self.reason:
+            verdict = f"BROKEN: a bound is infinite, because {self.reason}"
         return "\n".join([*aligned(rows), verdict])
 
 
@@ -116,7 +120,7 @@ def falsify(
 
     @jax.jit
     def found(params: Any) -> list[jax.Array]:
-        return leaf_bounds(pose_one(loss_fn, params, example, kwargs, trainable), limits)[0]
+        return leaf_bounds(pose_one(loss_fn, params, example, kwargs, trainable), limits).arrays
 
     @jax.jit
     def norms(batch: Any) -> jax.Array:
@@ -139,7 +143,11 @@ def falsify(
                 attack = Attack(_ratio(float(norm), bounds[name]), float(norm), bounds[name], by)
                 if name not in ratios or _worse(attack, ratios[name]):
                     ratios[name] = attack
-    return Falsification({name: ratios[name] for name in names})
+    reason = ""
+    if not all(map(math.isfinite, bounds.values())):
+        problem = pose_one(loss_fn, params, example, kwargs, trainable)
+        reason = leaf_bounds(problem, limits).reason()
+    return Falsification({name: ratios[name] for name in names}, reason)
 
 
 def _worse(attack: Attack, best: Attack) -> bool:

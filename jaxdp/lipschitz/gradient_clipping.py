@@ -7,15 +7,18 @@ epochs instead.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxdp.clipping import adaptive_limits
+from jaxdp.engine.numerics import square_sums
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
+from jaxdp.lipschitz.rounding import divisor, once, squared_terms, up
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import SHARED, Cotangent, Range, Value
 from jaxdp.nn.composition import function
@@ -24,7 +27,8 @@ from jaxdp.schedules import checked
 
 
 def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
-    r"""x; on the way back, the cotangent g of this one example is $g \min(1, C/\lVert g\rVert_2)$.
+    r"""x; on the way back, the cotangent g of this one example is $g \min(1, C/\lVert g\rVert_2)$,
+    and zero where g is not finite.
 
     So the bound on all gradients below becomes small, at the price of a bias where it acts. C is
     in the unit of one example's gradient: under `jax.vmap`, as here, each example is clipped
@@ -32,7 +36,8 @@ def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
 
     Args:
       x: any shape; a value that depends on the example, for which there is no bound else.
-      clip_value: C ≥ 0, a scalar that depends on no example; it may be traced.
+      clip_value: C ≥ 0, a scalar that depends on no example; it may be traced, and counts as zero
+        where it is below.
 
     Returns:
       x.
@@ -45,6 +50,12 @@ def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
     Source: Béthune et al. 2023, "DP-SGD Without Clipping: The Lipschitz Neural Network Way", with
     C per sample.
     """
+    if jnp.ndim(clip_value) != 0:
+        raise ValueError(
+            f"clip_value must be a scalar, got shape {jnp.shape(clip_value)}. Pass one threshold; "
+            "clip parts of x one by one."
+        )
+    checked("clip_value", clip_value, zero=True)
     return _clip_gradient(x, jnp.asarray(clip_value, x.dtype))
 
 
@@ -104,6 +115,18 @@ def adaptive_gradient_clip(initial: float = 1.0) -> Layer:
     return Layer(init=lambda key: {"clip_value": initial * jnp.ones(())}, apply=apply)
 
 
+class TrackQuantileState(NamedTuple):
+    """State of `track_quantile`.
+
+    Attributes:
+      lowest: the least value of each threshold, like the thresholds.
+      highest: the largest value of each threshold, like the thresholds.
+    """
+
+    lowest: Any
+    highest: Any
+
+
 def track_quantile(
     quantile: float = 0.5, *, learning_rate: float = 0.2, expected_batch_size: float
 ) -> optax.GradientTransformation:
@@ -112,7 +135,8 @@ def track_quantile(
     $$ C \leftarrow C \exp(-\eta (\tilde b - \gamma)), \qquad
        \tilde b = \tfrac12 + \tfrac1B \Bigl( \sum_i (b_i - \tfrac12) + \text{noise} \Bigr) $$
 
-    with b_i whether sample i was not clipped.
+    with b_i whether sample i was not clipped. C stays between a millionth and a million times its
+    value at `init`: where cotangents vanish it stops falling, and when they return it follows them.
 
     Args:
       quantile: γ in (0, 1), of the norms, where C is to be.
@@ -144,20 +168,30 @@ def track_quantile(
     checked("learning_rate", learning_rate)
     checked("expected_batch_size", expected_batch_size)
 
-    def update(updates: Any, params: Any) -> Any:
+    def init(params: Any) -> TrackQuantileState:
+        limits = [adaptive_limits(leaf) for leaf in jax.tree.leaves(params)]
+        unflatten = jax.tree.structure(params).unflatten
+        return TrackQuantileState(*map(unflatten, zip(*limits, strict=True)))
+
+    def update(
+        updates: Any, state: TrackQuantileState, params: Any = None
+    ) -> tuple[Any, TrackQuantileState]:
         if params is None:
             raise ValueError(
                 "track_quantile needs the parameters, got None: call "
                 "tx.update(updates, state, params)"
             )
 
-        def moved(count: jax.Array, clip_value: jax.Array) -> jax.Array:
+        def moved(
+            count: jax.Array, clip_value: jax.Array, lowest: jax.Array, highest: jax.Array
+        ) -> jax.Array:
             kept = 0.5 + count / expected_batch_size
-            return clip_value * jnp.expm1(-learning_rate * (kept - quantile))
+            target = clip_value * jnp.exp(-learning_rate * (kept - quantile))
+            return jnp.clip(target, lowest, highest) - clip_value
 
-        return jax.tree.map(moved, updates, params)
+        return jax.tree.map(moved, updates, params, state.lowest, state.highest), state
 
-    return optax.stateless(update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 @jax.custom_vjp
@@ -170,9 +204,20 @@ def _identity_forward(x: jax.Array, clip_value: jax.Array) -> tuple[jax.Array, j
 
 
 def _clipped_cotangent(clip_value: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    norm = jnp.sqrt(jnp.sum(jnp.square(cotangent)))
-    factor = jnp.where(norm > clip_value, clip_value / norm, jnp.ones_like(norm))
-    return factor * cotangent, jnp.zeros_like(clip_value)
+    clip_value = jnp.maximum(clip_value, 0)
+    cotangent = once(cotangent)
+    size = _size(cotangent)
+    factor = jnp.where(size <= clip_value, jnp.ones_like(size), clip_value / size)
+    # Where the cotangent is not finite nothing is left of it: a factor of zero would keep NaN.
+    clipped = jnp.where(jnp.isfinite(size), factor * cotangent, jnp.zeros_like(cotangent))
+    return clipped, jnp.zeros_like(clip_value)
+
+
+def _size(cotangent: jax.Array) -> jax.Array:
+    """Its L2 norm: divided by the largest entry first, since squares vanish and overflow."""
+    scale = divisor(jnp.max(jnp.abs(cotangent), initial=0))
+    share = cotangent / scale
+    return scale * jnp.sqrt(square_sums(share.reshape(1, -1))[0])
 
 
 _clipping_identity.defvjp(_identity_forward, _clipped_cotangent)
@@ -190,17 +235,18 @@ def _clip_rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range],
             f"({eqn.source}): {SHARED}"
         )
 
+    # The norm that it is compared with, the quotient and the product are rounded.
+    most = up(jnp.maximum(clip_value.high, 0), squared_terms(x.size) // 2 + 4)
+
     def pull_back(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
         (bound,) = bounds
-        return [
-            None if bound is None else jnp.minimum(bound, jnp.maximum(clip_value.high, 0)),
-            None,
-        ]
+        # Infinite, it is clipped all the same: what is not finite is dropped.
+        return [None if bound is None else jnp.minimum(bound, most), None]
 
     return [x.range], pull_back
 
 
-_clip_gradient = declare(_clipping_identity, _clip_rule)
+_clip_gradient = declare(_clipping_identity, _clip_rule, whole=True)
 
 
 @jax.custom_vjp
@@ -209,12 +255,11 @@ def _counting_identity(x: jax.Array, clip_value: jax.Array) -> jax.Array:
 
 
 def _counted_cotangent(clip_value: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    clip_value = jnp.maximum(clip_value, 0)
     clipped, _ = _clipped_cotangent(clip_value, cotangent)
-    norm = jnp.sqrt(jnp.sum(jnp.square(cotangent)))
-    within = jnp.where(norm <= clip_value, 0.5, -0.5).astype(clip_value.dtype)
+    size = _size(cotangent)
+    within = jnp.where(size <= jnp.maximum(clip_value, 0), 0.5, -0.5).astype(clip_value.dtype)
     # A row without a sample has the cotangent zero, and must not be counted.
-    return clipped, jnp.where(norm > 0, within, 0)
+    return clipped, jnp.where(size > 0, within, 0)
 
 
 _counting_identity.defvjp(_identity_forward, _counted_cotangent)
@@ -229,4 +274,4 @@ def _count_rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range]
     return ranges, pull_back
 
 
-_counted_clip = declare(_counting_identity, _count_rule)
+_counted_clip = declare(_counting_identity, _count_rule, whole=True)

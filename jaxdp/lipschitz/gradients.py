@@ -15,14 +15,20 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxdp.bounded import Bounded
-from jaxdp.clipping import clip_per_layer
-from jaxdp.engine.numerics import select_rows, square_sums
+from jaxdp.clipping import check_threshold, clip_per_layer
+from jaxdp.engine.numerics import select_rows, square_sums, widened
 from jaxdp.engine.reduction import Batch, zero_sum
 from jaxdp.engine.sharded import on_each_device, row_sharding
-from jaxdp.lipschitz.bounds import input_limits, is_float, leaf_bounds
+from jaxdp.lipschitz.bounds import (
+    LeafBounds,
+    input_limits,
+    is_float,
+    known_infinite,
+    leaf_bounds,
+)
+from jaxdp.lipschitz.rounding import once
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, Problem, check_function, pose, taken_apart, with_gradient
-from jaxdp.schedules import checked
 from jaxdp.trees import prefix_leaves
 from jaxdp.varying import sample_axes
 
@@ -43,8 +49,11 @@ def bounded_grads(
 
     computed by one ordinary gradient of the batch: nothing is clipped, no gradient of a single
     example exists. Every floating-point leaf of an example that is longer than its bound is
-    scaled down to it first; an example that is not finite, or whose squared norm is not, counts for
-    nothing.
+    scaled down to it first, targets not excepted: `math.inf` leaves them as they are. An example
+    that is not finite in float32, or whose squared norm is not, counts for nothing.
+
+    Δ bounds what one example adds as float32 computes it (`jaxdp.lipschitz.rounding`); the sum over
+    the examples of a batch is rounded as on the road that clips.
 
     Args:
       loss_fn: as for `jaxdp.per_sample_grads`.
@@ -53,8 +62,8 @@ def bounded_grads(
         parameters. Their gradients are clipped to min(C, Δ) for each sample, at the price of
         clipping; leaves with `math.inf`, the default, are not.
       enforce_input_bound: False for data that was prepared so: then the caller guarantees that
-        every row, masked ones included, is finite and within its bound, and no pass over the
-        batch is spent on it.
+        every row, masked ones included, is finite and within its bound (2⁶⁴ where that is
+        infinite), and no pass over the batch is spent on it.
       with_losses: whether the losses are returned, too.
       trainable, sharding: as for `per_sample_grads`.
 
@@ -65,8 +74,10 @@ def bounded_grads(
 
     Raises:
       TypeError: `loss_fn` is no function.
-      (when called) what `bounds` raises, and what `per_sample_grads` raises of batch and mask; a
-        threshold that is not positive, ValueError.
+      (when called) what `bounds` raises, and what `per_sample_grads` raises of batch and mask;
+        ValueError for a threshold that is not positive, and for a leaf without a threshold whose
+        bound is infinite, with what made it so. Inside of `jax.jit` that is known only where it
+        holds for all parameters; else the sum of such a leaf is NaN and its sensitivity infinite.
 
     Example:
       >>> import jaxdp, optax
@@ -88,13 +99,13 @@ def bounded_grads(
     def grads_fn(params: Any, batch: Any, mask: jax.Array | None = None, **kwargs: Any) -> Any:
         problem = posed(params, batch, mask, kwargs)
         limits = input_limits(input_bound, batch)
-        bounds, _ = leaf_bounds(problem, limits)
+        found = leaf_bounds(problem, limits)
         caps = with_gradient(_caps(thresholds, problem.params), problem.groups)
+        refuse_infinite(found, caps, problem.names)
         # A clip needs a threshold above zero, which a bound is not where a leaf is not used.
-        least = jnp.finfo(jnp.float32).tiny
         sensitivity = [
-            bound if cap == math.inf else jnp.clip(bound, least, cap)
-            for bound, cap in zip(bounds, caps, strict=True)
+            bound if cap == math.inf else jnp.clip(bound, _LEAST, cap)
+            for bound, cap in zip(found.arrays, caps, strict=True)
         ]
         loose = [cap < math.inf for cap in caps]
 
@@ -107,6 +118,10 @@ def bounded_grads(
             if any(loose):
                 # Either is zero where the other is not.
                 sums = list(map(jnp.add, sums, _clipped(kept, loose, thresholds)))
+            sums = [
+                jnp.where(jnp.isfinite(bound), total, jnp.nan)
+                for total, bound in zip(sums, thresholds, strict=True)
+            ]
             return sums, jnp.where(problem.batch.mask & ~counted, jnp.nan, losses)
 
         rows_at = row_sharding(problem.batch.examples, sharding)
@@ -133,27 +148,68 @@ def bounded_grads(
     return grads_fn
 
 
+_LEAST = 1e-12
+"""Of thresholds: squares of shorter gradients vanish."""
+
+
+def refuse_infinite(found: LeafBounds, caps: Sequence[float], names: Sequence[str]) -> None:
+    """Raises where a leaf has no bound and is not clipped, as far as that is known here."""
+    without = [
+        name
+        for name, bound, cap in zip(names, found.bounds, caps, strict=True)
+        if cap == math.inf and known_infinite(bound)
+    ]
+    if without:
+        reason = found.reason()
+        raise ValueError(
+            f"the gradient of {', '.join(map(repr, without))} must have a bound, got infinity, "
+            f"because {reason}: use another function there, declare one with its bound "
+            "(jaxdp.lipschitz.declare), clip the cotangent behind it (lipschitz.clip_gradient), or "
+            "give these leaves a threshold (thresholds=)"
+        )
+
+
 def admitted(examples: Any, mask: jax.Array, limits: Sequence[float]) -> tuple[Any, jax.Array]:
     """Examples as the bounds assume them: each floating-point leaf finite and no longer than its
     limit, zero where there is no sample; and which rows count, bool `[B]`."""
     leaves, treedef = jax.tree.flatten(examples)
+    leaves = [once(leaf) if is_float(leaf) else leaf for leaf in leaves]
     squared = [
-        square_sums(leaf.reshape(leaf.shape[0], -1)) if is_float(leaf) else jnp.zeros(mask.shape)
+        square_sums(widened(leaf).reshape(len(mask), math.prod(leaf.shape[1:])))
+        if is_float(leaf)
+        else jnp.zeros(mask.shape)
         for leaf in leaves
     ]
     # Where a square overflows, the row is lost with those that are not finite.
-    counted = functools.reduce(jnp.logical_and, map(jnp.isfinite, squared), mask)
+    finite = [jnp.isfinite(sums.astype(jnp.float32)) for sums in squared]
+    counted = functools.reduce(jnp.logical_and, finite, mask)
 
     def fitted(leaf: jax.Array, squared: jax.Array, limit: float) -> jax.Array:
-        factors = jnp.where(squared > limit**2, limit * jax.lax.rsqrt(squared), 1)
-        factors = factors.reshape(-1, *(1,) * (leaf.ndim - 1)).astype(leaf.dtype)
-        return select_rows(counted, leaf * factors)
+        if limit == 0:
+            return jnp.zeros_like(leaf)
+        if limit == math.inf:
+            return select_rows(counted, leaf)
+        longer = squared > limit**2
+        factors = jnp.where(longer, limit / jnp.sqrt(squared), jnp.ones_like(squared))
+        return select_rows(counted, _shrunk(leaf, factors))
 
     kept = [
         fitted(leaf, sums, limit) if is_float(leaf) else leaf
         for leaf, sums, limit in zip(leaves, squared, limits, strict=True)
     ]
     return jax.tree.unflatten(treedef, kept), counted
+
+
+def _shrunk(leaf: jax.Array, factors: jax.Array) -> jax.Array:
+    """Every row times its factor of at most one, in float32 at least; in half precision no entry
+    is rounded up, so that a row is no longer than it would be there."""
+    wide = widened(leaf)
+    scaled = wide * factors.reshape(-1, *(1,) * (leaf.ndim - 1))
+    if leaf.dtype == wide.dtype:
+        return scaled
+    nearest = scaled.astype(leaf.dtype)
+    too_long = jnp.abs(widened(nearest)) > jnp.abs(scaled)
+    return jnp.where(too_long, jnp.nextafter(nearest, jnp.zeros_like(nearest)), nearest)
 
 
 def _summed(problem: Problem, skipped: Sequence[bool]) -> tuple[list[jax.Array], jax.Array]:
@@ -190,5 +246,5 @@ def _caps(thresholds: Any, params: Any) -> list[float]:
     caps = prefix_leaves("thresholds", thresholds, params)
     for cap in caps:
         if cap != math.inf:
-            checked("thresholds", cap)
+            check_threshold("thresholds", cap)
     return caps

@@ -23,8 +23,9 @@ from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
 from jaxdp.lipschitz.operator_norm import convolution_norm, patch_multiplicity
 from jaxdp.lipschitz.projections import onto_ball, onto_spectral_ball, orthogonal
+from jaxdp.lipschitz.rounding import divisor, gamma, once, times
 from jaxdp.lipschitz.rules.registry import PullBack
-from jaxdp.lipschitz.value import Range, Value, scaled
+from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
 from jaxdp.nn.composition import LayerLike, combined, function
 from jaxdp.nn.convolution import conv2d as nn_conv2d
 from jaxdp.nn.layer import Layer, Params, add_bias, check_input, check_sizes
@@ -55,7 +56,7 @@ def bounded_input(bound: float) -> Layer:
       [0.6 0.8]
     """
     checked("bound", bound)
-    return function(_bounded_input(bound))
+    return function(_bounded_input(float(bound)))
 
 
 def linear(
@@ -342,7 +343,7 @@ def gradient_norm_preserving(fun: Callable[[jax.Array], jax.Array]) -> Layer:
     def rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
         return [Range(values[0].norm)], lambda bounds: bounds
 
-    return function(declare(fun, rule))
+    return function(declare(fun, rule, linear=True))
 
 
 def _constrained(layer: Layer, projection: Callable[[jax.Array], jax.Array]) -> Layer:
@@ -382,35 +383,54 @@ def _blocks(x: jax.Array, window: Sequence[int]) -> tuple[jax.Array, tuple[int, 
     return x.reshape(*split, x.shape[-1]), tuple(range(1, 2 * len(window), 2))
 
 
+def _through(bound: Cotangent, x: Value, gain: float) -> Cotangent:
+    """The cotangent behind a layer that multiplies it by entries of x on the way: infinite where
+    that may overflow."""
+    if bound is None:
+        return None
+    return times(bound, gain) + 0 * times(bound, x.norm)
+
+
 @functools.cache
 def _bounded_input(bound: float) -> Callable[[jax.Array], jax.Array]:
     def bounded_input(x: jax.Array) -> jax.Array:
         # Divided by its largest entry first: no square overflows, and no root is taken of zero.
-        scale = jnp.maximum(jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0)), bound)
+        x = once(x)
+        most = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
+        scale = divisor(jnp.maximum(most, bound))
         squared = jnp.sum(jnp.square(x / scale))
         return x * (bound / scale / jnp.sqrt(jnp.maximum(squared, 1)))
 
     def rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
         (x,) = values
-        image = Range(jnp.minimum(x.norm, bound), jnp.minimum(x.low, 0), jnp.maximum(x.high, 0))
-        # The projection onto a ball, which is convex, lengthens no difference.
-        return [image], lambda bounds: bounds
+        rounded = 1 + gamma(x.size + 8)
+        norm = jnp.minimum(x.norm, bound) * rounded
+        image = Range(norm, jnp.minimum(x.low, 0), jnp.maximum(x.high, 0))
+        # The projection onto a ball, which is convex, lengthens no difference: it takes from a
+        # cotangent what lies along x. Both parts are rounded.
+        return [image], lambda bounds: [_through(bounds[0], x, 1 + 4 * gamma(x.size + 8))]
 
-    return declare(bounded_input, rule)
+    return declare(bounded_input, rule, linear=True)
 
 
 @functools.cache
 def _l2_norm_pool(window: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
     def l2_norm_pool(x: jax.Array) -> jax.Array:
-        blocks, inner = _blocks(x, window)
-        squared = jnp.sum(jnp.square(blocks), inner)
+        blocks, inner = _blocks(once(x), window)
+        # Divided by the largest entry of the window first, since squares vanish and overflow.
+        most = jax.lax.stop_gradient(jnp.max(jnp.abs(blocks), inner, keepdims=True))
+        scale = divisor(most)
+        squared = jnp.sum(jnp.square(blocks / scale), inner)
         positive = squared > 0
-        return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
+        root = jnp.sqrt(jnp.where(positive, squared, 1))
+        return jnp.where(positive, root, 0) * scale.reshape(root.shape)
 
     def rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
-        return [Range(values[0].norm, low=0)], lambda bounds: bounds
+        rounded = 1 + 2 * gamma(math.prod(window) + 8)
+        (x,) = values
+        return [Range(x.norm * rounded, low=0)], lambda bounds: [_through(bounds[0], x, rounded)]
 
-    return declare(l2_norm_pool, rule)
+    return declare(l2_norm_pool, rule, linear=True)
 
 
 def _reflected_pairs(x: jax.Array, angle: jax.Array) -> jax.Array:
@@ -430,8 +450,10 @@ def _reflected_pairs(x: jax.Array, angle: jax.Array) -> jax.Array:
 
 
 def _householder_rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
-    x, _ = values
-    return [Range(x.norm)], lambda bounds: [bounds[0], scaled(bounds[0], x.norm)]
+    x, angle = values
+    positions = x.size // max(2 * angle.size, 1)
+    summed = 1 + gamma(positions)
+    return [Range(x.norm)], lambda bounds: [bounds[0], scaled(bounds[0], x.norm, summed)]
 
 
-_householder = declare(_reflected_pairs, _householder_rule)
+_householder = declare(_reflected_pairs, _householder_rule, linear=True)

@@ -13,7 +13,9 @@ number of classes, and n the number of outputs:
 | kantorovich_rubinstein         | of p: see there                           |
 | hinge_kantorovich_rubinstein   | α times the hinge's, plus the one above   |
 
-Taken apart into primitives each of them has a bound, too, but a useless one.
+Taken apart into primitives each of them has a bound, too, but a useless one. A label that is known
+is refused outside of 0..K-1; a traced one there makes the loss NaN, while its gradient stays within
+the bound: on the clipless road no example is dropped, so none may spoil the sum.
 """
 
 import functools
@@ -23,13 +25,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_real
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
+from jaxdp.lipschitz.rounding import divisor, gamma, once, times
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import Range, Value, scaled
-from jaxdp.schedules import checked
 
 
 def softmax_cross_entropy(
@@ -46,13 +50,18 @@ def softmax_cross_entropy(
       $p_{\max} = 1/(1 + (K-1)e^{-\tau Z\sqrt{K/(K-1)}})$.
 
     Args:
-      logits: z, `[K]`.
-      label: y, an integer in 0..K-1.
+      logits: z, `[K]`, K ≥ 2.
+      label: y, one integer in 0..K-1.
       temperature: τ > 0. The lower, the tighter the bound, and the nearer the loss to a linear
         one.
 
     Returns:
       The loss, a scalar.
+
+    Raises:
+      TypeError: logits that are no floating-point numbers; a label that is no integer.
+      ValueError: logits that are no vector of at least two classes; labels that are no scalar; a
+        known label out of range; a temperature outside of [1e-12, 1e12].
 
     Example:
       >>> print(softmax_cross_entropy(jnp.zeros(4), 1).round(3))
@@ -61,8 +70,10 @@ def softmax_cross_entropy(
     Source: Béthune et al. 2023, "DP-SGD Without Clipping: The Lipschitz Neural Network Way". The
     Jacobian of the softmax is diag(p) - pp', whose rows have absolute sums 2p(1 - p) ≤ ½.
     """
-    checked("temperature", temperature)
-    return _softmax_cross_entropy(temperature)(logits, jnp.asarray(label))
+    classes = _check_logits("softmax_cross_entropy", logits)
+    label = _checked_label(label, classes)
+    loss = _softmax_cross_entropy(_scale("temperature", temperature), classes)
+    return _or_nan(loss(logits, label), label)
 
 
 def binary_cross_entropy(
@@ -78,24 +89,34 @@ def binary_cross_entropy(
     Returns:
       The loss, a scalar.
 
+    Raises:
+      TypeError: logits that are no floating-point numbers.
+      ValueError: targets of another shape; a temperature outside of [1e-12, 1e12].
+
     Example:
       >>> print(binary_cross_entropy(jnp.zeros(4), jnp.ones(4)).round(3))
       0.693
     """
-    checked("temperature", temperature)
-    return _binary_cross_entropy(temperature)(logits, jnp.asarray(targets))
+    targets = _checked_target("binary_cross_entropy", "logits", logits, "targets", targets)
+    count = math.prod(logits.shape)
+    return _binary_cross_entropy(_scale("temperature", temperature), count)(logits, targets)
 
 
 def multiclass_hinge(logits: jax.Array, label: ArrayLike, *, margin: float = 1.0) -> jax.Array:
     r"""$\frac1K \sum_{k \ne y} \max(0, m - z_y + z_k)$.
 
     Args:
-      logits: z, `[K]`.
-      label: y, an integer in 0..K-1.
+      logits: z, `[K]`, K ≥ 2.
+      label: y, one integer in 0..K-1.
       margin: m > 0.
 
     Returns:
       The loss, a scalar.
+
+    Raises:
+      TypeError: logits that are no floating-point numbers; a label that is no integer.
+      ValueError: logits that are no vector of at least two classes; labels that are no scalar; a
+        known label out of range; a margin outside of [1e-12, 1e12].
 
     Example:
       >>> print(multiclass_hinge(jnp.array([0.0, 2.0, 1.5, 0.0]), 1))
@@ -104,8 +125,9 @@ def multiclass_hinge(logits: jax.Array, label: ArrayLike, *, margin: float = 1.0
     Source: Crammer and Singer 2001, "On the Algorithmic Implementation of Multiclass Kernel-based
     Vector Machines", as a sum over classes.
     """
-    checked("margin", margin)
-    return _hinge(margin)(logits, jnp.asarray(label))
+    classes = _check_logits("multiclass_hinge", logits)
+    label = _checked_label(label, classes)
+    return _or_nan(_hinge(_scale("margin", margin), classes)(logits, label), label)
 
 
 def cosine_similarity(
@@ -121,12 +143,17 @@ def cosine_similarity(
     Returns:
       The loss, a scalar in [-1, 1].
 
+    Raises:
+      TypeError: a prediction of no floating-point numbers.
+      ValueError: targets of another shape; a norm outside of [1e-12, 1e12].
+
     Example:
       >>> print(cosine_similarity(jnp.array([3.0, 0.0]), jnp.array([1.0, 1.0])).round(3))
       -0.707
     """
-    checked("least_norm", least_norm)
-    return _cosine(least_norm)(prediction, jnp.asarray(target))
+    target = _checked_target("cosine_similarity", "prediction", prediction, "target", target)
+    least = _scale("least_norm", least_norm)
+    return _cosine(least, math.prod(prediction.shape))(prediction, target)
 
 
 def mean_absolute_error(prediction: jax.Array, target: ArrayLike) -> jax.Array:
@@ -139,11 +166,16 @@ def mean_absolute_error(prediction: jax.Array, target: ArrayLike) -> jax.Array:
     Returns:
       The loss, a scalar.
 
+    Raises:
+      TypeError: a prediction of no floating-point numbers.
+      ValueError: targets of another shape.
+
     Example:
       >>> print(mean_absolute_error(jnp.array([3.0, 0.0]), jnp.array([1.0, 1.0])))
       1.5
     """
-    return _mean_absolute_error(prediction, jnp.asarray(target))
+    target = _checked_target("mean_absolute_error", "prediction", prediction, "target", target)
+    return _mean_absolute_error(math.prod(prediction.shape))(prediction, target)
 
 
 def kantorovich_rubinstein(
@@ -159,15 +191,17 @@ def kantorovich_rubinstein(
     all others. Here the proportions are constants, which must be public.
 
     Args:
-      logits: z, `[K]`.
-      label: y, an integer in 0..K-1.
-      proportions: p_k, of each class in the data, in (0, 1).
+      logits: z, `[K]`, K ≥ 2.
+      label: y, one integer in 0..K-1.
+      proportions: p_k, of each class in the data, in [1e-6, 1 - 1e-6].
 
     Returns:
       The loss, a scalar.
 
     Raises:
-      ValueError: a proportion outside of (0, 1), or another number of them than of classes.
+      TypeError, ValueError: as `multiclass_hinge`.
+      ValueError: a proportion outside of [1e-6, 1 - 1e-6], or another number of them than of
+        classes.
 
     Example:
       >>> print(kantorovich_rubinstein(jnp.array([1.0, 0.0]), 0, proportions=(0.5, 0.5)))
@@ -176,7 +210,9 @@ def kantorovich_rubinstein(
     Source: Serrurier et al. 2021, "Achieving Robustness in Classification Using Optimal Transport
     With Hinge Regularization", per sample.
     """
-    return _kantorovich_rubinstein(_public(proportions, logits))(logits, jnp.asarray(label))
+    classes = _check_logits("kantorovich_rubinstein", logits)
+    label = _checked_label(label, classes)
+    return _or_nan(_kantorovich_rubinstein(_public(proportions, classes))(logits, label), label)
 
 
 def hinge_kantorovich_rubinstein(
@@ -198,7 +234,7 @@ def hinge_kantorovich_rubinstein(
       The loss, a scalar.
 
     Raises:
-      ValueError: as `kantorovich_rubinstein`.
+      TypeError, ValueError: as `kantorovich_rubinstein`; an α outside of [1e-12, 1e12].
 
     Example:
       >>> half = (0.5, 0.5)
@@ -207,15 +243,103 @@ def hinge_kantorovich_rubinstein(
 
     Source: as `kantorovich_rubinstein`.
     """
-    checked("alpha", alpha)
+    alpha = _scale("alpha", alpha)
     hinge = multiclass_hinge(logits, label, margin=margin)
     return alpha * hinge + kantorovich_rubinstein(logits, label, proportions=proportions)
 
 
+def _scale(name: str, value: object) -> float:
+    return check_real(
+        name, value, minimum=_LEAST, maximum=1 / _LEAST, advice="Beyond it float32 overflows."
+    )
+
+
+_LEAST = 1e-12
+
+
+def _check_logits(loss: str, logits: Any) -> int:
+    """How many classes there are."""
+    shape = tuple(jnp.shape(logits))
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(
+            f"logits must be the [K] of one example, K at least 2, in {loss}, got shape {shape}. "
+            "Map it over further axes (jax.vmap), and use binary_cross_entropy for one logit."
+        )
+    _check_floating("logits", logits)
+    return shape[0]
+
+
+def _check_floating(name: str, array: Any) -> None:
+    dtype = jnp.result_type(array)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be floating-point numbers, got dtype {dtype}. Convert them (astype)."
+        )
+
+
+def _checked_label(label: Any, classes: int) -> jax.Array:
+    """The label as int32, -1 for every one that is no class."""
+    dtype, shape = jnp.result_type(label), tuple(jnp.shape(label))
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"label must be one integer, got dtype {dtype}. Convert it (astype), and one-hot "
+            "labels with jnp.argmax."
+        )
+    if shape:
+        raise ValueError(
+            f"label must be one integer, got shape {shape}. Give one label for each example, and "
+            "one-hot labels as jnp.argmax of them."
+        )
+    if not isinstance(label, Tracer) and not 0 <= int(label) < classes:
+        raise ValueError(
+            f"label must be in 0..{classes - 1}, got {int(label)}. Count classes from zero, one "
+            "logit for each."
+        )
+    label = jnp.asarray(label)
+    if jnp.iinfo(dtype).bits < 32:  # which may not hold the number of classes
+        label = label.astype(jnp.int32)
+    is_class = (label >= 0) & (label < classes)
+    within = jnp.where(is_class, label, jnp.zeros_like(label)).astype(jnp.int32)
+    return jnp.where(is_class, within, -1)
+
+
+def _or_nan(loss: jax.Array, label: jax.Array) -> jax.Array:
+    """The loss, NaN for a label of no class; its gradient is what it is."""
+    return loss + jnp.where(label >= 0, 0, jnp.nan).astype(loss.dtype)
+
+
+def _checked_target(loss: str, name: str, array: Any, target_name: str, target: Any) -> jax.Array:
+    """The target in the dtype of the prediction."""
+    _check_floating(name, array)
+    shape, other = tuple(jnp.shape(array)), tuple(jnp.shape(target))
+    if shape != other:
+        raise ValueError(
+            f"{target_name} must have the shape of the {name}, {shape}, in {loss}, got shape "
+            f"{other}. Give the values of one example."
+        )
+    dtype = jnp.result_type(target)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{target_name} must be real, got dtype {dtype}. Give its parts apart.")
+    return jnp.asarray(target).astype(jnp.result_type(array))
+
+
 def _declared(
-    fun: Callable[[jax.Array, jax.Array], jax.Array], slope: Callable[[Value], ArrayLike]
+    fun: Callable[[jax.Array, jax.Array], jax.Array],
+    slope: Callable[[Value], ArrayLike],
+    *,
+    count: int,
+    reach: float = 1.0,
+    at_zero: float = math.inf,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The loss, with a bound on its gradient with respect to its first argument."""
+    """The loss of so many outputs, with a bound on its gradient with respect to the first argument.
+
+    Args:
+      fun: the loss.
+      slope: that bound, of exact arithmetic, at least ½ or in proportion to the gradient.
+      count: of the outputs.
+      reach: by what the prediction is multiplied.
+      at_zero: a bound on the loss at zero, for any target.
+    """
 
     def rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
         prediction, target = values
@@ -224,10 +348,14 @@ def _declared(
                 f"no bound is known for a target that depends on parameters ({eqn.source}): use "
                 "jax.lax.stop_gradient on it"
             )
-        steepest = slope(prediction)
-        return [Range()], lambda bounds: [scaled(bounds[0], steepest), None]
+        # Sums over the outputs, of shares or of squares, are what is rounded; a margin between two
+        # outputs must not overflow.
+        rounded = 1 + 4 * gamma(count + 16)
+        steepest = times(slope(prediction), rounded) + 0 * times(4 * reach, prediction.norm)
+        size = at_zero + times(steepest, prediction.norm)
+        return [Range(size)], lambda bounds: [scaled(bounds[0], steepest), None]
 
-    return declare(fun, rule)
+    return declare(fun, rule, linear=True)
 
 
 def _is_label(logits: jax.Array, label: jax.Array) -> jax.Array:
@@ -235,17 +363,14 @@ def _is_label(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _softmax_cross_entropy(temperature: float) -> Callable[..., jax.Array]:
+def _softmax_cross_entropy(temperature: float, classes: int) -> Callable[..., jax.Array]:
     def softmax_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-        log_shares = jax.nn.log_softmax(temperature * logits)
-        # A sum, not a look-up: a label outside of 0..K-1 gives zero, not NaN.
+        log_shares = jax.nn.log_softmax(once(temperature * logits))
+        # A sum, not a look-up, which gives NaN for a label that is no class.
         return -jnp.sum(log_shares, where=_is_label(logits, label)) / temperature
 
     def slope(logits: Value) -> jax.Array:
-        classes = logits.size
-        if classes < 2:
-            return jnp.zeros(())  # the only class there is has probability one
-        reach = temperature * logits.norm
+        reach = times(temperature, logits.norm)
         near_zero = math.sqrt(1 - 1 / classes) + reach / 2
         missing = 1 - 1 / (1 + (classes - 1) * jnp.exp(math.sqrt(2) * reach))
         spread = math.sqrt(classes / (classes - 1))
@@ -253,60 +378,69 @@ def _softmax_cross_entropy(temperature: float) -> Callable[..., jax.Array]:
         bounded = jnp.sqrt(jnp.square(missing) + missing * most)
         return jnp.minimum(jnp.minimum(near_zero, bounded), math.sqrt(2))
 
-    return _declared(softmax_cross_entropy, slope)
+    at_zero = math.log(classes) / temperature
+    return _declared(
+        softmax_cross_entropy, slope, count=classes, reach=temperature, at_zero=at_zero
+    )
 
 
 @functools.cache
-def _binary_cross_entropy(temperature: float) -> Callable[..., jax.Array]:
+def _binary_cross_entropy(temperature: float, count: int) -> Callable[..., jax.Array]:
     def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-        targets = jnp.clip(targets.astype(logits.dtype), 0, 1)
+        targets = jnp.clip(targets, 0, 1)
         scaled_logits = temperature * logits
         losses = jax.nn.softplus(scaled_logits) - targets * scaled_logits
         return jnp.mean(losses) / temperature
 
     def slope(logits: Value) -> jax.Array:
-        count = max(logits.size, 1)
-        near = (math.sqrt(count) / 2 + temperature * logits.norm / 4) / count
-        return jnp.minimum(1 / math.sqrt(count), near)
+        entries = max(count, 1)
+        reach = times(temperature, logits.norm)
+        near = (math.sqrt(entries) / 2 + reach / 4) / entries
+        return jnp.minimum(1 / math.sqrt(entries), near)
 
-    return _declared(binary_cross_entropy, slope)
+    at_zero = math.log(2) / temperature
+    return _declared(binary_cross_entropy, slope, count=count, reach=temperature, at_zero=at_zero)
 
 
 @functools.cache
-def _hinge(margin: float) -> Callable[..., jax.Array]:
+def _hinge(margin: float, classes: int) -> Callable[..., jax.Array]:
     def multiclass_hinge(logits: jax.Array, label: jax.Array) -> jax.Array:
         here = _is_label(logits, label)
         gaps = jax.nn.relu(margin - jnp.sum(logits, where=here) + logits)
-        return jnp.sum(gaps, where=~here) / logits.size
+        return jnp.sum(gaps, where=~here) / classes
 
-    return _declared(multiclass_hinge, lambda logits: math.sqrt(1 - 1 / max(logits.size, 1)))
+    slope = math.sqrt(1 - 1 / classes)
+    return _declared(multiclass_hinge, lambda _: slope, count=classes, at_zero=margin)
 
 
 @functools.cache
-def _cosine(least_norm: float) -> Callable[..., jax.Array]:
+def _cosine(least_norm: float, count: int) -> Callable[..., jax.Array]:
     def shortened(vector: jax.Array) -> jax.Array:
-        squared = jnp.sum(jnp.square(vector))
-        # Not the maximum of norms: the root has no gradient at zero.
-        return vector * jax.lax.rsqrt(jnp.maximum(squared, least_norm**2))
+        # Divided by its largest entry first: no square overflows, and the root, which has no
+        # gradient at zero, is taken of one at least.
+        vector = once(vector)
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vector), initial=0))
+        scale = divisor(jnp.maximum(largest, least_norm))
+        vector = vector / scale
+        return vector * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(vector)), 1))
 
     def cosine_similarity(prediction: jax.Array, target: jax.Array) -> jax.Array:
         return -jnp.sum(shortened(prediction) * shortened(target))
 
-    return _declared(cosine_similarity, lambda _: 1 / least_norm)
+    return _declared(cosine_similarity, lambda _: 1 / least_norm, count=count, at_zero=0)
 
 
-def _absolute_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.abs(prediction - target))
+@functools.cache
+def _mean_absolute_error(count: int) -> Callable[..., jax.Array]:
+    def mean_absolute_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.abs(prediction - target))
 
-
-_mean_absolute_error = _declared(_absolute_error, lambda z: 1 / math.sqrt(max(z.size, 1)))
+    return _declared(mean_absolute_error, lambda _: 1 / math.sqrt(max(count, 1)), count=count)
 
 
 @functools.cache
 def _kantorovich_rubinstein(proportions: tuple[float, ...]) -> Callable[..., jax.Array]:
     count = len(proportions)
-    if count < 2 or not all(0 < share < 1 for share in proportions):
-        raise ValueError(f"proportions must be in (0, 1), one for each class, got {proportions}")
     own = [1 / share for share in proportions]
     other = [1 / (1 - share) for share in proportions]
 
@@ -320,14 +454,19 @@ def _kantorovich_rubinstein(proportions: tuple[float, ...]) -> Callable[..., jax
     norms = [
         math.hypot(*(own[k] if k == label else other[k] for k in range(count))) for label in labels
     ]
-    return _declared(kantorovich_rubinstein, lambda _: max(norms) / count)
+    slope, reach = max(norms) / count, max(own + other)
+    return _declared(kantorovich_rubinstein, lambda _: slope, count=count, reach=reach, at_zero=0)
 
 
-def _public(proportions: Sequence[float], logits: Any) -> tuple[float, ...]:
-    shares = tuple(float(share) for share in proportions)
-    if len(shares) != logits.size:
+def _public(proportions: Sequence[float], classes: int) -> tuple[float, ...]:
+    shares = tuple(proportions)
+    if len(shares) != classes:
         raise ValueError(
-            f"proportions must hold one number for each of the {logits.size} classes, got "
-            f"{len(shares)}"
+            f"proportions must hold one number for each of the {classes} classes, got "
+            f"{len(shares)}. Give the share of each class in the data."
         )
-    return shares
+    advice = "Give the share of each class in the data, as public numbers."
+    return tuple(
+        check_real("proportions", share, minimum=1e-6, maximum=1 - 1e-6, advice=advice)
+        for share in shares
+    )

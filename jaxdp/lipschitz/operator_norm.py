@@ -8,9 +8,23 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxdp.engine.numerics import square_sums
+from jaxdp.lipschitz import rounding
+from jaxdp.lipschitz.rounding import (
+    EQUATION,
+    TINY,
+    UNIT,
+    divisor,
+    gamma,
+    product,
+    squared_terms,
+    up,
+)
 
 _SQUARINGS = 6
 """Of a Gram matrix. The bound is at most rank^(1/256) times the norm: 2.7 % for rank 1024."""
@@ -47,19 +61,24 @@ def matrix_norm(matrix: jax.Array) -> jax.Array:
     # Entries of at most one: no square overflows, and none that counts is lost.
     sizes = jnp.abs(matrix)
     largest = jnp.max(sizes, (-2, -1), keepdims=True)
-    scale = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    scale = divisor(largest)
     matrix, sizes, scale = matrix / scale.astype(matrix.dtype), sizes / scale, scale[..., 0, 0]
     ones = jnp.max(jnp.sum(sizes, -2), -1)
     infinity = jnp.max(jnp.sum(sizes, -1), -1)
-    squared = jnp.minimum(jnp.sum(jnp.square(sizes), (-2, -1)), ones * infinity)
-    least = min(rows, columns)
-    if least > 1:
+    frobenius = jnp.square(_frobenius(sizes))
+    squared = jnp.minimum(frobenius, ones * infinity * (1 + gamma(rows + columns)))
+    if min(rows, columns) > 1:
+        # Entry by entry the Gram matrix is off in proportion to that of absolute values, whose norm
+        # is at most the sum of all squares.
         gram = _gram(matrix)
-        squared = jnp.minimum(squared, _gram_iteration(gram))
-        squared = jnp.minimum(squared, (1 + _from_identity(gram, scale)) / jnp.square(scale))
-    # A product over n entries is off by less than n roundings, which the roots only shrink.
-    slack = 1 + 4 * max(rows, columns) * jnp.finfo(jnp.float32).eps
-    return scale * jnp.sqrt(squared) * slack
+        off = _error(max(rows, columns), matrix.dtype) * frobenius
+        squared = jnp.minimum(squared, _gram_iteration(gram) + off)
+        # Of a large matrix this is not a number, and not the least of the four.
+        near = (1 + _from_identity(gram, scale)) / jnp.square(scale) + off
+        squared = jnp.minimum(squared, jnp.where(jnp.isnan(near), jnp.inf, near))
+    # The division by the scale, the root and the product are rounded.
+    bound = scale * jnp.sqrt(squared) * (1 + EQUATION)
+    return jnp.where(jnp.isfinite(largest[..., 0, 0]), bound, jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "dilation", "groups"))
@@ -94,7 +113,8 @@ def convolution_norm(
       True
 
     Source: Ehlich and Zeller 1964, "Schwankung von Polynomen zwischen Gitterpunkten", for the
-    cosine.
+    cosine; Higham 2002, "Accuracy and Stability of Numerical Algorithms", theorem 24.2, for the
+    rounding of the transform.
     """
     kernel = _without_stride(_dilated_for(kernel, stride, dilation), stride)
     *window, channels, outputs = kernel.shape
@@ -103,10 +123,15 @@ def convolution_norm(
     spectrum = jnp.fft.rfftn(kernel, points, axes) if axes else kernel
     matrices = spectrum.reshape(-1, channels, groups, outputs // groups)
     norm = jnp.max(matrix_norm(jnp.moveaxis(matrices, 2, 1)))
+    if axes:
+        # A fast Fourier transform of N points is off by at most 8u log2(N) of the norm of all of
+        # its results, which is √N times that of what is transformed.
+        total = math.prod(points)
+        off = 8 * UNIT * math.log2(total) * math.sqrt(total)
+        norm += off * rounding.norm(kernel)
     # All of N = 16 (k - 1): between the frequencies as much may be missed along every axis.
     between = math.cos(math.pi / _POINTS_PER_DEGREE) ** len(axes)
-    slack = 1 + 64 * jnp.finfo(jnp.float32).eps * len(axes)  # of the Fourier transform
-    return norm * slack / math.sqrt(between)
+    return up(norm / math.sqrt(between))
 
 
 def patch_multiplicity(
@@ -137,31 +162,72 @@ def _gram(matrix: jax.Array) -> jax.Array:
 
 
 def _from_identity(gram: jax.Array, scale: jax.Array) -> jax.Array:
-    """Frobenius norm of s²·gram - I."""
+    """Frobenius norm of s²·gram - I, rounded up."""
     identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     identity = identity.reshape((1,) * (gram.ndim - 2) + identity.shape)
-    return _frobenius(gram * jnp.square(scale)[..., None, None].astype(gram.dtype) - identity)
+    scaled = gram * jnp.square(scale)[..., None, None].astype(gram.dtype)
+    # Each entry is the difference of two numbers, of which the first was rounded.
+    return _frobenius(scaled - identity) + 4 * UNIT * _frobenius(scaled)
 
 
 def _gram_iteration(gram: jax.Array) -> jax.Array:
-    """A bound on the largest eigenvalue: powers by squaring, their logarithms kept apart."""
-    log_scale = jnp.zeros(gram.shape[:-2], jnp.float32)
-    for power in range(_SQUARINGS):
-        size = jnp.maximum(_frobenius(gram), jnp.finfo(jnp.float32).tiny)
+    """A bound on the spectral norm of a matrix.
+
+    With A_0 = gram / f_0 and A_{t+1} = A_t* A_t / f_{t+1}, each divided by its Frobenius norm f,
+    ‖A_t‖² ≤ f_{t+1} ‖A_{t+1}‖ + e, where e is what the product is off by: in proportion to
+    the product of absolute values, whose norm is at most ‖A_t‖_F² = 1. So a bound of one on the
+    last goes back to the first.
+    """
+    sizes = []
+    for power in range(_SQUARINGS + 1):
+        if power:
+            gram = _product(jnp.conj(jnp.swapaxes(gram, -1, -2)), gram)
+        size = jnp.maximum(_frobenius(gram), TINY)
+        sizes.append(size)
         gram = gram / size[..., None, None].astype(gram.dtype)
-        log_scale += jnp.log(size) / 2**power
-        gram = _product(gram, gram)
-    last = jnp.maximum(_frobenius(gram), jnp.finfo(jnp.float32).tiny)
-    return jnp.exp(log_scale + jnp.log(last) / 2**_SQUARINGS)
+    off = _error(gram.shape[-1], gram.dtype)
+    bound = jnp.ones_like(sizes[0])
+    for size in reversed(sizes[1:]):
+        # The norms are rounded up by more than a division is rounded.
+        bound = jnp.sqrt(size * bound + off) * (1 + EQUATION)
+    return sizes[0] * bound
+
+
+_CHUNK = 64
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    # The default of accelerators rounds operands to eight bits.
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    """The product, in chunks of the axis that is summed: so it is rounded as few sums are."""
+    terms = a.shape[-1]
+    if terms <= 2 * _CHUNK:
+        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    chunks = -(-terms // _CHUNK)
+    missing = (0, chunks * _CHUNK - terms)
+    a = jnp.pad(a, [*[(0, 0)] * (a.ndim - 1), missing])
+    b = jnp.pad(b, [*[(0, 0)] * (b.ndim - 2), missing, (0, 0)])
+
+    def add(index: jax.Array, total: jax.Array) -> jax.Array:
+        left = jax.lax.dynamic_slice_in_dim(a, index * _CHUNK, _CHUNK, -1)
+        right = jax.lax.dynamic_slice_in_dim(b, index * _CHUNK, _CHUNK, -2)
+        return total + jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+    shape = (*a.shape[:-1], b.shape[-1])
+    return jax.lax.fori_loop(0, chunks, add, jnp.zeros(shape, a.dtype))
+
+
+def _error(terms: int, dtype: Any) -> float:
+    """Of `_product`, relative to the product of absolute values: that of a real or complex inner
+    product (each of whose products is two, so that terms double) in chunks that are added."""
+    added = terms if terms <= 2 * _CHUNK else _CHUNK - (-terms // _CHUNK)
+    complex_valued = jnp.issubdtype(dtype, jnp.complexfloating)
+    return 2 * product(2 * added + 2) if complex_valued else product(added)
 
 
 def _frobenius(matrix: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(matrix)), (-2, -1)))
+    """Rounded up, its square too."""
+    count = math.prod(matrix.shape[-2:])
+    squares = square_sums(jnp.abs(matrix).reshape(-1, count)).reshape(matrix.shape[:-2])
+    return jnp.sqrt(squares) * (1 + gamma(squared_terms(count) // 2 + 8))
 
 
 def _dilated_for(kernel: jax.Array, stride: Sequence[int], dilation: Sequence[int]) -> jax.Array:

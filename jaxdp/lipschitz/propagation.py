@@ -5,18 +5,31 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxdp.engine import walker
 from jaxdp.engine.walker import Equation, Program
 from jaxdp.lipschitz.dataflow import row_for_each_sample, vanishing
 from jaxdp.lipschitz.declaration import declared_rule, shown_name
-from jaxdp.lipschitz.rules.registry import PullBack, rule_of
+from jaxdp.lipschitz.rules.registry import PullBack, Registered, rule_of
 from jaxdp.lipschitz.rules.structure import side_by_side
-from jaxdp.lipschitz.value import SHARED, Cotangent, Range, Value, added, jointly, largest
+from jaxdp.lipschitz.value import (
+    INFINITE,
+    SHARED,
+    UNKNOWN,
+    Cotangent,
+    Range,
+    Value,
+    added,
+    is_infinite,
+    jointly,
+    largest,
+)
 
 
 class Step(NamedTuple):
-    """One equation that lies between a parameter and the loss.
+    """One equation of the program, or what loops do beside those of their body.
 
     Attributes:
       name: of its primitive, or of the declared function.
@@ -48,7 +61,8 @@ class Cotangents:
         """A value that is used twice has the sum of two cotangents."""
         total = added([self[value], bound])
         if total is not None:
-            total = jnp.where(jnp.isnan(total), jnp.inf, total)  # 0 · ∞ says nothing
+            if not is_infinite(total):
+                total = jnp.where(jnp.isnan(total), jnp.inf, total)  # 0 · ∞ says nothing
         # The value is kept, so that no other one can get its id.
         self._found[id(value)] = (value, total)
 
@@ -60,7 +74,7 @@ def propagate(program: Program, inputs: Sequence[Value]) -> tuple[list[Value], T
       NotImplementedError: a primitive without a rule.
     """
     tape: Tape = []
-    return _evaluate(program, inputs, tape, ()), tape
+    return _evaluate(program, inputs, tape), tape
 
 
 def pull_back(tape: Tape, outputs: Sequence[Value], bounds: Sequence[Cotangent]) -> Cotangents:
@@ -78,20 +92,61 @@ def pull_back(tape: Tape, outputs: Sequence[Value], bounds: Sequence[Cotangent])
     return cotangents
 
 
+def culprit(tape: Tape, cotangents: Cotangents) -> str:
+    """What made the bound on a cotangent infinite, in words, with its place: an equation that is
+    arbitrarily steep, or one whose result may be infinite or NaN though its operands are not.
+    "" where the bounds are traced."""
+    makers = {id(output): step for step in tape for output in step.outputs}
+    for step in reversed(tape):
+        if any(_infinite(cotangents[value]) for value in step.outputs):
+            continue
+        if not any(_infinite(cotangents[value]) for value in step.operands):
+            continue
+        suspects = [value for value in step.operands if _endless(value)]
+        if not suspects:
+            return f"{step.name} ({step.source}) can be arbitrarily steep"
+        (suspect, *_) = suspects
+        while (maker := makers.get(id(suspect))) is not None:
+            before = [value for value in maker.operands if _endless(value)]
+            if not before:
+                return f"{maker.name} ({maker.source}) may give what is infinite or no number"
+            (suspect, *_) = before
+        if suspect.array is None:
+            return f"{step.name} ({step.source}) is given numbers that have no bound"
+        return f"{step.name} ({step.source}) meets parameters or constants that are not finite"
+    return ""
+
+
+def _infinite(bound: Cotangent) -> bool:
+    """As far as it is known outside of compiled code."""
+    traced = bound is None or isinstance(bound, Tracer)
+    return not traced and not np.isfinite(np.asarray(bound))
+
+
+def _endless(value: Value) -> bool:
+    return value.unknown or _infinite(value.norm)
+
+
 def _evaluate(
-    program: Program, inputs: Sequence[Value], tape: Tape, path: walker.Path
+    program: Program, inputs: Sequence[Value], tape: Tape, declared: bool = True
 ) -> list[Value]:
-    def rule(path: walker.Path, eqn: Equation, values: list[Value]) -> Sequence[Value]:
+    """`declared`: whether calls of declared functions are known by their names, which the calls of
+    their derivatives keep."""
+
+    def rule_for(eqn: Equation) -> Registered | None:
+        return declared_rule(eqn) if declared else None
+
+    def rule(_: walker.Path, eqn: Equation, values: list[Value]) -> Sequence[Value]:
         _check_precision(eqn)
         moves = any(value.moves for value in values)
         known = all(value.array is not None for value in values)
         if known and not moves:
             return [Value.known(array) for array in eqn.bind([value.array for value in values])]
         if (scan := eqn.scan) is not None:
-            return _unrolled(scan, eqn, values, tape, path)
+            return _unrolled(scan, eqn, values, tape, declared)
         if (remat := eqn.remat) is not None:
-            return _evaluate(remat.body, values, tape, path)
-        found = _found(eqn, values, path)
+            return _evaluate(remat.body, values, tape, declared)
+        found = _found(eqn, values, rule_for(eqn), declared)
         if known:
             arrays = eqn.bind([value.array for value in values])
             outputs = [Value.known(array, moves=moves) for array in arrays]
@@ -102,17 +157,11 @@ def _evaluate(
                     eqn.outputs, found.ranges, found.per_sample, strict=True
                 )
             ]
-        if any(output.moves for output in outputs):
-            tape.append(Step(shown_name(eqn), eqn.source, values, outputs, found.pull_back))
+        tape.append(Step(shown_name(eqn), eqn.source, values, outputs, found.pull_back))
         return outputs
 
     return walker.evaluate(
-        program,
-        inputs,
-        rule,
-        lift=Value.known,
-        enter=lambda eqn: declared_rule(eqn) is None,
-        path=path,
+        program, inputs, rule, lift=Value.known, enter=lambda eqn: rule_for(eqn) is None
     )
 
 
@@ -124,19 +173,44 @@ class _Found(NamedTuple):
     per_sample: Sequence[bool]
 
 
-def _found(eqn: Equation, values: Sequence[Value], path: walker.Path) -> _Found:
+def _found(
+    eqn: Equation, values: Sequence[Value], own: Registered | None, declared: bool
+) -> _Found:
     rows = [value.per_sample for value in values]
-    if (declared := declared_rule(eqn)) is not None:
-        return _Found(*declared(eqn, values), row_for_each_sample(eqn.call, rows))
+    if own is not None:
+        return _of_rule(own, eqn, values, row_for_each_sample(eqn.call, rows))
     if eqn.branches:
-        return _branches(eqn, values, path)
+        return _branches(eqn, values, declared)
     if (body := eqn.custom_jvp or eqn.custom_vjp) is not None:
-        return _own_derivative(body, eqn, values, path)
+        return _own_derivative(body, eqn, values, declared)
     same = [any(rows)] * len(eqn.outputs)
+    whole_numbers = not any(
+        jnp.issubdtype(each.dtype, jnp.inexact) for each in (*eqn.outputs, *values)
+    )
+    if whole_numbers and eqn.name in _CHOICES:
+        return _of_rule(rule_of(eqn), eqn, values, same)
     if not any(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in eqn.outputs):
-        # Numbers to count and to compare with have no gradient, and any value.
-        return _Found([Range() for _ in eqn.outputs], lambda bounds: [None] * len(values), same)
-    return _Found(*rule_of(eqn)(eqn, values), same)
+        # Numbers to count and to compare with have no gradient, and any value of their type.
+        return _Found([UNKNOWN for _ in eqn.outputs], lambda bounds: [None] * len(values), same)
+    return _of_rule(rule_of(eqn), eqn, values, same)
+
+
+# What gives one of its operands for each entry, so that no integer overflows.
+_CHOICES = {
+    "broadcast_in_dim", "clamp", "concatenate", "expand_dims", "max", "min", "reshape", "rev",
+    "select_n", "slice", "squeeze", "transpose",
+}  # fmt: skip
+
+
+def _of_rule(
+    registered: Registered, eqn: Equation, values: Sequence[Value], per_sample: Sequence[bool]
+) -> _Found:
+    ranges, back = registered.rule(eqn, values)
+    if all(value.array is not None for value in values):
+        ranges = [UNKNOWN for _ in eqn.outputs]  # not needed: the outputs are known
+    else:
+        ranges = registered.ranges(ranges, values)
+    return _Found(ranges, registered.back(back, values), per_sample)
 
 
 def _check_precision(eqn: Equation) -> None:
@@ -154,7 +228,7 @@ def _check_precision(eqn: Equation) -> None:
 
 
 def _unrolled(
-    scan: walker.Scan, eqn: Equation, values: Sequence[Value], tape: Tape, path: walker.Path
+    scan: walker.Scan, eqn: Equation, values: Sequence[Value], tape: Tape, declared: bool
 ) -> list[Value]:
     """The body once for every step, since what is known of the state changes from step to step."""
     first, last = scan.constants, scan.constants + scan.carry
@@ -164,7 +238,7 @@ def _unrolled(
     order = range(scan.length)
     for step in reversed(order) if scan.reverse else order:
         inputs = [*constants, *carry, *(part[step] for part in parts)]
-        outputs = _evaluate(scan.body, inputs, tape, path)
+        outputs = _evaluate(scan.body, inputs, tape, declared)
         carry, collected[step] = outputs[: scan.carry], outputs[scan.carry :]
     stacked = zip(*(collected[step] for step in order), strict=True)
     if scan.length == 0:
@@ -186,8 +260,7 @@ def _rows(value: Value, length: int, eqn: Equation, tape: Tape) -> list[Value]:
             "per_sample": value.per_sample,
         }
         parts = [Value(value.shape[1:], value.dtype, **known_of_each) for _ in range(length)]
-    if value.moves:
-        tape.append(Step(eqn.name, eqn.source, [value], parts, lambda bounds: [jointly(bounds)]))
+    tape.append(Step(eqn.name, eqn.source, [value], parts, lambda bounds: [jointly(bounds)]))
     return parts
 
 
@@ -201,27 +274,26 @@ def _stacked(parts: list[Value], aval: Any, eqn: Equation, tape: Tape) -> Value:
         rows = any(part.per_sample for part in parts)
         joint = side_by_side(parts)
         whole = Value(aval.shape, aval.dtype, range=joint, moves=moves, per_sample=rows)
-    if moves:
-        count = len(parts)
-        tape.append(Step(eqn.name, eqn.source, parts, [whole], lambda bounds: [*bounds] * count))
+    count = len(parts)
+    tape.append(Step(eqn.name, eqn.source, parts, [whole], lambda bounds: [*bounds] * count))
     return whole
 
 
-def _branches(eqn: Equation, values: Sequence[Value], path: walker.Path) -> _Found:
+def _branches(eqn: Equation, values: Sequence[Value], declared: bool) -> _Found:
     """Whatever the branch."""
     operands = values[1:]
     runs: list[tuple[list[Value], Tape]] = []
     for branch in eqn.branches:
         tape: Tape = []
-        runs.append((_evaluate(branch, operands, tape, path), tape))
+        runs.append((_evaluate(branch, operands, tape, declared), tape))
     ranges = [
         Range(
             jnp.max(jnp.stack([output.norm for output in outputs])),
             jnp.min(jnp.stack([output.low for output in outputs])),
             jnp.max(jnp.stack([output.high for output in outputs])),
         )
-        if jnp.issubdtype(outputs[0].dtype, jnp.floating)
-        else Range()
+        if not any(output.unknown for output in outputs)
+        else UNKNOWN
         for outputs in zip(*(outputs for outputs, _ in runs), strict=True)
     ]
 
@@ -237,11 +309,11 @@ def _branches(eqn: Equation, values: Sequence[Value], path: walker.Path) -> _Fou
 
 
 def _own_derivative(
-    body: Program, eqn: Equation, values: Sequence[Value], path: walker.Path
+    body: Program, eqn: Equation, values: Sequence[Value], declared: bool
 ) -> _Found:
     """Of `jax.custom_jvp` and `jax.custom_vjp`: their body says nothing about their gradient, so
     the program of the gradient itself is bounded, with its cotangent as one more input."""
-    outputs = _evaluate(body, values, [], path)
+    outputs = _evaluate(body, values, [], declared)
     if eqn.custom_vjp is not None and not all(output.per_sample for output in outputs):
         raise NotImplementedError(
             f"the gradient of {eqn.name} ({eqn.source}) need not be linear in the cotangent, and "
@@ -276,8 +348,9 @@ def _own_derivative(
             for aval, bound in zip(outs, bounds, strict=True)
         ]
         still = [_unmoved(value) for value in values]
-        found = iter(_evaluate(program, [*still, *upstream], [], path))
-        return [next(found).norm if index in moving else None for index in range(len(values))]
+        found = _evaluate(program, [*still, *upstream], [], declared=False)
+        bounded = [INFINITE if value.unknown else value.norm for value in found]
+        return [bounded[moving.index(k)] if k in moving else None for k in range(len(values))]
 
     rows = [output.per_sample for output in outputs]
     return _Found([output.range for output in outputs], back, rows)

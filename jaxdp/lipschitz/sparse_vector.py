@@ -10,7 +10,6 @@ Every few epochs, instead of a count at every step as with `track_quantile`: put
 parameters, and keep its leaf out of training (`bounded_grads(..., trainable=)`).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_real
+from jaxdp.distributions import laplace
 from jaxdp.lipschitz.bounds import input_limits
 from jaxdp.lipschitz.gradients import admitted
 from jaxdp.problem import LossFn, Problem, check_function, pose
-from jaxdp.randomness import SELECTION_NOISE, step_key
+from jaxdp.randomness import SELECTION_NOISE, drawn_alone, fingerprint, own_key, step_key
 from jaxdp.schedules import checked
+
+# Below, the noise would exceed the integers that it is compared in.
+_SMALLEST_EPSILON = 1e-7
+_LARGEST_COUNT = 2**30
 
 Candidates = Sequence[float] | ArrayLike
 """Public thresholds C_1 < ... < C_J."""
@@ -121,25 +126,29 @@ def select_clip_value(
       * Counts are of the whole data set, or of a Poisson draw made for this alone, then
         `charge_pure(epsilon, PoissonSampling(q))`. Never count the batch of a step.
       * n is a public constant. The realised number of samples is as private as the counts.
-      * Noise is drawn in float32: no defence against attacks on its lowest bits.
+      * Noise is drawn in float32, by `jaxdp.distributions.laplace`, whose tails go to 44: no
+        defence against attacks on its lowest bits.
 
     Args:
       counts: q, integers `[J]`, from `unclipped_counts`.
       candidates: C_1 < ... < C_J that were counted, > 0. They may follow what was released before,
         and nothing else that the data says.
       quantile: γ in (0, 1), of the norms, where C is to be.
-      expected_count: n > 0, the number of examples, or the expected size of the draw.
-      epsilon: ε > 0. With probability 1 - β the noise moves no comparison by more than
+      expected_count: n in (0, 2³⁰], the number of examples, or the expected size of the draw.
+      epsilon: ε ≥ 1e-7. With probability 1 - β the noise moves no comparison by more than
         2 ln((J + 1)/β)/ε samples.
       key: may be that of the noise.
-      step: number of this selection, as the logical step: another one for each with this key.
+      step: number of this selection, as the logical step: another one for each with this key. Two
+        with the same draw the same noise; `selection_draws` tells a ledger.
 
     Returns:
-      The value for the threshold's leaf, a float32 scalar.
+      The value for the threshold's leaf, a float32 scalar; NaN where two members of a `vmap` have
+      one key and step.
 
     Raises:
       TypeError: counts that are no integers.
-      ValueError: an argument out of range, order or shape.
+      ValueError: an argument out of range, order or shape; under a `vmap` that maps the counts, but
+        neither key nor step.
 
     Example:
       >>> counts = jnp.array([120, 480, 805, 990])
@@ -166,7 +175,11 @@ def select_clip_value(
     if not 0 < quantile < 1:
         raise ValueError(f"quantile must be in (0, 1), got {quantile}")
     checked("expected_count", expected_count)
+    advice = "Count a Poisson draw of the data, which costs less privacy, too."
+    check_real("expected_count", expected_count, maximum=_LARGEST_COUNT, advice=advice)
     checked("epsilon", epsilon)
+    advice = "Less is a choice at random: make it without looking at the data."
+    check_real("epsilon", epsilon, minimum=_SMALLEST_EPSILON, advice=advice)
     # Why Lap(1/ε) is enough. Let D' be D with one example more. It counts from some candidate a
     # on: q'_i = q_i for i < a and q'_i = q_i + 1 for i ≥ a. Let x = γn + ρ, with density p, and
     #     P[j] = ∫ p(x) Π_{i<j} P[ν_i < x - q_i] P[ν_j ≥ x - q_j] dx.
@@ -181,28 +194,33 @@ def select_clip_value(
     # for an i < j, as where one example replaces another, the first would pay for both; were both
     # signs possible, too, twice for the second scale. To answer "none" by the last candidate is
     # post-processing.
-    key = step_key(key, SELECTION_NOISE, jnp.asarray(step))
-    noise = _laplace(key, (thresholds.size + 1,)) / epsilon
+    draw = step_key(own_key(key, SELECTION_NOISE, ()), jnp.asarray(step))
+    alone = drawn_alone(draw, counts)
+    noise = laplace(draw, (thresholds.size + 1,)) / epsilon
     rho, nu = noise[0], noise[1:]
     # Whole numbers are compared, and none of the data is rounded: a float32 beyond 2²⁴ would move
-    # by two where one example comes. 2³⁰ is more than the noise can be for any ε above 1e-7.
+    # by two where one example comes. 2³⁰ is more than the noise can be: at most 2·44.4/ε.
     needed = jnp.clip(jnp.ceil(rho - nu), -(2.0**30), 2.0**30).astype(jnp.int32)
-    margins = counts.astype(jnp.int32) - round(quantile * expected_count)
+    # Counts beyond int32 would come round to negative ones.
+    largest = min(jnp.iinfo(counts.dtype).max, jnp.iinfo(jnp.int32).max)
+    counts = jnp.minimum(counts, jnp.asarray(largest, counts.dtype)).astype(jnp.int32)
+    margins = counts - round(quantile * expected_count)
     reached = (margins >= needed).at[-1].set(True)
-    return jnp.asarray(thresholds)[jnp.argmax(reached)]
+    return jnp.where(alone, jnp.asarray(thresholds)[jnp.argmax(reached)], jnp.nan)
 
 
-def _laplace(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Of scale 1, float32, with tails: -ln u for u = 2^-zeros m, m uniform in (½, 1].
+def selection_draws(key: jax.Array, step: int) -> tuple[tuple[str, str, int], ...]:
+    """Which noise `select_clip_value` draws with this key and step: (purpose, fingerprint, step).
 
-    `jax.random.laplace` takes u from 23 bits, so that what is beyond 16.6 never happens: an event
-    of chance 1e-7 that could tell two data sets apart, for each candidate. Here it is 1e-19.
+    A second selection with both draws the same noise, and the two together may tell what neither
+    does. A ledger that is told of them refuses that, as it does for `jaxdp.noise_draws`.
+
+    Example:
+      >>> [(purpose, name, step)] = selection_draws(jax.random.key(0), step=3)
+      >>> purpose, len(name), step
+      ('selection noise', 64, 3)
     """
-    words = jax.random.bits(key, (3, *shape), jnp.uint32)
-    zeros = jax.lax.clz(words[0]) + jnp.where(words[0] == 0, jax.lax.clz(words[1]), 0)
-    half = (words[2] >> 9).astype(jnp.float32) * 2.0**-24  # 1 - m
-    size = zeros.astype(jnp.float32) * math.log(2) - jnp.log1p(-half)
-    return jnp.where(words[2] & 1 == 1, size, -size)
+    return ((SELECTION_NOISE, fingerprint(own_key(key, SELECTION_NOISE, ())), int(step)),)
 
 
 def _ascending(candidates: Candidates) -> np.ndarray:

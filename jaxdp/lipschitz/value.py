@@ -10,8 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-Cotangent = jax.Array | None
-"""Bound on the L2 norm of a cotangent, a scalar; None where the cotangent is zero."""
+from jaxdp.lipschitz import rounding
+from jaxdp.lipschitz.rounding import EQUATION, gamma, root_of_squares, times, up
+
+Cotangent = jax.Array | float | None
+"""Bound on the L2 norm of a cotangent, a scalar; None where the cotangent is zero. A finite one
+says that all of it is finite."""
+
+INFINITE = math.inf
+"""Of a cotangent that may be anything, whatever the parameters are: a number, not an array."""
 
 SHARED = "the cotangents of samples that share a value are added up before"
 """Why a backward pass that is not linear has no bound on a value without a row for each sample."""
@@ -22,7 +29,10 @@ class Range(NamedTuple):
 
     $$ \lVert x \rVert_2 \le \text{norm}, \qquad \text{low} \le x_j \le \text{high} $$
 
-    They may depend on the parameters, never on an example.
+    They are bounds on what the machine computes (`jaxdp.lipschitz.rounding`), and may depend on the
+    parameters, never on an example. A finite one says that every entry is a finite number, NaN is
+    none: what may be infinite or NaN has no bound at all. One that is not given follows from the
+    others, where it can.
 
     Attributes:
       norm: of all entries together.
@@ -34,23 +44,39 @@ class Range(NamedTuple):
     low: ArrayLike = -math.inf
     high: ArrayLike = math.inf
 
-    def numbers(self) -> "Range":
-        """In float32, and infinite where it is not a number: 0 · ∞ and ∞ - ∞ say nothing."""
-        bounds = (jnp.asarray(bound, jnp.float32) for bound in self)
-        return Range(
-            *(
-                jnp.where(jnp.isnan(bound), nothing, bound)
-                for bound, nothing in zip(bounds, Range(), strict=True)
-            )
-        )
+    @property
+    def unknown(self) -> bool:
+        """Whether it says nothing, whatever the parameters are."""
+        return all(isinstance(bound, float) for bound in self) and self == UNKNOWN
+
+    def outward(self, units: int = 0) -> "Range":
+        """Rounded so that it holds for what one equation computes: see `rounding.EQUATION`; with
+        a function in it that is off by so many u more."""
+        if self.unknown:
+            return self
+        low, high = (jnp.asarray(end, jnp.float32) for end in (self.low, self.high))
+        slip = np.float32(EQUATION + gamma(units))
+        return Range(up(self.norm, units), low - slip * jnp.abs(low), high + slip * jnp.abs(high))
 
     def tightened(self, size: int) -> "Range":
-        """What norm and interval say of each other, for `size` entries."""
-        norm, low, high = (jnp.asarray(bound) for bound in self.numbers())
+        """What norm and interval say of each other, for `size` entries; nothing at all where
+        neither is finite, or one is NaN: 0 · ∞ and ∞ - ∞ say nothing."""
         if size == 0:
             return Range(*(jnp.zeros((), jnp.float32),) * 3)
-        norm = jnp.minimum(norm, math.sqrt(size) * jnp.maximum(jnp.abs(low), jnp.abs(high)))
-        return Range(norm, jnp.maximum(low, -norm), jnp.minimum(high, norm))
+        norm, low, high = (jnp.asarray(bound, jnp.float32) for bound in self)
+        widest = times(up(math.sqrt(size)), jnp.maximum(jnp.abs(low), jnp.abs(high)))
+        norm = jnp.minimum(jnp.where(jnp.isnan(norm), jnp.inf, norm), widest)
+        low, high = (
+            jnp.where(jnp.isnan(low), -jnp.inf, low),
+            jnp.where(jnp.isnan(high), jnp.inf, high),
+        )
+        finite = jnp.isfinite(norm)
+        low, high = jnp.maximum(low, -norm), jnp.minimum(high, norm)
+        return Range(norm, jnp.where(finite, low, -jnp.inf), jnp.where(finite, high, jnp.inf))
+
+
+UNKNOWN = Range()
+"""Of what may be anything, NaN included, whatever the parameters are."""
 
 
 class Value:
@@ -58,7 +84,8 @@ class Value:
 
     Args:
       shape, dtype: of the result.
-      range: bounds on it; not needed where the array is known.
+      range: bounds on it; not needed where the array is known. Of integers and flags those of
+        their dtype, if none are given.
       array: the result itself, if it depends on no example.
       moves: whether it depends on a parameter, so that its cotangent matters.
       per_sample: whether `jax.vmap` certainly gives it a row for each sample. What has none is
@@ -70,7 +97,7 @@ class Value:
         shape: Sequence[int],
         dtype: Any,
         *,
-        range: Range | None = None,
+        range: Range = UNKNOWN,
         array: Any = None,
         moves: bool = False,
         per_sample: bool = False,
@@ -80,7 +107,7 @@ class Value:
         self.array = array
         self.per_sample = per_sample
         self.moves = moves and jnp.issubdtype(dtype, jnp.floating)
-        self._range = Range() if range is None else range
+        self._range = _all_of(dtype) if range.unknown else range
         self._found: dict[Any, jax.Array] = {}
 
     @classmethod
@@ -93,6 +120,11 @@ class Value:
         """Number of entries."""
         return math.prod(self.shape)
 
+    @property
+    def unknown(self) -> bool:
+        """Whether nothing is known of it, whatever the parameters are."""
+        return self.array is None and self._range.unknown
+
     def once(self, what: Hashable, compute: Callable[[], jax.Array]) -> jax.Array:
         """What `compute` finds out about this value, found out once: the steps of a loop share
         their weights."""
@@ -103,13 +135,21 @@ class Value:
     @functools.cached_property
     def range(self) -> Range:
         """Norm and interval. Computed when asked for: not every array has numbers in it."""
+        if self.unknown:
+            return UNKNOWN
         if self.array is None:
             return self._range.tightened(self.size)
-        if self.size == 0:
+        if self.size == 0 or not _has_numbers(self.dtype):
             return Range(0, 0, 0).tightened(0)
-        entries = jnp.asarray(self.array).astype(jnp.float32)
-        norm = jnp.sqrt(jnp.sum(jnp.square(entries)))
-        return Range(norm, jnp.min(entries), jnp.max(entries)).numbers()
+        entries = jnp.asarray(self.array)
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            entries = entries.astype(jnp.float32)
+        # In float32 a number of another dtype is rounded.
+        return (
+            Range(rounding.norm(entries), jnp.min(entries), jnp.max(entries))
+            .outward()
+            .tightened(self.size)
+        )
 
     @property
     def norm(self) -> jax.Array:
@@ -132,24 +172,49 @@ class Value:
         return jnp.maximum(jnp.abs(self.low), jnp.abs(self.high))
 
 
+def _has_numbers(dtype: Any) -> bool:
+    return not jnp.issubdtype(dtype, jax.dtypes.extended)
+
+
+def _all_of(dtype: Any) -> Range:
+    """What an array of that dtype may hold."""
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return Range(low=0, high=1)
+    if jnp.issubdtype(dtype, jnp.integer):
+        info = jnp.iinfo(dtype)
+        return Range(low=float(info.min), high=float(info.max))
+    return UNKNOWN if _has_numbers(dtype) else Range(0, 0, 0)
+
+
+def is_infinite(bound: Cotangent) -> bool:
+    """Whether it is `INFINITE`, which is known while the program of a bound is traced."""
+    return isinstance(bound, float) and bound == INFINITE
+
+
 def added(bounds: Sequence[Cotangent]) -> Cotangent:
     """Of the sum of cotangents: the triangle inequality."""
     found = [bound for bound in bounds if bound is not None]
-    return None if not found else functools.reduce(jnp.add, found)
+    if len(found) < 2:
+        return found[0] if found else None
+    return INFINITE if any(map(is_infinite, found)) else up(functools.reduce(jnp.add, found))
 
 
 def jointly(bounds: Sequence[Cotangent]) -> Cotangent:
     """Of cotangents side by side: Pythagoras."""
     found = [bound for bound in bounds if bound is not None]
-    return None if not found else jnp.sqrt(sum(map(jnp.square, found), jnp.float32(0)))
+    if any(map(is_infinite, found)):
+        return INFINITE
+    return None if not found else root_of_squares(jnp.stack(list(map(jnp.asarray, found))))
 
 
 def largest(bounds: Sequence[Cotangent]) -> Cotangent:
     """Of one among them, whichever."""
     found = [bound for bound in bounds if bound is not None]
+    if any(map(is_infinite, found)):
+        return INFINITE
     return None if not found else functools.reduce(jnp.maximum, found)
 
 
-def scaled(bound: Cotangent, gain: ArrayLike) -> Cotangent:
-    """Behind a linear map of that operator norm."""
-    return None if bound is None else bound * jnp.asarray(gain, np.float32)
+def scaled(bound: Cotangent, *gains: ArrayLike) -> Cotangent:
+    """Behind linear maps of these operator norms, one after the other."""
+    return bound if bound is None or is_infinite(bound) else times(bound, *gains)

@@ -1,6 +1,9 @@
 """The main job: train a classifier privately, from a configuration to a result."""
 
 import contextlib
+import dataclasses
+import hashlib
+import hmac
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ import optax
 from jaxdp import accounting, lipschitz, training
 from jaxdp.accumulation import accumulate
 from jaxdp.clipping import clip_adaptive, clip_automatic, clip_flat, clip_per_layer
-from jaxdp.distributed import data_parallel, shared_seed
+from jaxdp.distributed import check_agreement, data_parallel, shared_seed
 from jaxdp.noise import add_noise
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.randomness import random_key
@@ -30,6 +33,9 @@ SCHEDULE_NAMES = ("cosine", "constant")
 
 # Of the count of an adaptive clip, relative to the batch size: costs next to nothing.
 _COUNT_NOISE = 0.05
+
+# What the int32 that counts them in a state can hold.
+_MOST_STEPS = 2**31 - 1
 
 # Any input may come: a Lipschitz model bounds it itself.
 _INPUT_BOUND = math.inf
@@ -100,8 +106,10 @@ class Result(NamedTuple):
       params: trained parameters; private, they may be released.
       accuracy: on the test set, in [0, 1].
       epsilon: ε spent at `config.delta`, as the ledger says.
-      noise_multiplier: σ of the gradients.
-      steps: logical steps executed.
+      noise_multiplier: σ of the gradients, as the ledger says; the smallest if there were several,
+        NaN where no step was executed.
+      steps: logical steps executed, as the ledger says.
+      stopped_by: why no more were: "steps" or "budget".
       history: of the run, one dict per epoch.
       assumptions: what ε rests on, in words.
     """
@@ -111,8 +119,28 @@ class Result(NamedTuple):
     epsilon: float
     noise_multiplier: float
     steps: int
+    stopped_by: str
     history: list[dict[str, Any]]
     assumptions: dict[str, str]
+
+
+def configuration(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What decides a run and is no secret: of the seed it tells whether there is one.
+
+    Returns:
+      Data for JSON.
+    """
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "seed"}
+    test_data = _digest(dataset.test_x, dataset.test_y)
+    return settings | {"randomness": _randomness(config), "test_data": test_data}
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()
 
 
 def cross_entropy(model: Model) -> Callable[[Any, tuple[jax.Array, jax.Array]], jax.Array]:
@@ -157,15 +185,21 @@ def train(
       config: what to train.
       dataset: examples and labels.
       log_fn: as in `training.fit`.
-      checkpoints: directory to save to and resume from, or None.
+      checkpoints: directory to save to and resume from, with the same configuration and data; or
+        None.
       progress: show a bar.
       devices: over how many of this process the batches are spread; where there are several
         processes (`jaxdp.distributed.join`), over as many of each.
 
     Raises:
       ProcessLost: another process has ended.
-      ValueError: the configuration does not fit the data, or cannot be private.
+      ValueError: the configuration does not fit the data, or cannot be private; another process or
+        the checkpoint has another one.
+      OSError: the checkpoints cannot be written, or another run has them open.
     """
+    settings = configuration(config, dataset)
+    training_data = _digest(dataset.train_x, dataset.train_y)
+    check_agreement(**settings, training_data=training_data)
     model = build(config.model, dataset.train_x.shape[1:], dataset.num_classes)
     grads_fn = _grads_fn(config, model)
     count = len(dataset.train_y)
@@ -174,7 +208,7 @@ def train(
     rows_at = 1 if sharding is None else sharding.num_devices
     sampler = _sampler(config, count, shared_seed() if config.seed is None else config.seed)
     sampler = _divided(sampler, sampler.physical_batch_size, rows_at)
-    steps = max(round(config.epochs * count / config.batch_size), 1)
+    steps = _steps(config, count)
     total = accounting.calibrate_noise_multiplier(
         config.epsilon,
         delta=config.delta,
@@ -185,17 +219,25 @@ def train(
     key = random_key() if config.seed is None else jax.random.key(config.seed)
     init_key, chain_key = jax.random.split(key)
     params = jax.jit(model.init)(init_key)
-    tx, sigma = _chain(config, model, total, steps, params, chain_key)
+    tx = _chain(config, model, total, steps, params, chain_key)
     accuracy = accuracy_fn(model, dataset.test_x, dataset.test_y)
     with contextlib.ExitStack() as stack:
         store = None
         if checkpoints is not None:
-            store = stack.enter_context(contextlib.closing(training.Checkpoints(checkpoints)))
-            saved = store.sampler()
+            with contextlib.closing(training.Checkpoints(checkpoints)) as opened:
+                saved = opened.sampler()
+            seed = sampler.seed
             if saved is not None:
-                seed = saved.seed if config.seed is None else config.seed
-                sampler = _sampler(config, count, seed)
+                seed = saved.seed
+                sampler = _sampler(config, count, seed if config.seed is None else config.seed)
                 sampler = _divided(sampler, saved.physical_batch_size, rows_at)
+            # Keyed, since a refusal shows it: as it is it would tell whoever guesses one example,
+            # and knows the others, that the guess is right.
+            keyed = hmac.new(f"{seed}".encode(), training_data.encode(), "sha256").hexdigest()
+            opened = training.Checkpoints(
+                checkpoints, configuration=settings | {"training_data": keyed}
+            )
+            store = stack.enter_context(contextlib.closing(opened))
         run = training.fit(
             training.init(params, tx),
             training.make_step(grads_fn, tx),
@@ -211,24 +253,47 @@ def train(
             progress=progress,
             sharding=sharding,
         )
-    randomness = "operating system"
-    if config.seed is not None:
-        randomness = "a given seed (an experiment: who knows it can subtract the noise)"
     return Result(
         params=run.state.params,
         accuracy=accuracy(run.state.params),
-        epsilon=run.history[-1]["epsilon"],
-        noise_multiplier=sigma,
+        epsilon=run.ledger.epsilon(config.delta, accountant=config.accountant),
+        noise_multiplier=_drawn(run.ledger),
         steps=run.ledger.steps,
+        stopped_by=run.stopped_by,
         history=run.history,
         assumptions={
             "gradient of one example": _bounded_by(config, model, run.state.params, dataset),
             "unit of privacy": "one training example, added or removed",
             "sampling": f"Poisson, rate {sampler.scheme.sampling_rate:.4g} per step",
-            "released": "every iterate (the test set counts as public)",
-            "randomness": randomness,
+            "released": "every iterate, of which this shows the test accuracy (the test set "
+            "counts as public)",
+            "randomness": _randomness(config),
         },
     )
+
+
+def _randomness(config: Config) -> str:
+    if config.seed is None:
+        return "operating system"
+    return "a given seed (an experiment: who knows it can subtract the noise)"
+
+
+def _steps(config: Config, count: int) -> int:
+    """How many logical steps the epochs take, at least one."""
+    steps = config.epochs * count / config.batch_size
+    if not steps < _MOST_STEPS:
+        raise ValueError(
+            f"epochs must be fewer than make {_MOST_STEPS:,} steps, which is as far as steps are "
+            f"counted, got {config.epochs:g} of {count / config.batch_size:g} steps each. Take "
+            "fewer, or a larger batch_size."
+        )
+    return max(round(steps), 1)
+
+
+def _drawn(ledger: accounting.Ledger) -> float:
+    """The smallest σ of the gradients that was drawn; an adaptive clip's count comes before it."""
+    entries = [entry for entry in ledger.entries if isinstance(entry, accounting.LedgerEntry)]
+    return min((entry.noise_multipliers[-1] for entry in entries), default=math.nan)
 
 
 def _grads_fn(config: Config, model: Model) -> Callable[..., Any]:
@@ -273,8 +338,8 @@ def _divided(sampler: PoissonSampler, least: int, devices: int) -> PoissonSample
 
 def _chain(
     config: Config, model: Model, total: float, steps: int, params: Any, key: jax.Array
-) -> tuple[optax.GradientTransformation, float]:
-    """The optax chain whose step costs `total`, and the σ of its gradients."""
+) -> optax.GradientTransformation:
+    """The optax chain whose step costs `total`."""
     clip_key, noise_key = jax.random.split(key)
     clip, sigma = _clip(config, total, len(jax.tree.leaves(params)), clip_key)
     behind = [
@@ -284,7 +349,7 @@ def _chain(
     ]
     if model.project is not None:
         behind.append(lipschitz.project(model.project))
-    return optax.chain(clip, accumulate(optax.chain(*behind))), sigma
+    return optax.chain(clip, accumulate(optax.chain(*behind)))
 
 
 def _check_name(field: str, value: str, names: Sequence[str]) -> None:

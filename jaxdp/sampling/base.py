@@ -1,5 +1,6 @@
 """What all samplers share: physical batches, and draws that are functions of (seed, step)."""
 
+import hashlib
 import itertools
 import secrets
 from abc import ABC, abstractmethod
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxdp.accounting.checks import check_integer
+from jaxdp.accounting.draws import BATCHES, Draws
 from jaxdp.accounting.schemes import SamplingScheme
 
 _SEED_BITS = 128
@@ -119,6 +121,48 @@ class Sampler(ABC):
                 f"Choose a physical batch that is a multiple of {parts}."
             )
         return _packed(members, ranges, self.physical_batch_size // parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the seed without telling it: SHA-256, 64 hex digits.
+
+        Of the seed alone: samplers that share it, of another rate or size, draw batches that depend
+        on each other. It cannot be turned back, but a guess can be checked: a small seed is found
+        by trying them all, one of 128 bits from the system is not.
+
+        Example:
+            >>> from jaxdp.sampling import FixedSizeSampler
+            >>> one, other = (FixedSizeSampler(9, batch_size=b, seed=1) for b in (2, 3))
+            >>> one.fingerprint == other.fingerprint, len(one.fingerprint)
+            (True, 64)
+        """
+        return hashlib.sha256(f"jaxdp sampler seed\n{self.seed}".encode()).hexdigest()
+
+    def draws(self, step: int, count: int = 1) -> tuple[Draws, ...]:
+        """What a ledger must know of the random numbers behind a step's batch.
+
+        Two steps with the same batch are not independent, so a ledger that was charged with these
+        refuses them a second time. They are of the seed: samplers of another rate, size or kind
+        with the same seed draw batches that are alike, and count as the same.
+
+        Args:
+            step: number of the first step, ≥ 0.
+            count: how many steps, ≥ 1.
+
+        Returns:
+            The draws of these steps, for `Ledger.charge(..., draws=...)`.
+
+        Raises:
+            TypeError: an argument is no integer.
+            ValueError: an argument is out of range.
+
+        Example:
+            >>> from jaxdp.sampling import FixedSizeSampler
+            >>> [drawn] = FixedSizeSampler(100, batch_size=5, seed=1).draws(7)
+            >>> drawn.purpose, drawn.first, drawn.count
+            ('batches', 7, 1)
+        """
+        return (Draws(BATCHES, self.fingerprint, _check_step(step), count),)
 
     def part(self, index: int, parts: int) -> range:
         """The examples of one part of the data: contiguous, and of the same number up to one.

@@ -1,11 +1,13 @@
 """Shuffled epochs."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxdp.accounting.draws import EPOCHS, Draws
 from jaxdp.accounting.schemes import ShuffledEpochs
 from jaxdp.sampling.sized import SizedSampler
 
@@ -69,6 +71,31 @@ class ShuffledSampler(SizedSampler):
             ShuffledEpochs(steps_per_epoch=3)
         """
         return ShuffledEpochs(self.steps_per_epoch)
+
+    def draws(self, step: int, count: int = 1) -> tuple[Draws, ...]:
+        """What a ledger must know of the batch of a step, its place in the epoch included.
+
+        Args:
+            step: number of the first step, ≥ 0.
+            count: how many steps, ≥ 1.
+
+        Returns:
+            The draws of these steps, and of which permutations they are pieces: batches of one
+            epoch are disjoint only where one sampler, with one size of batches, cut them.
+
+        Raises:
+            TypeError: an argument is no integer.
+            ValueError: an argument is out of range.
+
+        Example:
+            >>> sampler = ShuffledSampler(10, batch_size=4, seed=1)
+            >>> [drawn.purpose for drawn in sampler.draws(7)]
+            ['batches', 'epochs']
+        """
+        [batches] = super().draws(step, count)
+        cut = f"{self.fingerprint} {self.num_examples} {self.batch_size}"
+        epochs = hashlib.sha256(cut.encode()).hexdigest()
+        return batches, replace(batches, purpose=EPOCHS, fingerprint=epochs)
 
     def members(self, step: int) -> NDArray[np.intp]:
         """Indices of the examples that take part, in the order of the epoch's permutation."""

@@ -16,8 +16,9 @@ Everything here is optional; the pieces of `jaxdp` work in a loop of your own. T
 
 from jaxdp.training.budget import Budget as Budget
 from jaxdp.training.checkpoints import Checkpoints as Checkpoints
-from jaxdp.training.loop import Run as Run
 from jaxdp.training.loop import fit as fit
+from jaxdp.training.run import Run as Run
+from jaxdp.training.run import run_of as run_of
 from jaxdp.training.step import Step as Step
 from jaxdp.training.step import StepMetrics as StepMetrics
 from jaxdp.training.step import TrainState as TrainState

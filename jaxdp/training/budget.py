@@ -1,9 +1,11 @@
 """The budget of a run: a step is allowed only if ε stays within it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxdp.accounting import (
     AccountantName,
+    Draws,
     Ledger,
     RelationName,
     SamplingScheme,
@@ -50,7 +52,11 @@ class Budget:
     _next: Ledger | None = field(default=None, init=False, repr=False)
 
     def allows(
-        self, ledger: Ledger, noise_multipliers: list[float], sampling: SamplingScheme
+        self,
+        ledger: Ledger,
+        noise_multipliers: list[float],
+        sampling: SamplingScheme,
+        draws: Sequence[Draws] = (),
     ) -> bool:
         """Whether one more step with these releases fits.
 
@@ -58,6 +64,7 @@ class Budget:
           ledger: what has been executed.
           noise_multipliers: of the Gaussians that the coming step releases.
           sampling: the scheme that draws its batch.
+          draws: what the coming step will be charged with beside.
         """
         step = combined_noise_multiplier(noise_multipliers), sampling
         if step != self._step or ledger != self._next or self._left <= 0:
@@ -71,7 +78,8 @@ class Budget:
                 accountant=self.accountant,
                 neighboring_relation=self.neighboring_relation,
                 at_most=horizon,
+                draws=draws,
             )
         self._left -= 1
-        self._next = ledger.charge(noise_multipliers, sampling)
+        self._next = ledger.charge(noise_multipliers, sampling, draws=draws)
         return self._left >= 0

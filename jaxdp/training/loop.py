@@ -1,45 +1,28 @@
-"""The training loop: draws, steps, charges, reports, checkpoints, and stops at the budget."""
+"""The training loop: draws, charges, steps, reports, checkpoints, and stops at the budget."""
 
-import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxdp.accounting import AccountantName, Ledger, RelationName
-from jaxdp.accumulation import AccumulateState
-from jaxdp.distributed import check_agreement, spread_rows, spread_state
+from jaxdp.accounting import AccountantName, Draws, Ledger, RelationName
+from jaxdp.distributed import check_agreement, spread_state
+from jaxdp.distributed.agreement import program_digest
 from jaxdp.distributed.lost import every_process_needed
-from jaxdp.engine.sharded import row_sharding
 from jaxdp.sampling import Sampler
+from jaxdp.training.arguments import Plan, check_objects, check_plan
 from jaxdp.training.budget import Budget
-from jaxdp.training.checkpoints import Checkpoints, Saved
+from jaxdp.training.checkpoints import Checkpoints
+from jaxdp.training.identity import step_draws
+from jaxdp.training.loading import Data, Part, check_overflow, data_digest, loader
 from jaxdp.training.logs import LogFn, log_function
 from jaxdp.training.progress import progress_bar
+from jaxdp.training.reports import Evaluate, Seen, report_row
+from jaxdp.training.resume import begin
+from jaxdp.training.run import Live, Run, consumed, interrupts_wait, kept
 from jaxdp.training.step import Step, StepMetrics, TrainState
-
-# A pytree of host arrays [num_examples, ...], or a function from indices [P] to a batch [P, ...].
-Data = Any | Callable[[np.ndarray], Any]
-
-
-class Run(NamedTuple):
-    """What `fit` leaves behind.
-
-    Attributes:
-      state: after the last step.
-      ledger: what was executed, from the first step on.
-      history: one dict per report: step, epoch, epsilon, delta, loss, nonfinite,
-        samples_per_second, and what `evaluate` returned. Loss, nonfinite and samples_per_second
-        come from raw training data and are NOT private.
-      stopped_by: "steps" or "budget".
-    """
-
-    state: TrainState
-    ledger: Ledger
-    history: list[dict[str, Any]]
-    stopped_by: str
 
 
 def fit(
@@ -54,7 +37,7 @@ def fit(
     accountant: AccountantName = "pld",
     neighboring_relation: RelationName = "add_or_remove_one",
     ledger: Ledger = Ledger(),  # noqa: B008 - immutable
-    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     report_every: int | None = None,
     log_fn: str | LogFn | None = None,
     checkpoints: Checkpoints | None = None,
@@ -64,12 +47,24 @@ def fit(
 ) -> Run:
     """Trains until `steps` logical steps are executed or the next one would exceed the budget.
 
-    Every logical step charges the ledger with the noise that the chain itself says it draws, and
-    with the scheme of the sampler that drew the batch. With `checkpoints`, the run is saved at
-    every report, and begins where the newest checkpoint ended: killed at any moment and started
-    again, it executes the same steps with the same noise and ends in the same state. A state that
-    has come as far as the checkpoint is continued as it is given, with its ledger: between two
-    calls you may release something else, change the parameters by it, and charge it.
+    Every logical step charges the ledger, before it runs, with the noise that the chain itself says
+    it draws, with the scheme of the sampler that drew the batch, and with the random numbers of
+    both (`Ledger.draws`). Two runs on one ledger with the same noise key or the same sampler seed
+    are refused; a run that goes on from its state and ledger draws new ones.
+
+    With `checkpoints`, the run is saved at every report, and begins where the newest checkpoint
+    ended: killed at any moment and started again, it executes the same steps with the same noise
+    and ends in the same state. What `ledger` holds beyond the saved one is added to it; what the
+    saved one was given before is not added again, unless its draws tell that it was released once
+    more: charge a release that every start makes anew, such as a clip value that is selected, with
+    its draws. A state that has come as far as the checkpoint is continued as it is given, with its
+    ledger: between two calls you may release something else, change the parameters by it, and
+    charge it. Other data than that of the checkpoint
+    is refused where `data` are arrays.
+
+    An exception, Ctrl-C included, leaves state, ledger and history in reach:
+    `jaxdp.training.run_of(error)`. Ctrl-C waits for the end of a step, and the run is then saved
+    where there are checkpoints; pressed again, it acts at once.
 
     Args:
       state: from `training.init`; consumed.
@@ -84,7 +79,8 @@ def fit(
       neighboring_relation: "add_or_remove_one" or "replace_one".
       ledger: what the data has been charged with before; where `state` comes from an earlier
         `fit`, the ledger of that run.
-      evaluate: `params -> dict of numbers`, called at every report.
+      evaluate: `params -> dict of numbers`, called at every report. Its names must be others than
+        those of the report.
       report_every: logical steps between reports; default one epoch.
       log_fn: "logging", "wandb", "tensorboard", "all" or a callable; gets each report.
       checkpoints: where to save and resume.
@@ -100,11 +96,14 @@ def fit(
       The `Run`.
 
     Raises:
-      ValueError: a count out of range; the ledger misses steps of the state; the data does not
-        fit the sampler; a logical batch may need several physical ones but the chain has no
+      TypeError: an argument of the wrong type.
+      ValueError: an argument out of range; the ledger misses steps of the state, or what the
+        checkpoint holds; noise or batches that the ledger was charged with before; the data does
+        not fit the sampler; a logical batch may need several physical ones but the chain has no
         `jaxdp.accumulate`; the chain draws no noise; the accountant cannot account for the
         sampler's scheme; rows that do not divide among devices or parts of the data; processes
-        that differ in state, sampler or arguments.
+        that differ in state, sampler, arguments, step (its clip, noise or optimizer), or in what
+        they have reached at a report.
       ProcessLost: another process of the job has ended.
 
     Example:
@@ -119,68 +118,141 @@ def fit(
       >>> run.ledger.steps, [round(row["epsilon"], 2) for row in run.history]
       (20, [0.8, 1.08])
     """
-    load = _loader(data, sampler, sharding, data_parts)
+    check_objects(
+        state,
+        step,
+        sampler,
+        ledger=ledger,
+        checkpoints=checkpoints,
+        sharding=sharding,
+        evaluate=evaluate,
+        progress=progress,
+    )
+    plan = check_plan(
+        sampler,
+        steps=steps,
+        delta=delta,
+        budget=budget,
+        accountant=accountant,
+        relation=neighboring_relation,
+        report_every=report_every,
+        data_parts=data_parts,
+    )
+    load = loader(data, sampler, sharding, plan.data_parts)
     first = jax.process_index() == 0
     log = log_function(log_fn if first else None)
-    limit = None if budget is None else Budget(budget, delta, accountant, neighboring_relation)
-    if report_every is None:
-        report_every = max(round(sampler.num_examples / sampler.expected_batch_size), 1)
-    _check_counts(steps, report_every)
-    _check_overflow(state, sampler, data_parts)
-    plan = [steps, delta, budget, accountant, neighboring_relation, report_every, data_parts]
+    check_overflow(state, sampler, plan.data_parts)
+    where = checkpoints is not None
     check_agreement(
-        state=state, sampler=sampler.to_dict(), ledger=ledger.to_json(), arguments=plan
+        state=state, sampler=sampler.to_dict(), ledger=ledger.to_json(), arguments=[*plan, where]
     )
     if sharding is not None:
         state = spread_state(state, sharding.mesh)
-
-    def spent(ledger: Ledger) -> float:
-        return ledger.epsilon(
-            delta, accountant=accountant, neighboring_relation=neighboring_relation
-        )
-
     # What the accountant cannot answer for fails before the first step, not at the first report.
-    spent(ledger.charge(1.0, sampler.scheme))
-    state, ledger, history = _begin(state, ledger, sampler, checkpoints)
+    plan.spent(ledger.charge(1.0, sampler.scheme))
+    # Where each process has a part of the data alone, none can tell for all.
+    of_data = data_digest(data, sampler) if checkpoints and plan.data_parts == 1 else None
+    live = Live(*begin(state, ledger, sampler, checkpoints, of_data))
+    if jax.process_count() > 1:
+        check_agreement(checkpoint=live.whole, charges=live.ledger.to_json())
+    done = saved = int(live.whole.step)
 
-    def report(seen: _Seen) -> None:
-        epsilon = spent(ledger)
-        epoch = done * sampler.expected_batch_size / sampler.num_examples
-        row = {"step": done, "epoch": epoch, "epsilon": epsilon, "delta": delta, **seen.summary()}
-        if evaluate is not None:
-            row |= {name: float(value) for name, value in evaluate(state.params).items()}
-        history.append(row)
-        if checkpoints is not None:
-            checkpoints.save(state, ledger, sampler, history)
+    def save() -> None:
+        nonlocal saved
+        if checkpoints is not None and saved < done:
+            saved = done
+            with interrupts_wait():
+                checkpoints.save(live.whole, live.ledger, sampler, live.history, of_data)
+
+    def report(seen: Seen) -> None:
+        if jax.process_count() > 1:
+            check_agreement(parameters=live.whole.params, charges=live.ledger.to_json())
+        row = report_row(live.whole, live.ledger, sampler, plan, seen, evaluate)
+        live.history.append(row)
+        save()
         log(row)
-        bar.show(epsilon=epsilon)
+        bar.show(epsilon=row["epsilon"])
 
-    done, reported, stopped_by, seen = int(state.step), int(state.step), "steps", _Seen.begin()
-    with every_process_needed(_how_to_resume(checkpoints)), progress_bar(
-        progress and first, total=steps, done=done, budget=budget
-    ) as bar:
+    reported, stopped_by, seen = done, "steps", Seen.begin()
+    limit = _budget(plan)
+    with (
+        kept(live),
+        every_process_needed(_how_to_resume(checkpoints)),
+        progress_bar(progress and first, total=plan.steps, done=done, budget=plan.budget) as bar,
+        _saved_when_interrupted(live, save),
+    ):
         drawn = load(done)
-        while done < steps:
-            released = _as_typed(step.noise_multipliers(state, drawn[0].batch))
-            if limit is not None and not limit.allows(ledger, released, sampler.scheme):
+        if jax.process_count() > 1:
+            check_agreement(step=_program(step, live.whole, drawn[0]))
+        while done < plan.steps:
+            released = _as_typed(step.noise_multipliers(live.whole, drawn[0].batch))
+            draws = step_draws(live.whole, sampler, done)
+            if limit is not None and not limit.allows(live.ledger, released, sampler.scheme, draws):
                 stopped_by = "budget"
                 break
-            metrics = []
-            for part in drawn:
-                state, part_metrics = step.run(state, part.batch, part.mask, part.is_last)
-                metrics.append(part_metrics)
-            done += 1
-            ledger = ledger.charge(released, sampler.scheme)
-            if done < steps:
+            with interrupts_wait():
+                metrics = _execute(live, step, sampler, drawn, released, draws)
+                done += 1
+            if done < plan.steps:
                 drawn = load(done)  # on the host, while the device computes the present batch
             seen = seen.add(jax.device_get(metrics))
             bar.advance(loss=seen.loss, samples_per_second=seen.samples_per_second)
-            if done % report_every == 0:
+            if done % plan.report_every == 0:
                 report(seen)
-                reported, seen = done, _Seen.begin()
+                reported, seen = done, Seen.begin()
         if done > reported:
             report(seen)
-    return Run(state, ledger, history, stopped_by)
+    return Run(live.whole, live.ledger, live.history, stopped_by)
+
+
+def _execute(
+    live: Live,
+    step: Step,
+    sampler: Sampler,
+    drawn: list[Part],
+    released: list[float],
+    draws: tuple[Draws, ...],
+) -> list[StepMetrics]:
+    """One logical step, charged before anything of it can be released."""
+    state, before = live.whole, live.ledger
+    live.ledger = before.charge(released, sampler.scheme, draws=draws)
+    live.state, metrics = None, []
+    try:
+        for part in drawn:
+            state, part_metrics = step.run(state, part.batch, part.mask, part.is_last)
+            metrics.append(part_metrics)
+    except BaseException:
+        # A program consumes the state it is given: it did not run where the state is still there.
+        if not metrics and not consumed(state):
+            live.state, live.ledger = state, before
+        raise
+    live.state = state
+    return metrics
+
+
+@contextlib.contextmanager
+def _saved_when_interrupted(live: Live, save: Callable[[], None]) -> Iterator[None]:
+    """After Ctrl-C no step is lost. Processes save together, so one of them alone cannot."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if live.state is not None and jax.process_count() == 1:
+            try:
+                save()
+            except Exception as error:  # of any kind: the user is to see the interrupt
+                interrupt.add_note(f"jaxdp: the run could not be saved: {error}")
+        raise
+
+
+def _budget(plan: Plan) -> Budget | None:
+    if plan.budget is None:
+        return None
+    return Budget(plan.budget, plan.delta, plan.accountant, plan.relation)
+
+
+def _program(step: Step, state: TrainState, part: Part) -> str:
+    """What a step computes, with the constants that its chain closes over."""
+    return program_digest(step.run, state, part.batch, part.mask, part.is_last)
 
 
 def _how_to_resume(checkpoints: Checkpoints | None) -> str:
@@ -192,142 +264,6 @@ def _how_to_resume(checkpoints: Checkpoints | None) -> str:
     )
 
 
-class _Part(NamedTuple):
-    """A physical batch with its data."""
-
-    batch: Any
-    mask: np.ndarray | jax.Array
-    is_last: bool
-
-
-class _Seen(NamedTuple):
-    """Sums since the last report."""
-
-    loss_sum: float
-    samples: int
-    nonfinite: int
-    since: float
-
-    @classmethod
-    def begin(cls) -> "_Seen":
-        return cls(0.0, 0, 0, time.perf_counter())
-
-    def add(self, metrics: Iterable[StepMetrics]) -> "_Seen":
-        loss_sum, samples, nonfinite = self[:3]
-        for part in metrics:
-            loss_sum += float(part.loss_sum)
-            samples += int(part.samples)
-            nonfinite += int(part.nonfinite)
-        return _Seen(loss_sum, samples, nonfinite, self.since)
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / max(self.samples, 1)
-
-    @property
-    def samples_per_second(self) -> float:
-        return self.samples / max(time.perf_counter() - self.since, 1e-9)
-
-    def summary(self) -> dict[str, float]:
-        return {
-            "loss": self.loss,
-            "nonfinite": self.nonfinite,
-            "samples_per_second": self.samples_per_second,
-        }
-
-
 def _as_typed(noise_multipliers: jax.Array) -> list[float]:
     """float32 on the device -> the decimal the user typed: 1.1, not 1.10000002384."""
     return [float(str(value)) for value in np.asarray(noise_multipliers)]
-
-
-def _loader(
-    data: Data, sampler: Sampler, sharding: NamedSharding | None, data_parts: int
-) -> Callable[[int], list[_Part]]:
-    """`logical step -> its physical batches`, checked against the sampler."""
-    if not callable(data):
-        sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
-        if sizes != {(sampler.num_examples,)}:
-            raise ValueError(
-                f"every leaf of data must hold the {sampler.num_examples} examples that the "
-                f"sampler draws from and the ledger accounts for, got leading axes {sorted(sizes)}"
-            )
-
-    def rows(indices: np.ndarray) -> Any:
-        if callable(data):
-            return data(indices)
-        return jax.tree.map(lambda leaf: leaf[indices], data)
-
-    _check_shards(sampler, sharding, data_parts)
-
-    def load(step: int) -> list[_Part]:
-        drawn = sampler.draw(step, data_parts)
-        if sharding is None:
-            return [_Part(rows(part.indices), part.mask, part.is_last) for part in drawn]
-        return [
-            _Part(
-                spread_rows(rows, part.indices, sharding),
-                spread_rows(lambda mask: mask, part.mask, sharding),
-                part.is_last,
-            )
-            for part in drawn
-        ]
-
-    return load
-
-
-def _check_shards(sampler: Sampler, sharding: NamedSharding | None, data_parts: int) -> None:
-    """A row lies on one device, and a device in one place of the data."""
-    rows_at = row_sharding(np.empty(sampler.physical_batch_size), sharding)
-    devices = 1 if rows_at is None else rows_at.devices
-    if devices % data_parts:
-        raise ValueError(
-            f"data_parts must divide the {devices} devices that rows are spread over, got "
-            f"{data_parts}: pass the number of processes"
-        )
-
-
-def _check_counts(steps: int, report_every: int) -> None:
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
-    if report_every < 1:
-        raise ValueError(f"report_every must be at least 1 step, got {report_every}")
-
-
-def _begin(
-    state: TrainState, ledger: Ledger, sampler: Sampler, checkpoints: Checkpoints | None
-) -> Saved:
-    """Where the run begins: at the newest checkpoint, or at what `fit` was given."""
-    saved = None if checkpoints is None else checkpoints.restore(state, sampler)
-    done = int(state.step)
-    # What a state that is as far was charged with since would be lost with it.
-    if saved is not None and int(saved.state.step) > done:
-        return saved
-    if done == 0:
-        # What the data was charged with before is closed: a new run begins its own epochs.
-        return Saved(state, Ledger().merge(ledger), [])
-    if ledger.steps < done:
-        raise ValueError(
-            f"ledger must hold every step that was executed, got {ledger.steps} steps for a state "
-            f"after {done}: pass ledger=run.ledger with run.state"
-        )
-    return Saved(state, ledger, [] if saved is None else saved.history)
-
-
-def _check_overflow(state: TrainState, sampler: Sampler, data_parts: int) -> None:
-    """A logical batch in several physical ones, each with its own noise, would not be the
-    mechanism that the ledger is charged with."""
-
-    def accumulates(node: Any) -> bool:
-        return isinstance(node, AccumulateState)
-
-    nodes = jax.tree.leaves(state.opt_state, is_leaf=accumulates)
-    # A part of the data may hold more of a draw than its share.
-    rows = sampler.physical_batch_size // data_parts
-    most = min(sampler.largest_draw, len(sampler.part(data_parts - 1, data_parts)))
-    if most > rows and not any(map(accumulates, nodes)):
-        raise ValueError(
-            f"a draw of {type(sampler).__name__} may need several physical batches of "
-            f"{sampler.physical_batch_size}: put what follows the clip into jaxdp.accumulate(...), "
-            f"or set physical_batch_size={sampler.num_examples}"
-        )

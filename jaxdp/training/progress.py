@@ -1,4 +1,4 @@
-"""The progress bar of a run, drawn by rich."""
+"""The progress bar of a run, drawn by rich: for the operator's eyes, as what is raw in it says."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from rich.progress import (
 
 
 class Bar:
-    """A bar that shows steps, ε spent, loss and throughput. The loss it shows is not private."""
+    """A bar that shows steps and ε spent, and, marked as not private, loss and throughput."""
 
     def __init__(self, progress: Progress, task: TaskID):
         self._progress = progress
@@ -40,9 +40,8 @@ def progress_bar(enabled: bool, *, total: int, done: int, budget: float | None) 
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("ε {task.fields[epsilon]}" + of_budget),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[rate]} samples/s"),
         TimeRemainingColumn(),
+        TextColumn("not private: loss {task.fields[loss]}, {task.fields[rate]} samples/s"),
     )
     with Progress(*columns, disable=not enabled) as progress:
         task = progress.add_task(

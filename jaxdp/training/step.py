@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxdp.bounded import Bounded, Groups
 from jaxdp.noise import executed_noise_multipliers
+from jaxdp.per_sample import PerSampleGrads
+from jaxdp.problem import check_arrays, merged_tree, with_gradient
 
 
 class TrainState(NamedTuple):
@@ -68,11 +71,15 @@ def init(
       tx: the optax chain.
       key: randomness of the model; default `jax.random.key(0)`.
 
+    Raises:
+      TypeError: a parameter is a Python number, or a random key.
+
     Example:
       >>> import jax.numpy as jnp
       >>> int(init({"w": jnp.zeros(2)}, optax.sgd(0.1)).step)
       0
     """
+    check_arrays(params)
     key = jax.random.key(0) if key is None else key
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
     return jax.tree.map(jnp.copy, state)
@@ -96,10 +103,14 @@ def make_step(
         `(example, key)`.
 
     Returns:
-      The compiled `Step`; `run` compiles once per shape of the batch.
+      The compiled `Step`; `run` compiles once per shape of the batch. Integer leaves, and those
+      that `grads_fn` holds fixed (`trainable`), stay as they are, whatever the chain makes of them.
 
     Raises:
-      ValueError: (when run) nothing in the chain draws noise.
+      TypeError: (when run) `grads_fn` returns neither per-sample gradients nor a `Bounded` with
+        losses.
+      ValueError: (when run) nothing in the chain draws noise; an update has not the shape of its
+        parameter.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp
@@ -126,10 +137,9 @@ def make_step(
     ) -> tuple[TrainState, StepMetrics]:
         key, rows_key = jax.random.split(state.key)
         found = grads_fn(state.params, with_keys(batch, rows_key), mask)
-        updates, opt_state = chain.update(
-            _grads(found), state.opt_state, state.params, is_last=is_last
-        )
-        params = optax.apply_updates(state.params, updates)
+        grads = _grads(found)
+        updates, opt_state = chain.update(grads, state.opt_state, state.params, is_last=is_last)
+        params = _updated(state.params, updates, grads.groups)
         losses, nonfinite = _seen(found, mask)
         metrics = StepMetrics(jnp.sum(losses), jnp.sum(mask, dtype=jnp.int32), nonfinite)
         step = state.step + jnp.asarray(is_last, jnp.int32)
@@ -155,7 +165,30 @@ def make_step(
 
 def _grads(found: Any) -> Any:
     """What goes into the chain: a handle, or a `Bounded` beside its losses."""
-    return found[0] if isinstance(found, tuple) else found
+    grads = found[0] if isinstance(found, tuple) and len(found) == 2 else found
+    if not isinstance(grads, PerSampleGrads | Bounded) or isinstance(found, Bounded):
+        raise TypeError(
+            "grads_fn must return jaxdp.PerSampleGrads, or a Bounded and its losses, got "
+            f"{type(found).__name__}: take it from jaxdp.per_sample_grads(loss_fn), or from "
+            "jaxdp.lipschitz.bounded_grads(loss_fn, ..., with_losses=True)"
+        )
+    return grads
+
+
+def _updated(params: Any, updates: Any, groups: Groups) -> Any:
+    """The parameters after the update; leaves that no gradient moves are what they were, where
+    weight decay, say, would change them."""
+    paths = jax.tree.leaves_with_path(params)
+    for (path, leaf), update in zip(paths, jax.tree.leaves(updates), strict=True):
+        if jnp.shape(update) != jnp.shape(leaf):
+            raise ValueError(
+                "an update must have the shape of its parameter, got "
+                f"{jnp.shape(update)} for {jax.tree_util.keystr(path, simple=True, separator='/')} "
+                f"of shape {jnp.shape(leaf)}: every leaf must pass the clip and jaxdp.add_noise, "
+                "which a branch of optax.partition or optax.masked may lack"
+            )
+    moved = with_gradient(jax.tree.leaves(optax.apply_updates(params, updates)), groups)
+    return merged_tree(params, groups, moved, lambda leaf: leaf)
 
 
 def _seen(found: Any, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

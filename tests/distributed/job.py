@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 import jaxdp
@@ -37,6 +38,8 @@ class Setting(NamedTuple):
       checkpoints: directory, or None.
       dies_at: the step before whose report this process is killed; 0 for never.
       seed: of the sampler; None for one of its own.
+      clip, sigma, rate: of the chain.
+      nudge: what is added to the parameters after the first step, behind the back of all.
     """
 
     coordinator: str
@@ -48,6 +51,10 @@ class Setting(NamedTuple):
     checkpoints: str | None = None
     dies_at: int = 0
     seed: int | None = 5
+    clip: float = 0.5
+    sigma: float = 0.8
+    rate: float = 0.01
+    nudge: float = 0.0
 
 
 def examples(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,17 +81,21 @@ def train(
     checkpoints: str | None = None,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     clip: optax.GradientTransformation = jaxdp.clip_per_layer(0.5),  # noqa: B008 - immutable
+    sigma: float = 0.8,
+    rate: float = 0.01,
+    nudge: float = 0.0,
     progress: bool = False,
     log_fn: Any = None,
 ) -> training.Run:
     """The job."""
     behind = optax.chain(
-        jaxdp.add_noise(0.8, jax.random.key(3)), optax.scale(0.1), optax.adam(0.01)
+        jaxdp.add_noise(sigma, jax.random.key(3)), optax.scale(0.1), optax.adam(rate)
     )
     tx = optax.chain(clip, jaxdp.accumulate(behind))
+    step = training.make_step(jaxdp.per_sample_grads(loss_fn), tx)
     return training.fit(
         training.init(MODEL.init(jax.random.key(0)), tx),
-        training.make_step(jaxdp.per_sample_grads(loss_fn), tx),
+        step._replace(run=nudged(step.run, nudge)) if nudge else step,
         sampler,
         data,
         steps=steps,
@@ -97,6 +108,18 @@ def train(
         sharding=sharding,
         data_parts=parts,
     )
+
+
+def nudged(run: Callable[..., Any], by: float) -> Callable[..., Any]:
+    """A step on a machine that computes otherwise: the traced program is that of all others."""
+
+    def other(state: training.TrainState, *arguments: Any) -> Any:
+        state, metrics = run(state, *arguments)
+        if not isinstance(state.step, Tracer):
+            state = state._replace(params=jax.tree.map(lambda leaf: leaf + by, state.params))
+        return state, metrics
+
+    return other
 
 
 def flat(params: Any) -> list[float]:
@@ -137,6 +160,10 @@ def main(setting: Setting) -> None:
         steps=setting.steps,
         checkpoints=setting.checkpoints,
         evaluate=evaluate,
+        clip=jaxdp.clip_per_layer(setting.clip),
+        sigma=setting.sigma,
+        rate=setting.rate,
+        nudge=setting.nudge,
         log_fn=logged.append,
         progress=True,
     )

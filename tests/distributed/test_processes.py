@@ -49,9 +49,9 @@ def ended(started: list[subprocess.Popen[str]]) -> tuple[list[str], list[int]]:
 
 
 class Processes:
-    """What several processes of the job said and returned."""
+    """What several processes of the job said and returned; the last one is told `last`, too."""
 
-    def __init__(self, count: int, folder: Path, **options: Any):
+    def __init__(self, count: int, folder: Path, last: Any = None, **options: Any):
         folder.mkdir(parents=True, exist_ok=True)
         self.results = [folder / f"{index}.json" for index in range(count)]
         coordinator = f"localhost:{free_port()}"
@@ -59,6 +59,7 @@ class Processes:
         started = []
         for index in range(count):
             own = dict(options, dies_at=options.get("dies_at", 0) if index == dies else 0)
+            own |= (last or {}) if index == count - 1 else {}
             setting = job.Setting(coordinator, count, index, out=str(self.results[index]), **own)
             started.append(start("-m", "tests.distributed.job", json.dumps(setting._asdict())))
         self.said, self.codes = ended(started)
@@ -101,16 +102,33 @@ def test_a_killed_process_ends_the_job_which_resumes_on_another_number(tmp_path:
     check_equal_to_one_device(found, job.train(steps=6))
 
 
-@pytest.mark.slow
-def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
+def on_two_processes(tmp_path: Path, *own: list[str]) -> tuple[list[str], list[int]]:
+    """What two processes of the command line say, and their exit codes; each with options of its
+    own."""
     arguments = ["train", "--data", "digits", "--model", "tanh-mlp", "--epochs", "0.5", "--quiet"]
     arguments += ["--batch-size", "128", "--accountant", "rdp", "--coordinator"]
-    arguments += [f"localhost:{free_port()}", "--num-processes", "2", "--process-id"]
-    started = [
-        start("-m", "jaxdp", *arguments, str(index), "--out", str(tmp_path / str(index)))
-        for index in range(2)
-    ]
-    said, codes = ended(started)
+    arguments += [f"localhost:{free_port()}", "--num-processes", "2"]
+    return ended(
+        [
+            start(
+                *["-m", "jaxdp", *arguments, "--process-id", str(index)],
+                *["--out", str(tmp_path / str(index)), *options],
+            )
+            for index, options in enumerate(own)
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_command_lines_that_differ_are_refused_by_what_differs(tmp_path: Path) -> None:
+    said, codes = on_two_processes(tmp_path, ["--threshold", "0.1"], ["--threshold", "10"])
+    assert codes == [2, 2], "\n".join(said)
+    assert all("must have the same threshold, got others on some" in each for each in said)
+
+
+@pytest.mark.slow
+def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
+    said, codes = on_two_processes(tmp_path, [], [])
     assert codes == [0, 0], "\n".join(said)
     assert "Private training" in said[0] and "Private training" not in said[1]
     assert json.loads((tmp_path / "0" / "metrics.json").read_text())["epsilon"] <= 8
@@ -133,6 +151,33 @@ def test_processes_that_would_draw_other_samples_are_refused(tmp_path: Path) -> 
     for said in processes.said:
         assert "all processes must have the same sampler" in said
         assert "jaxdp.distributed.shared_seed()" in said
+
+
+# What the last process does otherwise, and what all of them say.
+DIFFERENCES: dict[str, tuple[dict[str, float], str]] = {
+    # One example of that process would move the release by 20 times what the noise is made for.
+    "clip": ({"clip": 10.0}, "the same step, got others on some"),
+    "noise": ({"sigma": 1.6}, "the same step, got others on some"),
+    "learning rate": ({"rate": 0.02}, "the same step, got others on some"),
+    # Nothing tells before it has happened.
+    "parameters": ({"nudge": 0.01}, "the same parameters, got others on some"),
+}
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        pytest.param(*case, id=name, marks=[] if name == "clip" else [pytest.mark.slow])
+        for name, case in DIFFERENCES.items()
+    ],
+)
+def test_processes_that_train_otherwise_are_refused(
+    tmp_path: Path, last: dict[str, float], says: str
+) -> None:
+    processes = Processes(2, tmp_path, last, devices=1, steps=4)
+    assert 0 not in processes.codes
+    for said in processes.said:
+        assert f"all processes must have {says}" in said
 
 
 @pytest.fixture(autouse=True)

@@ -294,6 +294,63 @@ def test_an_output_that_is_an_input_or_a_literal_needs_nothing() -> None:
     assert live_names(lambda w, x: (w, 1.0, jnp.sin(x)), [True, True, False]) == []
 
 
+def test_an_equation_with_an_effect_is_live_whoever_needs_it() -> None:
+    def writes(w: jax.Array, x: jax.Array) -> jax.Array:
+        ref = jax.new_ref(jnp.cos(w))
+        jax.jit(lambda x: ref.__setitem__(..., x))(jnp.sin(w))
+        return jnp.sum(x)
+
+    assert {"new_ref", "swap", "sin", "cos"} <= set(live_names(writes, [True]))
+
+    def prints(w: jax.Array, x: jax.Array) -> jax.Array:
+        jax.debug.print("{}", jnp.sin(w))
+        return jnp.sum(x)
+
+    # Nothing in the program can notice that.
+    assert "sin" not in live_names(prints, [True])
+
+
+# ---- what an equation says of itself ------------------------------------------------------------
+
+
+def test_named_axes_are_those_of_maps_and_devices() -> None:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def over_devices(w: jax.Array, x: jax.Array) -> jax.Array:
+        spec = jax.sharding.PartitionSpec
+        run = jax.shard_map(
+            lambda x: lax.psum(x, "data") + jnp.sum(x, axis=0, keepdims=True) + x,
+            mesh=mesh,
+            in_specs=spec("data"),
+            out_specs=spec("data"),
+        )
+        return run(x[:2])
+
+    program, _ = walker.trace(over_devices, W, X)
+    equations = list(walker.equations(program))
+    assert [eqn.bound_axes for eqn in equations if eqn.name == "shard_map"] == [{"data"}]
+    assert {"psum", "psum_invariant"} & {eqn.name for eqn in equations if eqn.named_axes}
+    assert all(eqn.named_axes <= {"data"} for eqn in equations)
+    assert not any(eqn.named_axes for eqn in equations if eqn.name == "reduce_sum")
+
+
+def test_mutable_arrays_are_known_by_their_type() -> None:
+    outside = jax.new_ref(X)
+
+    def adds(w: jax.Array, x: jax.Array) -> jax.Array:
+        def step(carry: jax.Array, _: None) -> Any:
+            outside[...] += carry
+            return carry, None
+
+        return lax.scan(step, x, None, length=2)[0]
+
+    program, _ = walker.trace(adds, W, X)
+    names = {eqn.name for eqn in walker.equations(program) if eqn.touches_refs}
+    assert "scan" in names and names & {"swap", "addupdate"} and "add" not in names
+    assert list(map(walker.is_ref, walker.closed_over(program))) == [True]
+    assert not walker.is_ref(X)
+
+
 # ---- equal cotangents ---------------------------------------------------------------------------
 
 

@@ -97,6 +97,24 @@ def test_the_threshold_moves_to_the_quantile_of_the_norms(quantile: float) -> No
     assert float(jnp.mean(values[-20:])) == pytest.approx(quantile, abs=0.05)
 
 
+@pytest.mark.parametrize(("count", "end"), [(100.0, 2e-6), (-100.0, 2e6), (1e30, 2e-6)])
+def test_a_threshold_stays_within_a_millionth_and_a_million(count: float, end: float) -> None:
+    """Where all cotangents vanish, none is clipped; a threshold of zero would never come back."""
+    tx = lipschitz.track_quantile(0.5, expected_batch_size=200.0)
+    params = {"a": jnp.float32(2.0), "b": [jnp.float32(2.0)]}
+
+    def step(carry: Any, count: jax.Array) -> Any:
+        params, state = carry
+        updates, state = tx.update(jax.tree.map(lambda _: count, params), state, params)
+        return (optax.apply_updates(params, updates), state), params["a"]
+
+    run = jax.jit(lambda carry, counts: jax.lax.scan(step, carry, counts))
+    (params, state), _ = run((params, tx.init(params)), jnp.full(400, count))
+    np.testing.assert_allclose(jax.tree.leaves(params), end, rtol=1e-5)
+    (params, _), values = run((params, state), jnp.full(400, -100.0 if count > 0 else 100.0))
+    assert bool(jnp.any(jnp.abs(jnp.log(values)) < 0.2))
+
+
 def test_a_value_that_samples_share_is_refused() -> None:
     """Its cotangents arrive as one sum, and the clip would act on that."""
 

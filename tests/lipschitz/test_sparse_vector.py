@@ -15,7 +15,6 @@ from scipy import stats
 import jaxdp
 from jaxdp import lipschitz, nn, training
 from jaxdp.accounting import LedgerEntry, PureRelease
-from jaxdp.lipschitz.sparse_vector import _laplace
 
 KEY = jax.random.key(0)
 ROWS = 40
@@ -218,32 +217,39 @@ def test_a_selection_is_distributed_as_computed() -> None:
     assert stats.chisquare(found, draws * exact(counts, 0.95)).pvalue < 1e-8
 
 
-def test_the_noise_is_laplace_far_out() -> None:
-    """Each of these fails by chance with probability 1e-4 or less."""
-    found = np.asarray(jax.jit(lambda: _laplace(KEY, (2_000_000,)))(), np.float64)
-    assert stats.kstest(found, stats.laplace.cdf).pvalue > 1e-4
-    beyond = np.sum(np.abs(found) > 10)
-    assert 1e-4 < stats.binomtest(beyond, found.size, np.exp(-10)).pvalue
-    assert np.all(np.isfinite(found))
-
-
-def test_the_noise_does_not_end_where_float32_uniforms_do(monkeypatch: Any) -> None:
-    def bits(words: list[int]) -> float:
-        given = jnp.array(words, jnp.uint32)[:, None]
-        monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: given)
-        return float(_laplace(KEY, (1,))[0])
-
-    assert bits([2**31, 5, 1]) == 0
-    assert bits([2**30, 5, 1]) == pytest.approx(np.log(2))
-    assert bits([1, 2**31, 1]) == pytest.approx(31 * np.log(2))
-    assert bits([0, 2**30, 0]) == pytest.approx(-33 * np.log(2))
-    assert bits([0, 0, 2**32 - 1]) == pytest.approx(65 * np.log(2), rel=1e-6)
-
-
 def test_a_key_serves_the_noise_too_and_every_step_has_its_own() -> None:
     chosen = [int(select(jnp.array([49, 49, 49, 49]), epsilon=0.1, step=step)) for step in range(9)]
     assert len(set(chosen)) > 1
     assert chosen[0] == int(select(jnp.array([49, 49, 49, 49]), epsilon=0.1, step=0))
+
+
+def test_a_selection_is_named_by_its_key_and_step() -> None:
+    """Two with both draw the same noise; a ledger can tell."""
+    [(purpose, name, step)] = lipschitz.selection_draws(KEY, 4)
+    assert (purpose, step) == ("selection noise", 4)
+    assert lipschitz.selection_draws(jax.random.key(0), 5) == ((purpose, name, 5),)
+    assert lipschitz.selection_draws(jax.random.key(1), 4)[0][1] != name
+    assert jaxdp.noise_draws(jaxdp.add_noise(1.0, KEY).init(jnp.ones(1)))[0][1] != name
+
+
+def test_members_of_a_vmap_need_draws_of_their_own() -> None:
+    counts = jnp.array([[40, 50, 60], [41, 51, 61]])
+    with pytest.raises(ValueError, match="must have a noise key of its own"):
+        jax.vmap(select)(counts)
+    keys = jax.random.split(KEY, 2)
+    for key, repeated in ((keys, False), (jnp.stack([KEY, KEY]), True)):
+        chosen = jax.vmap(
+            lambda counts, key: lipschitz.select_clip_value(
+                counts, [1.0, 2.0, 3.0], quantile=0.5, expected_count=100, epsilon=1.0, key=key,
+                step=0,
+            )
+        )(counts, key)
+        assert np.all(np.isnan(chosen)) == np.any(np.isnan(chosen)) == repeated
+
+
+def test_counts_beyond_32_bits_do_not_come_round() -> None:
+    for counts in (np.array([3, 2**32 - 1], np.uint32), np.array([3, 2**31 + 5], np.uint32)):
+        assert int(select(np.append(counts, counts[-1]), epsilon=1e6, target=2**29)) == 1
 
 
 # What it costs.
@@ -369,8 +375,10 @@ def selecting(**changes: Any) -> Any:
         (selecting(candidates=1.0), ValueError, "candidates must be a sequence of numbers"),
         (selecting(candidates=[]), ValueError, "candidates must be a sequence of numbers"),
         (selecting(quantile=1.0), ValueError, "quantile must be in .0, 1., got 1.0"),
-        (selecting(expected_count=0.0), ValueError, "expected_count must be finite and above 0"),
-        (selecting(epsilon=0.0), ValueError, "epsilon must be finite and above 0"),
+        (selecting(expected_count=0.0), ValueError, "expected_count must be finite, > 0"),
+        (selecting(epsilon=0.0), ValueError, "epsilon must be finite, > 0"),
+        (selecting(epsilon=1e-8), ValueError, "epsilon must be finite, >= 1e-07, got 1e-08"),
+        (selecting(expected_count=2.0**31), ValueError, "expected_count must be finite, <= 1.07"),
         (lambda: COUNTS(3, 1.0, [1.0], leaf=LEAF), TypeError, "loss_fn must be a function"),
         (lambda: COUNTS(loss_fn, 1.0, [2.0, 1.0], leaf=LEAF), ValueError, "ascending"),
         (

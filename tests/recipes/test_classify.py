@@ -58,7 +58,7 @@ def test_the_whole_budget_is_spent_and_no_more(clip: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(training, "fit", watched)
     result = train(**(CLIPLESS if clip == "none" else {"clip": clip}))
-    assert result.steps == 24  # all that were asked for
+    assert result.steps == 24 and result.stopped_by == "steps"  # all that were asked for
     assert 0.98 * 3.0 <= result.epsilon <= 3.0
     assert result.accuracy > 0.9
     assert result.accuracy == result.history[-1]["test_accuracy"]
@@ -121,6 +121,41 @@ def test_microbatches_change_nothing_but_rounding() -> None:
     np.testing.assert_allclose(
         whole.params["Dense_0"]["kernel"], parts.params["Dense_0"]["kernel"], rtol=1e-4, atol=1e-6
     )
+
+
+def test_processes_compare_the_whole_configuration_before_anything_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Compared(Exception):
+        pass
+
+    def compare(**values: Any) -> None:
+        raise Compared(values)
+
+    def compared(dataset: Dataset = DATASET, **changed: Any) -> dict[str, Any]:
+        with pytest.raises(Compared) as found:
+            train(dataset, **changed)
+        [values] = found.value.args
+        return values
+
+    monkeypatch.setattr(classify, "check_agreement", compare)
+    monkeypatch.setattr(classify, "shared_seed", None)
+    usual = compared()
+    fields = {field.name for field in dataclasses.fields(Config)} - {"seed"}
+    assert usual.keys() == fields | {"randomness", "test_data", "training_data"}
+    assert compared(threshold=10.0) == usual | {"threshold": 10.0}
+    assert compared(seed=None)["randomness"] != usual["randomness"]
+    other = images_of(TRAIN_Y)
+    assert compared(DATASET._replace(train_x=other)).keys() == usual.keys()
+    assert compared(DATASET._replace(train_x=other))["training_data"] != usual["training_data"]
+
+
+def test_what_decides_a_run_tells_neither_the_seed_nor_the_training_data() -> None:
+    config = dataclasses.replace(CONFIG, seed=123_456_789)
+    one = classify.configuration(config, DATASET)
+    assert "123456789" not in repr(one)
+    other = DATASET._replace(train_x=images_of(TRAIN_Y))
+    assert classify.configuration(config, other) == one
 
 
 def test_the_accuracy_is_that_of_all_test_images() -> None:

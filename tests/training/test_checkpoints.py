@@ -1,7 +1,10 @@
 """Checkpoints: a run that is killed at any moment and started again ends where it would have."""
 
 import contextlib
+import errno
 import functools
+import json
+import math
 import os
 import shutil
 import signal
@@ -22,6 +25,8 @@ import jaxdp
 from jaxdp import training
 from jaxdp.accounting import Ledger
 from jaxdp.sampling import Sampler
+from jaxdp.training.checkpoints import Saved
+from jaxdp.training.files import seal
 
 STEPS, REPORT_EVERY = 12, 3
 DELTA = 1e-5
@@ -111,7 +116,8 @@ class Fuse:
 
 
 def main(directory: Path, where: str, count: int) -> None:
-    """Trains, and dies at the count-th time that it loads rows, evaluates or touches a file."""
+    """Trains, and dies at the count-th time that it loads rows, evaluates or touches a file, or
+    after so many milliseconds."""
     fuse = Fuse(count)
 
     def touched(event: str, arguments: tuple[Any, ...]) -> None:
@@ -121,8 +127,11 @@ def main(directory: Path, where: str, count: int) -> None:
 
     if where == "file":
         sys.addaudithook(touched)
+    if where == "clock":
+        threading.Timer(count / 1000, os.kill, (os.getpid(), signal.SIGKILL)).start()
     moments: dict[str, Any] = {"rows": {"on_rows": fuse}, "evaluate": {"on_evaluate": fuse}}
     train(directory, **moments.get(where, {}))
+    os._exit(0)  # ahead of the clock
 
 
 def killed(directory: Path, where: str, count: int) -> bool:
@@ -167,6 +176,10 @@ def assert_same(
     assert timeless(history) == timeless(expected.history)
 
 
+def visible(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir() if not path.name.startswith(".")]
+
+
 def assert_saved_is(directory: Path, expected: training.Run) -> None:
     store = training.Checkpoints(directory)
     saved = store.restore(initial(), sampler())
@@ -191,8 +204,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
     tmp_path: Path, uninterrupted: training.Run
 ) -> None:
-    # Amid the second save (one touches about thirty files), then between two parts of a batch.
-    for where, count in [("file", 45), ("rows", 9)]:
+    # Before anything is saved, amid the second save (one touches about thirty files), between two
+    # parts of a batch, ahead of a save, and at a moment that the clock chooses.
+    for where, count in [("file", 3), ("file", 45), ("rows", 9), ("evaluate", 1), ("clock", 1)]:
         assert killed(tmp_path, where, count)
     assert not killed(tmp_path, "never", 0)
     assert_saved_is(tmp_path, uninterrupted)
@@ -200,21 +214,23 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(
+def test_runs_killed_at_random_moments_end_like_one_that_was_not(
     tmp_path: Path, uninterrupted: training.Run, seed: int
 ) -> None:
+    """204 kills over all seeds; a run that comes to its end is followed by another one."""
     random = np.random.default_rng(seed)
-    kills = 0
-    while kills < 40:
+    kills, runs = 0, 1
+    while kills < 34:
         # Few enough of each to hit every part of the run, also when little of it is left.
-        where = random.choice(["file", "file", "rows", "evaluate"])
-        count = int(random.integers(1, {"file": 60, "rows": 12, "evaluate": 4}[where]))
-        if not killed(tmp_path, str(where), count):
-            break
-        kills += 1
-    assert kills > 0
-    assert not killed(tmp_path, "never", 0)
-    assert_saved_is(tmp_path, uninterrupted)
+        where = random.choice(["file", "file", "rows", "evaluate", "clock"])
+        most = {"file": 60, "rows": 12, "evaluate": 4, "clock": 4000}[where]
+        if killed(tmp_path / str(runs), str(where), int(random.integers(1, most))):
+            kills += 1
+        else:
+            assert_saved_is(tmp_path / str(runs), uninterrupted)
+            runs += 1
+    assert not killed(tmp_path / str(runs), "never", 0)
+    assert_saved_is(tmp_path / str(runs), uninterrupted)
 
 
 def test_every_moment_of_a_save_leaves_a_whole_checkpoint_or_none(
@@ -308,38 +324,216 @@ def test_keeping_no_checkpoint_is_refused(tmp_path: Path, keep: int) -> None:
         training.Checkpoints(tmp_path, keep=keep)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+# What a mishap or a hand may do to a directory that holds the intact checkpoints 9 and 12: flipped
+# bits, truncations, swaps, edits. Each takes the directory and what is random about it.
 
 
-# What may lie where a checkpoint should, made of the intact checkpoints 9 and 12.
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "an empty directory of a later step": lambda d: (d / "15").mkdir(),
-    "no state": lambda d: shutil.rmtree(d / "12" / "state"),
-    "no ledger": lambda d: shutil.rmtree(d / "12" / "run"),
-    "half a ledger": lambda d: truncate(d / "12" / "run" / "metadata"),
-    # Damaged arrays fail, too, but in threads of Orbax that outlive the test.
-    "half a description of the state": lambda d: truncate(d / "12" / "state" / "_METADATA"),
-}
+def files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != ".lock")
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(
-    tmp_path: Path, finished: Path, damage: Callable[[Path], None]
-) -> None:
-    directory = tmp_path / "damaged"
-    shutil.copytree(finished, directory)
-    damage(directory)
-    # It may say so, or go back to the intact one; never go on from a part, or from the beginning.
-    store = training.Checkpoints(directory)
+def any_of(random: np.random.Generator, paths: list[Path]) -> Path:
+    return paths[random.integers(len(paths))]
+
+
+def flip(directory: Path, random: np.random.Generator) -> None:
+    path = any_of(random, [path for path in files(directory) if path.stat().st_size])
+    content = bytearray(path.read_bytes())
+    content[random.integers(len(content))] ^= 1 << random.integers(8)
+    path.write_bytes(content)
+
+
+def truncate(directory: Path, random: np.random.Generator) -> None:
+    path = any_of(random, [path for path in files(directory) if path.stat().st_size])
+    path.write_bytes(path.read_bytes()[: random.integers(path.stat().st_size)])
+
+
+def append(directory: Path, random: np.random.Generator) -> None:
+    with any_of(random, files(directory)).open("ab") as file:
+        file.write(random.bytes(8))
+
+
+def delete(directory: Path, random: np.random.Generator) -> None:
+    any_of(random, files(directory)).unlink()
+
+
+def rename(directory: Path, random: np.random.Generator) -> None:
+    path = any_of(random, files(directory))
+    path.rename(path.with_name(path.name + "~"))
+
+
+def add(directory: Path, random: np.random.Generator) -> None:
+    (any_of(random, files(directory)).parent / "extra").write_bytes(b"")
+
+
+def swap(directory: Path, random: np.random.Generator) -> None:
+    one, two = (any_of(random, files(directory)) for _ in range(2))
+    contents = two.read_bytes(), one.read_bytes()
+    one.write_bytes(contents[0])
+    two.write_bytes(contents[1])
+
+
+def make_a_folder_of_a_file(directory: Path, random: np.random.Generator) -> None:
+    path = any_of(random, files(directory))
+    path.unlink()
+    path.mkdir()
+
+
+def make_a_pipe_of_a_file(directory: Path, random: np.random.Generator) -> None:
+    path = any_of(random, files(directory))
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_a_file_of_a_folder(directory: Path, random: np.random.Generator) -> None:
+    folder = any_of(random, sorted(path for path in directory.rglob("*") if path.is_dir()))
+    shutil.rmtree(folder)
+    folder.write_bytes(b"")
+
+
+def delete_a_folder(directory: Path, random: np.random.Generator) -> None:
+    shutil.rmtree(any_of(random, sorted(path for path in directory.rglob("*") if path.is_dir())))
+
+
+def take_from_the_other(directory: Path, random: np.random.Generator) -> None:
+    """The state, the run or the listing of another step."""
+    part = ("state", "run.json", "SHA256SUMS")[random.integers(3)]
+    one, two = random.permutation(["9", "12"])
+    source, target = directory / one / part, directory / two / part
+    if source.is_dir():
+        shutil.rmtree(target)
+        shutil.copytree(source, target)
+    else:
+        shutil.copy(source, target)
+
+
+def rename_a_checkpoint(directory: Path, random: np.random.Generator) -> None:
+    names = ("1000", "13", "0", "10", "12 (copy)", "012", "12.0", "12.x", "-12", "\u0661", "best")
+    path = directory / ("9", "12")[random.integers(2)]
+    path.rename(directory / names[random.integers(len(names))])
+
+
+def copy_a_checkpoint(directory: Path, random: np.random.Generator) -> None:
+    names = ("1000", "13", "9.1", "12 (copy)", "latest", "3")
+    path = directory / ("9", "12")[random.integers(2)]
+    shutil.copytree(path, directory / names[random.integers(len(names))])
+
+
+def exchange_checkpoints(directory: Path, random: np.random.Generator) -> None:
+    (directory / "9").rename(directory / ".other")
+    (directory / "12").rename(directory / "9")
+    (directory / ".other").rename(directory / "12")
+
+
+def put_an_empty_one(directory: Path, random: np.random.Generator) -> None:
+    (directory / str(random.integers(13, 2000))).mkdir()
+
+
+def edit_the_run(directory: Path, random: np.random.Generator) -> None:
+    """Claims fewer steps, or another seed, in the words of the file."""
+    path = directory / "12" / "run.json"
+    text = path.read_text()
+    edits = [
+        text.replace('\\"steps\\": 7', '\\"steps\\": 1'),
+        text.replace('\\"steps\\"', '\\"steps\\": 1, \\"steps\\"'),
+        text.replace('"step": 12', '"step": 9'),
+        text.replace('"seed": 3', '"seed": 4'),
+        text.replace('"history": [', '"history": [], "history": ['),
+        text.replace('"ledger": ', '"ledger": "{}", "ledger": '),
+    ]
+    assert all(edit != text for edit in edits), text
+    path.write_text(edits[random.integers(len(edits))])
+
+
+MUTATIONS = (
+    *(flip,) * 6,
+    *(truncate, swap, delete) * 2,
+    append,
+    rename,
+    add,
+    make_a_folder_of_a_file,
+    make_a_pipe_of_a_file,
+    make_a_file_of_a_folder,
+    delete_a_folder,
+    take_from_the_other,
+    rename_a_checkpoint,
+    copy_a_checkpoint,
+    exchange_checkpoints,
+    put_an_empty_one,
+    edit_the_run,
+)
+
+
+def restored(directory: Path, sampler: Sampler) -> Saved | None:
+    with contextlib.closing(training.Checkpoints(directory)) as store:
+        assert store.sampler() in (sampler, None)
+        return store.restore(initial(), sampler)
+
+
+def assert_whole_or_refused(directory: Path, intact: dict[int, Saved]) -> bool:
+    """Whether it was refused, in one sentence; otherwise it is a checkpoint as it was saved."""
     try:
-        saved = store.restore(initial(), sampler())
-    except (ValueError, KeyError, OSError):
-        return
-    finally:
-        store.close()
+        saved = restored(directory, sampler())
+    except (ValueError, OSError) as refused:
+        assert "\n" not in str(refused) and str(directory) in str(refused), refused
+        return True
+    # Never the beginning: what was executed has been charged.
     assert saved is not None
-    assert int(saved.state.step) == saved.ledger.steps == 3 * len(saved.history) == 9
+    want = intact[int(saved.state.step)]
+    assert_same(*saved, training.Run(*want, stopped_by="steps"))
+    return False
+
+
+# Two of each kind, 400 in all; the first part by default.
+PARTS = [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_mutated_checkpoint_is_refused_or_as_it_was(
+    tmp_path: Path, finished: Path, part: int
+) -> None:
+    shutil.copytree(finished, tmp_path / "nine")
+    shutil.rmtree(tmp_path / "nine" / "12")
+    both = (restored(finished, sampler()), restored(tmp_path / "nine", sampler()))
+    intact = {int(saved.state.step): saved for saved in both if saved is not None}
+    assert intact.keys() == {9, 12}
+    random = np.random.default_rng(part)
+    refused = []
+    for number in range(2 * len(MUTATIONS)):
+        mutate, directory = MUTATIONS[number % len(MUTATIONS)], tmp_path / str(number)
+        shutil.copytree(finished, directory)
+        mutate(directory, random)
+        refused.append(assert_whole_or_refused(directory, intact))
+        shutil.rmtree(directory)
+    assert sum(refused) > len(refused) / 2
+
+
+def test_a_ledger_edited_to_one_step_is_refused_whoever_seals_it(
+    tmp_path: Path, finished: Path
+) -> None:
+    """From 12 steps to 1, with a listing that vouches for it: the state has come further."""
+    directory = tmp_path / "forged"
+    shutil.copytree(finished, directory)
+    path = directory / "12" / "run.json"
+    run = json.loads(path.read_text())
+    [*_, entry] = json.loads(run["ledger"])["current"]
+    one = Ledger().charge(entry["noise_multipliers"], sampler().scheme)
+    path.write_text(json.dumps(run | {"ledger": one.to_json()}))
+    seal(directory / "12")
+    with pytest.raises(ValueError, match="its state is of step 12, its ledger of 1 steps"):
+        restored(directory, sampler())
+
+
+def test_a_state_of_another_step_is_refused_whoever_seals_it(
+    tmp_path: Path, finished: Path
+) -> None:
+    directory = tmp_path / "forged"
+    shutil.copytree(finished, directory)
+    shutil.rmtree(directory / "12" / "state")
+    shutil.copytree(directory / "9" / "state", directory / "12" / "state")
+    seal(directory / "12")
+    with pytest.raises(ValueError, match="its state is of step 9, its ledger of 12 steps"):
+        restored(directory, sampler())
 
 
 def test_what_a_killed_save_leaves_behind_is_ignored(
@@ -347,8 +541,183 @@ def test_what_a_killed_save_leaves_behind_is_ignored(
 ) -> None:
     directory = tmp_path / "interrupted"
     shutil.copytree(finished, directory)
-    shutil.copytree(directory / "9", directory / "15.orbax-checkpoint-tmp")
+    shutil.copytree(directory / "9", directory / ".saving")
     assert_saved_is(directory, uninterrupted)
+    assert not (directory / ".saving").exists()
+
+
+# What is noticed before anything is spent.
+
+
+def forbidden() -> None:
+    raise AssertionError("nothing may be executed")
+
+
+def test_a_copy_of_a_later_step_does_not_end_the_saving_unnoticed(
+    tmp_path: Path, finished: Path
+) -> None:
+    directory = tmp_path / "copied"
+    shutil.copytree(finished, directory)
+    shutil.copytree(directory / "12", directory / "1000")
+    with pytest.raises(ValueError, match="1000 is damaged .*of step 12.*resume from step 12"):
+        train(directory, steps=15, on_rows=forbidden)
+
+
+def test_the_only_checkpoint_that_is_damaged_says_what_to_begin_anew_means(
+    tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(finished / "12", tmp_path / "12")
+    (tmp_path / "12" / "run.json").unlink()
+    with pytest.raises(ValueError, match="run.json cannot be read.*begin anew, which spends"):
+        restored(tmp_path, sampler())
+
+
+def test_what_appears_amid_a_run_does_not_end_it(tmp_path: Path) -> None:
+    with contextlib.closing(training.Checkpoints(tmp_path)) as store:
+        (tmp_path / "a note").touch()
+        store.save(initial(), Ledger(), sampler(), [])
+        assert store.restore(initial(), sampler()) is not None
+
+
+def test_a_history_of_numbers_that_are_not_finite_is_resumed(tmp_path: Path) -> None:
+    history = [{"step": 0, "loss": math.inf}, {"step": 0, "loss": math.nan, "epsilon": 0.1}]
+    with contextlib.closing(training.Checkpoints(tmp_path)) as store:
+        store.save(initial(), Ledger(), sampler(), history)
+        saved = store.restore(initial(), sampler())
+    assert saved is not None
+    np.testing.assert_equal(saved.history, history)
+
+
+def test_a_later_checkpoint_that_appears_amid_a_run_is_an_error(
+    tmp_path: Path, finished: Path
+) -> None:
+    with contextlib.closing(training.Checkpoints(tmp_path)) as store:
+        shutil.copytree(finished / "12", tmp_path / "12")
+        with pytest.raises(ValueError, match="holds a checkpoint of step 12, .* of step 0 would"):
+            store.save(initial(), Ledger(), sampler(), [])
+
+
+def test_two_live_runs_cannot_share_a_directory(tmp_path: Path) -> None:
+    first = training.Checkpoints(tmp_path)
+    with pytest.raises(OSError, match="another run has the checkpoints in .* open"):
+        training.Checkpoints(tmp_path)
+    first.close()
+    second = training.Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="checkpoints are closed"):
+        first.save(initial(), Ledger(), sampler(), [])
+    del second  # as when a script forgets to close
+    training.Checkpoints(tmp_path).close()
+
+
+def test_a_directory_that_cannot_be_written_is_noticed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever the tests run as may write everywhere, so the system's refusal is acted."""
+    (tmp_path / ".lock").touch()  # one that was there before says nothing
+    mkdir = Path.mkdir
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == ".saving":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(OSError, match="cannot be written in .*Read-only file system"):
+        training.Checkpoints(tmp_path)
+    with pytest.raises(OSError, match="checkpoints cannot be written in /proc/none"):
+        training.Checkpoints("/proc/none")
+
+
+def test_a_save_that_fails_is_one_sentence_and_spares_the_older_checkpoints(
+    tmp_path: Path, finished: Path, uninterrupted: training.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "full"
+    shutil.copytree(finished, directory)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with contextlib.closing(training.Checkpoints(directory)) as store:
+        monkeypatch.setattr(os, "fsync", full)
+        ledger = uninterrupted.ledger
+        with pytest.raises(OSError, match="step 12 cannot be written in .*No space left") as failed:
+            store.save(uninterrupted.state, ledger, sampler(), [])
+        assert "\n" not in str(failed.value)
+        monkeypatch.undo()
+    assert_saved_is(directory, uninterrupted)
+
+
+def test_steps_that_were_not_charged_are_not_saved(
+    tmp_path: Path, uninterrupted: training.Run
+) -> None:
+    with contextlib.closing(training.Checkpoints(tmp_path)) as store:
+        with pytest.raises(ValueError, match="got 0 steps for a state after 12"):
+            store.save(uninterrupted.state, Ledger(), sampler(), [])
+        assert store.restore(initial(), sampler()) is None
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "12 (copy)", "15.orbax-checkpoint-tmp", "best"])
+def test_a_directory_of_other_things_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="must hold checkpoints alone, got .*move it away"):
+        training.Checkpoints(tmp_path)
+    training.Checkpoints(tmp_path / name).close()
+
+
+WRONG_TYPES: dict[str, tuple[dict[str, Any], str]] = {
+    "no path": ({"directory": 3}, "directory must be a path, got 3"),
+    "a fraction": ({"keep": 1.5}, "keep must be an integer, got 1.5"),
+    "a set": ({"configuration": {1, 2}}, "configuration must be data for JSON"),
+    "an array": ({"configuration": {"C": np.float32(1)}}, "configuration must be data for JSON"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), WRONG_TYPES.values(), ids=WRONG_TYPES.keys())
+def test_arguments_of_other_types_are_refused(
+    tmp_path: Path, arguments: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(TypeError, match=says):
+        training.Checkpoints(**{"directory": tmp_path / "new", **arguments})
+    assert not (tmp_path / "new").exists()
+
+
+# What a run was, beside its state.
+
+CONFIGURATION = {"clip": "flat", "threshold": 0.1, "model": {"width": 3, "name": "mlp"}}
+OTHERS: list[tuple[Any, str]] = [
+    (CONFIGURATION | {"threshold": 0.2}, "threshold is 0.1 there and 0.2 here"),
+    (CONFIGURATION | {"clip": None}, 'clip is "flat" there and null here'),
+    (CONFIGURATION | {"threshold": 1}, "threshold is 0.1 there and 1 here"),
+    (CONFIGURATION | {"new": True}, "new is null there and true here"),
+    (CONFIGURATION | {"model": {"width": 4, "name": "mlp"}}, "width is 3 there and 4 here"),
+    (None, "configuration is .* there and null here"),
+    ([1, 2], r"configuration is .* there and \[1, 2\] here"),
+]
+
+
+@pytest.mark.parametrize(("other", "says"), OTHERS)
+def test_a_checkpoint_of_another_configuration_is_refused_by_what_differs(
+    tmp_path: Path, other: Any, says: str
+) -> None:
+    with contextlib.closing(training.Checkpoints(tmp_path, configuration=CONFIGURATION)) as store:
+        assert store.configuration() is None
+        store.save(initial(), Ledger(), sampler(), [])
+        assert store.configuration() == CONFIGURATION
+        assert store.restore(initial(), sampler()) is not None
+    with contextlib.closing(training.Checkpoints(tmp_path, configuration=other)) as store:
+        assert store.configuration() == CONFIGURATION
+        with pytest.raises(ValueError, match=f"another configuration: {says}"):
+            store.restore(initial(), sampler())
+
+
+def test_a_step_that_is_saved_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    more = Ledger().charge_pure(0.5)
+    with contextlib.closing(training.Checkpoints(tmp_path, keep=2)) as store:
+        for ledger in (Ledger(), more, more.charge_pure(0.25)):
+            store.save(initial(), ledger, sampler(), [])
+        assert sorted(visible(tmp_path)) == ["0.1", "0.2"]
+        saved = store.restore(initial(), sampler())
+    assert saved is not None and saved.ledger == more.charge_pure(0.25)
 
 
 # What a checkpoint is for.
@@ -356,7 +725,7 @@ def test_what_a_killed_save_leaves_behind_is_ignored(
 
 def test_keeping_one_keeps_the_newest(tmp_path: Path, uninterrupted: training.Run) -> None:
     train(tmp_path, keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == [str(STEPS)]
+    assert visible(tmp_path) == [str(STEPS)]
     assert_saved_is(tmp_path, uninterrupted)
 
 
@@ -369,14 +738,11 @@ def test_an_empty_directory_holds_no_checkpoint(tmp_path: Path) -> None:
 def test_a_finished_run_started_again_does_nothing(
     finished: Path, uninterrupted: training.Run
 ) -> None:
-    def forbidden() -> None:
-        raise AssertionError("a finished run must not evaluate again")
-
-    before = sorted(path.name for path in finished.iterdir())
+    before = sorted(visible(finished))
     run = train(finished, on_evaluate=forbidden)
     assert run.stopped_by == "steps"
     assert_same(run.state, run.ledger, run.history, uninterrupted)
-    assert sorted(path.name for path in finished.iterdir()) == before
+    assert sorted(visible(finished)) == before
 
 
 def test_a_run_goes_on_from_its_checkpoint_to_more_steps(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -238,3 +239,150 @@ def test_bounded_gradients_train_without_a_clip() -> None:
     state, metrics = step.run(state, examples, mask(0, 1, 2), True)
     assert (int(metrics.samples), int(metrics.nonfinite), int(state.step)) == (3, 1, 1)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.params))
+
+
+# What follows the noise and moves parameters by themselves.
+DECAYS = {
+    "adamw": optax.adamw(0.1, weight_decay=0.5),
+    "decayed weights": optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1)),
+    "lion": optax.lion(0.1, weight_decay=0.5),
+    "signs": optax.chain(optax.trace(0.9), optax.add_decayed_weights(0.1), optax.sign_sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("clip", [jaxdp.clip_flat(1.0), jaxdp.clip_per_layer(1.0)])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_frozen_leaves_stay_whatever_stands_behind_the_noise(decay: str, clip: Chain) -> None:
+    params = {"w": jnp.arange(1.0, 4.0), "b": jnp.ones(()), "base": {"k": jnp.array([2.0, -3.0])}}
+    tx = optax.chain(clip, jaxdp.accumulate(optax.chain(jaxdp.add_noise(1.0, KEY), DECAYS[decay])))
+    trainable = {"w": True, "b": False, "base": False}
+    step = training.make_step(jaxdp.per_sample_grads(loss_fn, trainable=trainable), tx)
+    state = training.init(params, tx)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(3):
+            state, _ = step.run(state, EXAMPLES, ALL, True)
+    assert not np.any(np.asarray(state.params["w"]) == params["w"])
+    for name in ("b", "base"):
+        jax.tree.map(np.testing.assert_array_equal, state.params[name], params[name])
+
+
+def test_integers_stay() -> None:
+    params = {**new_params(), "count": jnp.array(3), "flag": jnp.array(True)}
+    behind = optax.chain(jaxdp.add_noise(1.0, KEY), optax.add_decayed_weights(0.9), optax.sgd(0.5))
+    tx = optax.chain(jaxdp.clip_flat(1.0), behind)
+    step = training.make_step(jaxdp.per_sample_grads(loss_fn), tx)
+    with jax.numpy_dtype_promotion("standard"):
+        state, _ = step.run(training.init(params, tx), EXAMPLES, ALL, True)
+    assert int(state.params["count"]) == 3 and bool(state.params["flag"])
+    assert state.params["count"].dtype == jnp.int32
+
+
+def test_bounded_gradients_leave_frozen_leaves_alone() -> None:
+    behind = optax.chain(jaxdp.add_noise(1.5, KEY), optax.add_decayed_weights(0.5), optax.sgd(0.1))
+    grads_fn = jaxdp.lipschitz.bounded_grads(
+        lambda params, x: jnp.tanh(loss_fn(params, x)),
+        2.0,
+        with_losses=True,
+        trainable={"w": True, "b": False},
+    )
+    step = training.make_step(grads_fn, behind)
+    state, _ = step.run(training.init(new_params(), behind), EXAMPLES, ALL, True)
+    assert float(state.params["b"]) == 1.0 and float(state.params["w"][0]) != 1.0
+
+
+def test_a_loop_of_ones_own_keeps_frozen_leaves_by_a_mask() -> None:
+    """As the documentation of `trainable` says."""
+    params, frozen = new_params(), {"w": False, "b": True}
+    tx: Any = optax.chain(
+        jaxdp.clip_flat(1.0),
+        jaxdp.add_noise(1.0, KEY),
+        optax.adamw(0.1, weight_decay=0.5),
+        optax.masked(optax.set_to_zero(), frozen),
+    )
+    grads_fn = jaxdp.per_sample_grads(loss_fn, trainable={"w": True, "b": False})
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(grads_fn(params, EXAMPLES), tx.init(params), params)
+    moved: Any = optax.apply_updates(params, updates)
+    assert float(moved["b"]) == 1.0 and float(moved["w"][0]) != 1.0
+
+
+def test_updates_of_another_shape_are_refused() -> None:
+    """A branch without clip and noise would hand over the rows of single samples."""
+
+    def rows(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.stack([leaf] * 6), updates)
+
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(1.0, KEY), optax.stateless(rows))
+    step, state = made(tx)
+    with pytest.raises(ValueError, match=r"shape of its parameter, got \(6,\) for b of shape \(\)"):
+        step.run(state, EXAMPLES, ALL, True)
+
+
+@pytest.mark.parametrize("plain", ["w", "b"])
+def test_a_branch_without_a_clip_gets_no_rows(plain: str) -> None:
+    """Neither from a handle, nor from arrays in a loop of one's own."""
+    private = optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(1.0, KEY), optax.sgd(0.1))
+    labels = {name: "plain" if name == plain else "dp" for name in ("w", "b")}
+    for branch in (optax.identity(), optax.sgd(0.1)):
+        tx = optax.partition({"plain": branch, "dp": private}, labels)
+        step, state = made(tx)
+        with pytest.raises(TypeError, match="lazy handle.*whole") as error:
+            step.run(state, EXAMPLES, ALL, True)
+        assert "materialize" not in str(error.value)
+        rows = jax.vmap(jax.grad(loss_fn), (None, 0))(new_params(), EXAMPLES)
+        with pytest.raises(ValueError, match="hidden from it.*clip_by_group"):
+            tx.update(rows, tx.init(new_params()), new_params())
+
+
+@pytest.mark.parametrize("what", ["arrays", "Bounded"])
+def test_gradients_of_another_kind_are_refused(what: str) -> None:
+    def grads_fn(params: Any, batch: Any, mask: Any) -> Any:
+        if what == "arrays":
+            return jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
+        return jaxdp.Bounded(params, 1.0)
+
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(1.0, KEY))
+    step = training.make_step(grads_fn, tx)
+    with pytest.raises(TypeError, match="grads_fn must return jaxdp.PerSampleGrads"):
+        step.run(training.init(new_params(), tx), EXAMPLES, ALL, True)
+
+
+# What optimizers cannot train, or should not.
+NO_PARAMETERS: dict[str, tuple[Any, str]] = {
+    "number": (0.1, "parameters must be arrays, got the number 0.1 for rate"),
+    "key": (jax.random.key(0), "parameters must hold no random keys, got one for rate"),
+    "keys": (jax.random.split(jax.random.key(0), 3), "random keys, got one for rate"),
+}
+
+
+@pytest.mark.parametrize("name", NO_PARAMETERS)
+def test_settings_and_keys_among_the_parameters_are_refused(name: str) -> None:
+    leaf, said = NO_PARAMETERS[name]
+    params = {**new_params(), "rate": leaf}
+    with pytest.raises(TypeError, match=said):
+        training.init(params, chain())
+    with pytest.raises(TypeError, match=said):
+        jaxdp.per_sample_grads(loss_fn)(params, EXAMPLES)
+    with pytest.raises(TypeError, match=said):
+        jaxdp.lipschitz.bounded_grads(loss_fn, 1.0)(params, EXAMPLES)
+
+
+def test_the_rate_of_a_dropout_layer_is_no_parameter() -> None:
+    keys = jax.random.split(KEY, 2)
+    model = eqx.nn.Sequential(
+        [eqx.nn.Linear(3, 2, key=keys[0]), eqx.nn.Dropout(0.1), eqx.nn.Linear(2, 1, key=keys[1])]
+    )
+
+    def loss(model: Any, example: Any) -> jax.Array:
+        row, key = example
+        return jnp.sum(model(row, key=key))
+
+    batch = (jnp.asarray(EXAMPLES), jax.random.split(KEY, 6))
+    with pytest.raises(TypeError, match="got the number 0.1 for layers/1/p.*eqx.partition"):
+        jaxdp.per_sample_grads(loss)(model, batch)
+    # Both ways that the sentence names.
+    flags = jax.tree.map(eqx.is_inexact_array, model)
+    frozen = jaxdp.per_sample_grads(loss, trainable=flags)(model, batch)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    apart = jaxdp.per_sample_grads(lambda p, example: loss(eqx.combine(p, static), example))
+    np.testing.assert_array_equal(frozen.norms(), apart(params, batch).norms())

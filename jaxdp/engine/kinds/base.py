@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.numerics import weighted_sum, widened
+from jaxdp.engine.numerics import widened
 from jaxdp.engine.rounding import norms, rounded_up
+from jaxdp.engine.sums import weighted_sum
 from jaxdp.engine.views import Box, Dim, Part, View, place
 from jaxdp.engine.walker import Equation
 

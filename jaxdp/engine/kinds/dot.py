@@ -37,6 +37,7 @@ from jaxdp.engine.kinds.base import (
 )
 from jaxdp.engine.numerics import scale_rows, widened
 from jaxdp.engine.rounding import joint_norm, norms, rounded_up
+from jaxdp.engine.sums import in_blocks
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
 
@@ -188,7 +189,11 @@ class OuterProducts:
             u = scale_rows(weights, u)
         else:
             v = scale_rows(weights, v)
-        total = jnp.einsum("betd,betp->edp", u, v, precision=Precision.HIGHEST)
+
+        def contract(u: jax.Array, v: jax.Array) -> jax.Array:
+            return jnp.einsum("betd,betp->edp", u, v, precision=Precision.HIGHEST)
+
+        total = in_blocks(contract, u, v)
         return self.target.place(
             total.reshape([dim.size for dim in self.axes.dims]), self.axes.dims
         )

@@ -28,8 +28,10 @@ from jaxdp.engine.kinds.base import (
 from jaxdp.engine.kinds.dot import OuterProducts
 from jaxdp.engine.numerics import scale_rows, widened
 from jaxdp.engine.rounding import norms, rounded_up, roundings, total, unit_roundoff
+from jaxdp.engine.sums import BLOCK, Running, as_blocks
 from jaxdp.engine.views import Dim, Part, View
 from jaxdp.engine.walker import Equation
+from jaxdp.varying import zeros
 
 
 @factored
@@ -73,9 +75,7 @@ class LookedUp:
         return self._placed(jax.vmap(self._table)(self.ids, widened(self.cotangents)))
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
-        scaled = scale_rows(weights, self.cotangents)
-        flat = scaled.reshape(-1, scaled.shape[-1])
-        return self._placed(self._table(self.ids.reshape(-1), flat))
+        return self._placed(self._summed(self.ids, scale_rows(weights, self.cotangents)))
 
     def join(self, other: Factored) -> Factored | None:
         if isinstance(other, OuterProducts):
@@ -90,6 +90,26 @@ class LookedUp:
 
     def _table(self, ids: jax.Array, rows: jax.Array) -> jax.Array:
         return jnp.zeros((self.row.size, rows.shape[-1]), rows.dtype).at[ids].add(rows)
+
+    def _summed(self, ids: jax.Array, rows: jax.Array) -> jax.Array:
+        """The table of all samples, from `[B, T]` and `[B, T, p]`: as `engine.sums` asks, but with
+        blocks that touch few rows of the table."""
+        size, width = self.row.size, rows.shape[-1]
+        if ids.shape[0] <= BLOCK:
+            return self._table(ids.reshape(-1), rows.reshape(-1, width))
+        ids, rows = as_blocks(ids), as_blocks(rows)
+
+        def add(sums: Running, block: tuple[jax.Array, jax.Array]) -> tuple[Running, None]:
+            ids, rows = block
+            # Each row of the table once; an id outside of it is dropped.
+            places, rows = _distinct_rows(ids.reshape(-1), rows.reshape(-1, width), unused=size)
+            touched = jax.tree.map(lambda table: table.at[places].get(mode="clip"), sums).add(rows)
+            return jax.tree.map(
+                lambda table, rows: table.at[places].set(rows, mode="drop"), sums, touched
+            ), None
+
+        start = Running.start(zeros((size, width), rows.dtype, (ids, rows)))
+        return jax.lax.scan(add, start, (ids, rows))[0].value
 
     def _placed(self, table: jax.Array) -> jax.Array:
         dims = (self.row, *self.features)
@@ -272,12 +292,13 @@ def _looked_up(
     return LookedUp(jnp.clip(ids, 0, row.size - 1), cotangent, row, features, target)
 
 
-def _distinct_rows(ids: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Ids and rows `[T, p]` with the rows of equal ids added up: each sum stands once."""
+def _distinct_rows(ids: jax.Array, rows: jax.Array, unused: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Ids and rows `[T, p]` with the rows of equal ids added up: each sum stands once. Behind them
+    zeros, with the id `unused`."""
     if ids.shape[0] <= 1:
         return ids, rows
     order = jnp.argsort(ids)
     starts = jnp.diff(ids[order], prepend=ids[order][:1]) != 0
     segment = jnp.cumsum(starts)
     sums = jnp.zeros_like(rows).at[segment].add(rows[order])
-    return jnp.zeros_like(ids).at[segment].max(ids[order]), sums
+    return jnp.full_like(ids, unused).at[segment].set(ids[order]), sums

@@ -8,14 +8,19 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxdp.engine.walker import Equation
+from jaxdp.lipschitz.rounding import COMPOSED, TINY, gamma, power, root_of_squares, times, up
 from jaxdp.lipschitz.rules.registry import BoundRule, PullBack, register_bound_rule
-from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
+from jaxdp.lipschitz.value import INFINITE, Cotangent, Range, Value, scaled
 
 Slope = Callable[[Value], ArrayLike]
 
 
 def _monotone(
-    fun: Callable[[jax.Array], jax.Array], slope: Slope, at_zero: float | None = None
+    fun: Callable[[jax.Array], jax.Array],
+    slope: Slope,
+    at_zero: float | None = None,
+    *,
+    units: int = 0,
 ) -> BoundRule:
     r"""Of an increasing function φ, entry by entry.
 
@@ -24,15 +29,16 @@ def _monotone(
       slope: an upper bound on |φ'| between the bounds of x.
       at_zero: φ(0), if the slope holds between zero and x, too: then
         ‖φ(x)‖ ≤ slope · ‖x‖ + √n |φ(0)|.
+      units: by how many u more than other functions it is off.
     """
 
     def rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
         (x,) = values
-        steepest = slope(x)
+        steepest = up(slope(x), units)
         norm: ArrayLike = math.inf
         if at_zero is not None:
-            norm = steepest * x.norm + math.sqrt(x.size) * abs(at_zero)
-        image = Range(norm, fun(x.low), fun(x.high))
+            norm = times(steepest, x.norm) + math.sqrt(x.size) * abs(at_zero)
+        image = Range(norm, fun(x.low), fun(x.high)).outward(units)
         return [image], lambda cotangents: [scaled(cotangents[0], steepest)]
 
     return rule
@@ -48,6 +54,11 @@ def _step(fun: Callable[[jax.Array], jax.Array]) -> BoundRule:
     return rule
 
 
+def _inverse(x: jax.Array) -> jax.Array:
+    """A bound on the reciprocal of what is at least that, infinite at zero."""
+    return jnp.where(x > 0, jnp.maximum(1 / x, TINY), jnp.inf)
+
+
 def _positive(x: Value) -> jax.Array:
     """The least that x can be, zero if that is not positive: slopes become infinite there."""
     return jnp.maximum(x.low, 0)
@@ -60,17 +71,15 @@ _FUNCTIONS: Mapping[str, BoundRule] = {
     "atan": _monotone(jnp.arctan, lambda x: 1, 0),
     "asinh": _monotone(jnp.arcsinh, lambda x: 1, 0),
     "exp": _monotone(jnp.exp, lambda x: jnp.exp(x.high)),
-    "exp2": _monotone(jnp.exp2, lambda x: math.log(2) * jnp.exp2(x.high)),
+    "exp2": _monotone(jnp.exp2, lambda x: times(math.log(2), jnp.exp2(x.high)), units=COMPOSED),
     "expm1": _monotone(jnp.expm1, lambda x: jnp.exp(jnp.maximum(x.high, 0)), 0),
-    "log": _monotone(lambda x: jnp.log(jnp.maximum(x, 0)), lambda x: 1 / _positive(x)),
+    "log": _monotone(lambda x: jnp.log(jnp.maximum(x, 0)), lambda x: _inverse(_positive(x))),
     "log1p": _monotone(
         lambda x: jnp.log1p(jnp.maximum(x, -1)),
-        lambda x: 1 / jnp.maximum(1 + jnp.minimum(x.low, 0), 0),
+        lambda x: _inverse(jnp.maximum(1 + jnp.minimum(x.low, 0), 0)),
         0,
     ),
-    "sqrt": _monotone(
-        lambda x: jnp.sqrt(jnp.maximum(x, 0)), lambda x: 0.5 / jnp.sqrt(_positive(x))
-    ),
+    "sqrt": _monotone(jnp.sqrt, lambda x: 0.5 * _inverse(jnp.sqrt(_positive(x)))),
     "sign": _step(jnp.sign),
     "floor": _step(jnp.floor),
     "ceil": _step(jnp.ceil),
@@ -80,13 +89,13 @@ for _name, _rule in _FUNCTIONS.items():
     register_bound_rule(_name)(_rule)
 
 
-@register_bound_rule("neg")
+@register_bound_rule("neg", whole=True, exact=True)
 def _neg(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     (x,) = values
     return [Range(x.norm, -x.high, -x.low)], lambda cotangents: cotangents
 
 
-@register_bound_rule("abs")
+@register_bound_rule("abs", exact=True)
 def _abs(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     (x,) = values
     return [Range(x.norm, _least_size(x), x.largest)], lambda cotangents: cotangents
@@ -104,7 +113,7 @@ def _erfc(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pull
     (x,) = values
     slope = 2 / math.sqrt(math.pi)
     image = Range(low=jax.lax.erfc(x.high), high=jax.lax.erfc(x.low))
-    return [image], lambda cotangents: [scaled(cotangents[0], slope)]
+    return [image.outward(COMPOSED)], lambda cotangents: [scaled(cotangents[0], slope)]
 
 
 @register_bound_rule("rsqrt")
@@ -112,7 +121,8 @@ def _rsqrt(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pul
     (x,) = values
     least = _positive(x)
     image = Range(low=jax.lax.rsqrt(jnp.maximum(x.high, 0)), high=jax.lax.rsqrt(least))
-    return [image], lambda cotangents: [scaled(cotangents[0], 0.5 * least**-1.5)]
+    slope = times(0.5, jax.lax.rsqrt(least), _inverse(least))
+    return [image], lambda cotangents: [scaled(cotangents[0], slope)]
 
 
 @register_bound_rule("integer_pow", "square")
@@ -123,15 +133,23 @@ def _power(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pul
         raise NotImplementedError(
             f"no bound is known for x ** {exponent} ({eqn.source}): write it as a division"
         )
-    high, least = x.largest**exponent, _least_size(x) ** exponent
-    image = Range(x.norm * x.largest ** (exponent - 1), least, high)
+    slope = power(x.largest, exponent - 1)
+    norm = times(x.norm, slope)
     if exponent % 2:
-        image = Range(image.norm, x.low**exponent, x.high**exponent)
-    slope = exponent * x.largest ** (exponent - 1)
-    return [image], lambda cotangents: [scaled(cotangents[0], slope)]
+        image = Range(norm, _lower_power(x.low, exponent), -_lower_power(-x.high, exponent))
+    else:
+        least = _lower_power(_least_size(x), exponent)
+        image = Range(norm, least, power(x.largest, exponent))
+    return [image], lambda cotangents: [scaled(cotangents[0], exponent * slope)]
 
 
-@register_bound_rule("add", "add_any", "sub")
+def _lower_power(x: jax.Array, exponent: int) -> jax.Array:
+    """A lower bound on the power of what is at least x, which is of either sign if it is odd."""
+    below = -power(jnp.maximum(-x, 0), exponent)
+    return jnp.where(x < 0, below, x**exponent * (1 - gamma(2 * exponent)))
+
+
+@register_bound_rule("add", "add_any", "sub", whole=True)
 def _sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     x, y = values
     copies_x, copies_y = _copies(eqn, values)
@@ -143,12 +161,14 @@ def _sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
     return [image], _as_often_as_met([copies_x, copies_y])
 
 
-@register_bound_rule("mul")
+@register_bound_rule("mul", whole=True)
 def _mul(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     x, y = values
     copies_x, copies_y = _copies(eqn, values)
-    one_by_other = jnp.minimum(copies_x * x.norm * y.largest, copies_y * y.norm * x.largest)
-    norm = jnp.minimum(one_by_other, x.norm * y.norm)
+    one_by_other = jnp.minimum(
+        times(copies_x, x.norm, y.largest), times(copies_y, y.norm, x.largest)
+    )
+    norm = jnp.minimum(one_by_other, times(x.norm, y.norm))
     low, high = _corners(x, y)
     if x is y:
         low = jnp.square(_least_size(x))
@@ -156,29 +176,30 @@ def _mul(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
         (bound,) = cotangents
         return [
-            scaled(bound, _weighing(copies_x, y)),
-            scaled(bound, _weighing(copies_y, x)),
+            INFINITE if other.unknown else scaled(bound, _weighing(copies, other))
+            for copies, other in ((copies_x, y), (copies_y, x))
         ]
 
     return [Range(norm, low, high)], pull_back
 
 
-@register_bound_rule("div")
+@register_bound_rule("div", whole=True)
 def _div(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     x, y = values
     copies_x, copies_y = _copies(eqn, values)
-    inverse = 1 / _least_size(y)  # infinite where y can be zero
-    corners = jnp.stack([x.low, x.high]) * inverse * jnp.where(y.high < 0, -1, 1)
-    spans = jnp.isfinite(inverse)
-    low = jnp.where(spans, jnp.minimum(jnp.min(corners), 0), -jnp.inf)
-    high = jnp.where(spans, jnp.maximum(jnp.max(corners), 0), jnp.inf)
+    inverse = _inverse(_least_size(y))  # infinite where y can be zero: 0/0 is no number
+    most = times(x.largest, inverse)
+    one_sign = (x.low >= 0) & (y.low >= 0) | (x.high <= 0) & (y.high <= 0)
+    other_sign = (x.low >= 0) & (y.high <= 0) | (x.high <= 0) & (y.low >= 0)
+    low, high = jnp.where(one_sign, 0, -most), jnp.where(other_sign, 0, most)
 
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
         (bound,) = cotangents
-        below = copies_y * jnp.square(inverse) * x.largest
-        return [scaled(bound, copies_x * inverse), scaled(bound, below)]
+        # In this order JAX multiplies, too: where the first product overflows, so does the bound.
+        below = scaled(bound, x.largest, _met(copies_y), inverse, inverse)
+        return [scaled(bound, _met(copies_x), inverse), below]
 
-    return [Range(copies_x * x.norm * inverse, low, high)], pull_back
+    return [Range(times(copies_x, x.norm, inverse), low, high)], pull_back
 
 
 @register_bound_rule("max", "min")
@@ -186,7 +207,7 @@ def _extremum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], 
     x, y = values
     copies_x, copies_y = _copies(eqn, values)
     choose = jnp.maximum if eqn.name == "max" else jnp.minimum
-    norm = jnp.hypot(copies_x * x.norm, copies_y * y.norm)
+    norm = root_of_squares(jnp.stack([copies_x * x.norm, copies_y * y.norm]))
     image = Range(norm, choose(x.low, y.low), choose(x.high, y.high))
     return [image], _as_often_as_met([copies_x, copies_y])
 
@@ -202,7 +223,7 @@ def _clamp(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pul
     return [Range(norm, low, high)], _as_often_as_met(_copies(eqn, values))
 
 
-@register_bound_rule("select_n")
+@register_bound_rule("select_n", whole=True)
 def _select(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     which, *cases = values
     copies = _copies(eqn, cases)
@@ -215,13 +236,13 @@ def _select(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pu
 
     norms = among([many * case.norm for many, case in zip(copies, cases, strict=True)], 0)
     image = Range(
-        jnp.sqrt(jnp.sum(jnp.square(norms))),
+        root_of_squares(norms),
         jnp.min(among([case.low for case in cases], math.inf)),
         jnp.max(among([case.high for case in cases], -math.inf)),
     )
 
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
-        found = [scaled(cotangents[0], many) for many in copies]
+        found = [scaled(cotangents[0], _met(many)) for many in copies]
         pairs = zip(chosen, found, strict=True)
         return [None, *(None if bound is None else jnp.where(c, bound, 0) for c, bound in pairs)]
 
@@ -242,9 +263,13 @@ def _least_size(x: Value) -> jax.Array:
 
 def _corners(x: Value, y: Value) -> tuple[jax.Array, jax.Array]:
     """The interval of products."""
-    products = [a * b for a in (x.low, x.high) for b in (y.low, y.high)]
-    known = [jnp.where(jnp.isnan(product), 0, product) for product in products]  # 0 · ∞
-    return jnp.min(jnp.stack(known)), jnp.max(jnp.stack(known))
+    pairs = [(a, b) for a in (x.low, x.high) for b in (y.low, y.high)]
+    products = jnp.stack([a * b for a, b in pairs])
+    products = jnp.where(jnp.isnan(products), 0, products)  # 0 · ∞: then the norm is infinite
+    # One that vanishes below the least number may come back in a product with a large one.
+    signs = jnp.stack([jnp.sign(a) * jnp.sign(b) for a, b in pairs])
+    slips = jnp.where(jnp.abs(products) < TINY, signs * TINY, 0)
+    return jnp.min(products + jnp.minimum(slips, 0)), jnp.max(products + jnp.maximum(slips, 0))
 
 
 def _copies(eqn: Equation, values: Sequence[Value]) -> list[float]:
@@ -256,10 +281,17 @@ def _copies(eqn: Equation, values: Sequence[Value]) -> list[float]:
 
 def _as_often_as_met(copies: Sequence[float]) -> PullBack:
     """The cotangent of the output to every operand, as often as its entries meet others."""
-    return lambda cotangents: [scaled(cotangents[0], many) for many in copies]
+    return lambda cotangents: [scaled(cotangents[0], _met(many)) for many in copies]
+
+
+def _met(copies: float) -> float:
+    """The norm of a sum over copies squared, relative to that of its terms, as it is rounded."""
+    return copies * (1 + gamma(round(copies**2)))
 
 
 def _weighing(copies: float, other: Value) -> jax.Array:
     """How much a product with another array lengthens the cotangent of an operand: entry by entry,
     or, where one entry meets several, by what it meets (Cauchy-Schwarz)."""
-    return other.largest if copies == 1 else jnp.minimum(copies * other.largest, other.norm)
+    if copies == 1:
+        return other.largest
+    return jnp.minimum(times(copies, other.largest), other.norm) * (_met(copies) / copies)

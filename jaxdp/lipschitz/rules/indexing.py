@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
 from jaxdp.engine.walker import Equation
+from jaxdp.lipschitz.rounding import divisor, gamma, times, up
 from jaxdp.lipschitz.rules.registry import PullBack, register_bound_rule
 from jaxdp.lipschitz.value import Range, Value, scaled
 
 
-@register_bound_rule("gather")
+@register_bound_rule("gather", whole=True)
 def _gather(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     x, index = values
     fill = eqn.params["fill_value"]
@@ -25,13 +26,14 @@ def _gather(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pu
         )
     repeats = _repeats(eqn, x, index)
     low, high = x.low, x.high
-    norm = repeats * x.norm
+    norm = times(repeats, x.norm)
     if fill is not None:
         low, high = jnp.minimum(low, fill), jnp.maximum(high, fill)
         norm += math.sqrt(eqn.outputs[0].size) * abs(fill)
     elif x.array is not None:
         norm = jnp.minimum(norm, math.sqrt(_windows(eqn)) * _longest_window(eqn, x.array))
-    return [Range(norm, low, high)], lambda cotangents: [scaled(cotangents[0], repeats), None]
+    summed = times(repeats, 1 + gamma(_windows(eqn)))
+    return [Range(norm, low, high)], lambda cotangents: [scaled(cotangents[0], summed), None]
 
 
 def _windows(eqn: Equation) -> int:
@@ -55,5 +57,9 @@ def _longest_window(eqn: Equation, table: jax.Array) -> jax.Array:
     whole = tuple(axis for axis, size in enumerate(sizes) if size == table.shape[axis])
     if any(size != 1 for axis, size in enumerate(sizes) if axis not in whole):
         whole = tuple(range(table.ndim))
-    squares = jnp.sum(jnp.square(table.astype(jnp.float32)), whole)
-    return jnp.sqrt(jnp.max(squares, initial=0.0))
+    terms = math.prod(table.shape[axis] for axis in whole)
+    # Divided by the largest entry first, since squares vanish.
+    sizes = jnp.abs(table)
+    most = jnp.max(sizes, initial=0)
+    squares = jnp.sum(jnp.square((sizes / divisor(most)).astype(jnp.float32)), whole)
+    return up(times(divisor(most), jnp.sqrt(jnp.max(squares, initial=0))), terms)

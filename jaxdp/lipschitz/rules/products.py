@@ -8,22 +8,47 @@ import jax.numpy as jnp
 
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.operator_norm import convolution_norm, matrix_norm, patch_multiplicity
+from jaxdp.lipschitz.rounding import product, times
 from jaxdp.lipschitz.rules.registry import PullBack, register_bound_rule
-from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
+from jaxdp.lipschitz.value import INFINITE, Cotangent, Range, Value, scaled
 
 
-@register_bound_rule("dot_general")
+@register_bound_rule("dot_general", whole=True)
 def _dot(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     x, y = values
     (contract_x, contract_y), (batch_x, batch_y) = eqn.params["dimension_numbers"]
     gain_x = _gain(x, contract_x, batch_x)
     gain_y = _gain(y, contract_y, batch_y)
-    norm = jnp.minimum(x.norm * gain_y, y.norm * gain_x)
+    terms, precision = _size(x, contract_x), eqn.params["precision"]
+    rounded = product(terms, precision)
+    norm = jnp.minimum(
+        times(x.norm, gain_y + times(rounded, y.norm)),
+        times(y.norm, gain_x + times(rounded, x.norm)),
+    )
+
+    def back(bound: Cotangent, gain: jax.Array, other: Value, summed: Sequence[int]) -> Cotangent:
+        """The cotangent times the other operand, whose free axes it is summed over."""
+        # Entry by entry a product is off in proportion to the product of absolute values, whose
+        # norm is at most that of all entries.
+        if bound is not None and other.unknown:
+            return INFINITE
+        off = product(
+            _size(other, [k for k in range(len(other.shape)) if k not in summed]), precision
+        )
+        return scaled(bound, gain + times(off, other.norm))
 
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
-        return [scaled(cotangents[0], gain_y), scaled(cotangents[0], gain_x)]
+        (bound,) = cotangents
+        return [
+            back(bound, gain_y, y, (*contract_y, *batch_y)),
+            back(bound, gain_x, x, (*contract_x, *batch_x)),
+        ]
 
     return [Range(norm)], pull_back
+
+
+def _size(value: Value, axes: Sequence[int]) -> int:
+    return math.prod(value.shape[axis] for axis in axes)
 
 
 def _gain(value: Value, contract: Sequence[int], batch: Sequence[int]) -> jax.Array:
@@ -41,7 +66,7 @@ def _gain(value: Value, contract: Sequence[int], batch: Sequence[int]) -> jax.Ar
     return value.once((tuple(contract), tuple(batch)), largest)
 
 
-@register_bound_rule("conv_general_dilated")
+@register_bound_rule("conv_general_dilated", whole=True)
 def _convolution(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     x, kernel = values
     if kernel.array is None or eqn.params["batch_group_count"] != 1:
@@ -60,7 +85,18 @@ def _convolution(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range
     norm = convolution_norm(ordered, steps, tuple(dilation), eqn.params["feature_group_count"])
     patches = math.sqrt(patch_multiplicity(window, stride, dilation, positions))
 
-    def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
-        return [scaled(cotangents[0], norm), scaled(cotangents[0], patches * x.norm)]
+    # The convolution with absolute values, to whose results it is rounded in proportion, is a
+    # product of the kernel with all patches, which are √m times as long as the image.
+    sizes = times(patches, kernel.norm)
+    precision = eqn.params["precision"]
+    terms = math.prod(window) * kernel.shape[axes[1]]
+    outputs = math.prod(window) * kernel.shape[axes[0]]
+    forward = norm + times(product(terms, precision), sizes)
+    backward = norm + times(product(outputs, precision), sizes)
+    over_positions = patches * (1 + product(math.prod(positions), precision))
 
-    return [Range(x.norm * norm)], pull_back
+    def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
+        (bound,) = cotangents
+        return [scaled(bound, backward), scaled(bound, x.norm, over_positions)]
+
+    return [Range(times(x.norm, forward))], pull_back

@@ -3,39 +3,51 @@
 import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
+
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.operator_norm import patch_multiplicity
+from jaxdp.lipschitz.rounding import gamma, up
 from jaxdp.lipschitz.rules.registry import PullBack, register_bound_rule
 from jaxdp.lipschitz.value import Range, Value, scaled
 
 
-@register_bound_rule("reduce_sum")
+@register_bound_rule("reduce_sum", whole=True)
 def _sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     (x,) = values
     count = x.size // max(eqn.outputs[0].size, 1)
     gain = math.sqrt(count)
-    image = Range(gain * x.norm, count * x.low, count * x.high)
+    image = Range(up(gain * x.norm, count), -_most(-x.low, count), _most(x.high, count))
     return [image], lambda cotangents: [scaled(cotangents[0], gain)]
 
 
-@register_bound_rule("reduce_max", "reduce_min")
+def _most(high: jax.Array, count: int) -> jax.Array:
+    """A bound on the sum of so many entries, none above that: where it is below zero, so are all
+    partial sums, and rounding takes a share of it."""
+    return count * high * jnp.where(high > 0, 1 + gamma(count), 1 - gamma(count))
+
+
+@register_bound_rule("reduce_max", "reduce_min", exact=True)
 def _extremum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     # Between entries that are equal the cotangent is divided.
     return [values[0].range], lambda cotangents: cotangents
 
 
-@register_bound_rule("cumsum")
+@register_bound_rule("cumsum", whole=True)
 def _cumulative_sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     (x,) = values
     length = x.shape[eqn.params["axis"]]
     gain = math.sqrt(length * (length + 1) / 2)  # Frobenius norm of a triangle of ones
+    gain *= 1 + gamma(length)
     return [Range(gain * x.norm)], lambda cotangents: [scaled(cotangents[0], gain)]
 
 
-@register_bound_rule("reduce_window_sum")
+@register_bound_rule("reduce_window_sum", whole=True)
 def _window_sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
     (x,) = values
-    gain = math.sqrt(math.prod(eqn.params["window_dimensions"]) * _multiplicity(eqn))
+    window = math.prod(eqn.params["window_dimensions"])
+    gain = math.sqrt(window * _multiplicity(eqn)) * (1 + gamma(window))
     return [Range(gain * x.norm)], lambda cotangents: [scaled(cotangents[0], gain)]
 
 
@@ -54,7 +66,7 @@ def _window_extremum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[R
             f"no bound is known for {eqn.name} with windows that may lie in the padding alone "
             f"({eqn.source}): pad by less than the window, without dilation"
         )
-    gain = math.sqrt(_multiplicity(eqn))
+    gain = math.sqrt(_multiplicity(eqn)) * (1 + gamma(_multiplicity(eqn)))
     return [Range(gain * x.norm, x.low, x.high)], lambda cotangents: [scaled(cotangents[0], gain)]
 
 

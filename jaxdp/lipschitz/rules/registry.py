@@ -1,9 +1,15 @@
 """The table of bound rules, and how to add to it."""
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from jaxdp.engine.walker import Equation
-from jaxdp.lipschitz.value import Cotangent, Range, Value
+from jaxdp.lipschitz.rounding import up
+from jaxdp.lipschitz.value import INFINITE, UNKNOWN, Cotangent, Range, Value, is_infinite
 
 PullBack = Callable[[Sequence[Cotangent]], Sequence[Cotangent]]
 """Bounds on the cotangents of the outputs -> bounds on those of the operands."""
@@ -11,10 +17,71 @@ PullBack = Callable[[Sequence[Cotangent]], Sequence[Cotangent]]
 BoundRule = Callable[[Equation, Sequence[Value]], tuple[Sequence[Range], PullBack]]
 """`(equation, operands) -> (ranges of the outputs, pull_back)`, as `jax.vjp` does with arrays."""
 
-_RULES: dict[str, BoundRule] = {}
+
+class Registered(NamedTuple):
+    """A rule, and what is done beside it.
+
+    Attributes:
+      rule: the rule.
+      whole: whether it is right for operands that may be infinite or NaN, too. Else nothing is
+        known of what comes out, or goes back, where one may be.
+      exact: whether nothing is rounded. Else its bounds are made larger by what one equation is
+        rounded by.
+    """
+
+    rule: BoundRule
+    whole: bool = False
+    exact: bool = False
+
+    def guarded(self, values: Sequence[Value]) -> bool:
+        """Whether the operands must be finite, and one is known to be no such."""
+        return not self.whole and any(value.unknown for value in values)
+
+    def ranges(self, found: Sequence[Range], values: Sequence[Value]) -> Sequence[Range]:
+        """Of the outputs, with what is done beside."""
+        if any(value.unknown for value in values):
+            return [UNKNOWN for _ in found]
+        doubt = self._doubt(values)
+        rounded = found if self.exact else [each.outward() for each in found]
+        return [
+            each
+            if each.unknown or doubt is None
+            else each._replace(norm=each.norm + doubt, low=each.low + doubt, high=each.high + doubt)
+            for each in rounded
+        ]
+
+    def back(self, pull_back: PullBack, values: Sequence[Value]) -> PullBack:
+        """Of the cotangents, with what is done beside."""
+
+        def guarded(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
+            found = pull_back(bounds)
+            if self.guarded(values):
+                return [None if bound is None else INFINITE for bound in found]
+            doubt = self._doubt(values)
+            return [self._loosened(bound, doubt) for bound in found]
+
+        return guarded
+
+    def _loosened(self, bound: Cotangent, doubt: jax.Array | None) -> Cotangent:
+        if bound is None or is_infinite(bound):
+            return bound
+        bound = jnp.asarray(bound, jnp.float32) if self.exact else up(bound)
+        return bound if doubt is None else bound + doubt
+
+    def _doubt(self, values: Sequence[Value]) -> jax.Array | None:
+        """Zero if all operands are finite for sure, else NaN, which is no bound at all."""
+        if self.whole:
+            return None
+        norms = [value.norm for value in values]
+        return 0 * functools.reduce(jnp.add, norms, jnp.float32(0))
 
 
-def register_bound_rule(*primitives: str) -> Callable[[BoundRule], BoundRule]:
+_RULES: dict[str, Registered] = {}
+
+
+def register_bound_rule(
+    *primitives: str, whole: bool = False, exact: bool = False
+) -> Callable[[BoundRule], BoundRule]:
     r"""Decorator: says how bounds go through a primitive.
 
     For a primitive $y = f(x_1, \dots, x_n)$ the rule is given the equation and what is known of
@@ -23,12 +90,19 @@ def register_bound_rule(*primitives: str) -> Callable[[BoundRule], BoundRule]:
     $\lVert J_i^\top g \rVert_2$, $\lVert g \rVert_2 \le G$, of the operands. An operand that is a
     parameter is one like the others: its cotangent is its gradient.
 
+    Where an operand may be infinite or NaN the rule is overruled: nothing is known of what comes
+    out, and no cotangent of an operand is bounded. What it answers is made larger by 2⁻¹⁹, for the
+    rounding of one equation without a sum and of the rule's own arithmetic; the rounding of a sum
+    is the rule's to add (`jaxdp.lipschitz.rounding`).
+
     A rule is a claim that nobody checks when it is used: a bound that is too small is a leak.
     Hold it against `jaxdp.lipschitz.falsify`. Cotangents that are None are zero; the rule is not
     asked if all are.
 
     Args:
       *primitives: their names, as a jaxpr shows them. A rule that exists is replaced.
+      whole: the rule answers for operands that may be infinite or NaN, too: it is not overruled.
+      exact: the primitive only moves entries: what the rule answers is left as it is.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -45,13 +119,13 @@ def register_bound_rule(*primitives: str) -> Callable[[BoundRule], BoundRule]:
 
     def register(rule: BoundRule) -> BoundRule:
         for name in primitives:
-            _RULES[name] = rule
+            _RULES[name] = Registered(rule, whole, exact)
         return rule
 
     return register
 
 
-def rule_of(eqn: Equation) -> BoundRule:
+def rule_of(eqn: Equation) -> Registered:
     """The rule of an equation's primitive.
 
     Raises:

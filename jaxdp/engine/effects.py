@@ -1,0 +1,190 @@
+"""What a program does besides computing on one example.
+
+The engine traces the loss of ONE example and maps it over a batch afterwards. That keeps samples
+apart as long as every equation computes its outputs from its operands, and is mapped as JAX defines
+it. This module names the equations of which that is not certain:
+
+* communication over an axis along which samples may be spread (`lax.pmean`, `lax.all_gather`, ...),
+  and `lax.axis_index`: what one sample contributes would depend on where another lies;
+* mutable arrays: what one sample writes another may read. One that the loss makes for itself is
+  its own affair, but the analysis of uses (`engine.sites`) does not follow values through it;
+* host functions whose answers come from elsewhere, and effects that must keep an order;
+* whatever brings its own rule for a batch, and so may look at all samples at once: callbacks and
+  foreign functions that are not mapped one by one, `custom_vmap`, kernels, primitives that are not
+  JAX's. With a batch of one there is nothing else to look at.
+
+What is not known to be harmless is named, too: a new effect is refused until somebody has thought
+about it. Backward rules are programs as well; who asks must trace the gradient.
+"""
+
+from collections.abc import Iterator, Set
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from jaxdp.engine import walker
+from jaxdp.engine.plan import one_example
+from jaxdp.engine.reduction import Batch, LeafLoss
+from jaxdp.engine.walker import Equation, Program
+from jaxdp.varying import model_axes
+
+# "": nothing. "alone": a batch of one sample. "dense": `vmap(grad)`, which needs no analysis.
+Excuse = Literal["", "alone", "dense"]
+
+# They change the type of a value, and send nothing.
+_TYPES_ONLY = {"pvary", "pcast"}
+# The ways to map a host function that show it one sample at a time.
+_ONE_BY_ONE = {"sequential", "sequential_unrolled"}
+# Values from the host, or to it, that no rule of differentiation knows.
+_HOST = {"io_callback", "infeed", "outfeed"}
+# They bring their own rule for a batch, or memory of their own.
+_KERNEL = "pallas_call"
+_OWN_RULE = {
+    "custom_vmap_call": "custom_vmap",
+    _KERNEL: "a kernel",
+    "call_hi_primitive": "a primitive with rules of its own",
+}
+_KNOWN_EFFECTS = {"NamedAxisEffect", "DebugEffect"}
+_REF_EFFECTS = {"ReadEffect", "WriteEffect", "AccumEffect", "InternalMutableArrayEffect"}
+
+ON_ONE_EXAMPLE = (
+    "Compute on one example alone: normalise within it (nn.group_norm, nn.layer_norm) and add up "
+    "devices after clipping. Where the devices hold parts of the model, jax.shard_map(..., "
+    "check_vma=True) tells these from parts of the batch"
+)
+_PASS_VALUES = "Pass values in and out: what one sample writes another may read"
+
+
+class Hazard(NamedTuple):
+    """An equation that may show one sample to another, or that the analysis does not understand.
+
+    Attributes:
+      what: the primitive, and what is wrong with it.
+      where: file, line and function.
+      fix: what to do about it.
+      excuse: under which circumstances it is harmless.
+    """
+
+    what: str
+    where: str
+    fix: str
+    excuse: Excuse = ""
+
+
+def hazards(program: Program, axes: frozenset[str] = frozenset()) -> list[Hazard]:
+    """All of them, in the order of the program.
+
+    Args:
+      program: of the loss of one example, or of its gradient.
+      axes: named axes along which no two samples are apart.
+    """
+    found = list(dict.fromkeys(_found(program, axes)))
+    if not any(map(walker.is_ref, walker.closed_over(program))):
+        return found
+    # Memory that was there before, and stays.
+    shared = {"excuse": "", "fix": _PASS_VALUES}
+    return [each._replace(**shared) if each.excuse == "dense" else each for each in found]
+
+
+def check(
+    program: Program,
+    loss: LeafLoss,
+    leaves: list[jax.Array],
+    batch: Batch,
+    excused: Set[Excuse] = frozenset(),
+) -> None:
+    """Raises at the first hazard of a loss, or of its gradient, that nothing excuses.
+
+    Args:
+      program: of the loss of one example.
+      loss, leaves, batch: the loss itself, its parameters, its samples.
+      excused: the circumstances.
+
+    Raises:
+      ValueError: what is wrong, with its line.
+    """
+    apart = model_axes(batch.mask)
+
+    def gradient(leaves: list[jax.Array], example: Any) -> Any:
+        return jax.value_and_grad(loss, has_aux=True)(leaves, example)
+
+    found = _refused(hazards(program, apart), excused)
+    if any(eqn.own_derivative for eqn in walker.equations(program)):
+        differentiated, _ = walker.trace(gradient, leaves, one_example(batch.examples))
+        found += _refused(hazards(differentiated, apart), excused)
+    if any(each.excuse == "alone" for each in found):
+        # Their rules for a batch are programs, too.
+        rows = jax.tree.map(lambda leaf: leaf[:1], batch.examples)
+        mapped, _ = walker.trace(jax.vmap(gradient, in_axes=(None, 0)), leaves, rows)
+        _refused(hazards(mapped, apart), excused)
+
+
+def _refused(found: list[Hazard], excused: Set[Excuse]) -> list[Hazard]:
+    """The hazards, all of them excused."""
+    for each in found:
+        if each.excuse not in excused:
+            raise ValueError(
+                "loss_fn must compute on one example alone, by equations that can be followed, got "
+                f"{each.what} ({each.where}). {each.fix}"
+            )
+    return found
+
+
+def _found(program: Program, axes: frozenset[str]) -> Iterator[Hazard]:
+    for eqn in walker.own_equations(program):
+        own = _hazard(eqn, axes)
+        bodies = [] if eqn.name == _KERNEL else eqn.bodies  # which works on memory of its own
+        inside = [each for body in bodies for each in _found(body, axes | eqn.bound_axes)]
+        if own is not None and (own.excuse == "alone" or not inside):
+            yield own  # else it has its effects from within
+        yield from inside
+
+
+def _hazard(eqn: Equation, axes: frozenset[str]) -> Hazard | None:
+    """What is wrong with an equation itself."""
+    if eqn.name not in _TYPES_ONLY and (crossed := eqn.named_axes - axes):
+        over = ", ".join(map(repr, sorted(crossed)))
+        return Hazard(
+            f"communication over a named axis: {eqn.name} over {over}",
+            eqn.source,
+            ON_ONE_EXAMPLE,
+        )
+    if eqn.name in _HOST:
+        return Hazard(
+            f"{eqn.name}, whose answers may tell of other samples",
+            eqn.source,
+            "Prepare the example on the host, or write the function in JAX",
+        )
+    if "vmap_method" in eqn.params and eqn.params["vmap_method"] not in _ONE_BY_ONE:
+        return Hazard(
+            f"{eqn.name} with vmap_method={eqn.params['vmap_method']!r}, which may see the whole "
+            "batch",
+            eqn.source,
+            'Write the function in JAX, or map it one by one with vmap_method="sequential"',
+            "alone",
+        )
+    if eqn.name in _OWN_RULE or eqn.foreign:
+        kind = _OWN_RULE.get(eqn.name, f"{eqn.name}, a primitive that is not JAX's")
+        return Hazard(
+            f"{kind}, which brings its own rule for a batch and may see all of it",
+            eqn.source,
+            "Write the function in JAX, or compute one sample at a time with microbatch_size=1",
+            "alone",
+        )
+    if eqn.touches_refs or eqn.effects & _REF_EFFECTS:
+        return Hazard(
+            f"{eqn.name} of a mutable array",
+            eqn.source,
+            f"{_PASS_VALUES}. Where the loss makes the array itself, method=\"dense\" "
+            "differentiates it as it is",
+            "dense",
+        )
+    unknown = sorted(eqn.effects - _KNOWN_EFFECTS)
+    if unknown or eqn.name == "custom_partitioning":
+        return Hazard(
+            f"{eqn.name}, which does something that is not understood: "
+            f"{', '.join(unknown) or 'it may communicate between devices'}",
+            eqn.source,
+            "Write the function without it",
+        )
+    return None

@@ -1,0 +1,141 @@
+r"""The arithmetic in which bounds hold: what float32 may add to a value, and to a bound.
+
+A bound is one on the numbers that the machine computes, not on those of exact arithmetic. So every
+rule answers for the rounding of its own primitive, forward and backward, and bounds themselves are
+rounded up. The model, with u = 2⁻²⁴:
+
+* A sum of k terms, in any order, with or without fused multiply-adds, is off by at most
+  γ_k Σ|terms|, γ_k = ku/(1 - ku) (Higham 2002, "Accuracy and Stability of Numerical Algorithms",
+  section 4.2, and theorem 3.1 for inner products, whose products count as one more rounding).
+* A function of one entry is off by at most 16u of its value; exp2 and erfc, which are made of other
+  ones, by `COMPOSED` more. The formulas of its derivative, with the arithmetic of the bound beside
+  them, add at most 16u: `EQUATION` is both.
+* A result below the least normal number may be flushed to zero; products that reassociation can
+  bring back are therefore never counted as less than that number.
+
+A compiler may compute a value twice and round it differently each time: with a fused multiply-add
+at one place, without at another. Each is within the bounds, but z - max z may then be above zero by
+as much as z is rounded. Where a formula needs that a number and a function of it agree, it reads
+the number `once`. (The gradient of a maximum is divided between the entries that equal it: that
+there is one is assumed.)
+
+Products in the default precision of an accelerator round their operands first (`product`). What is
+computed from public values alone is computed alike by the program of the loss and by that of its
+bounds. The sum over samples is not part of this: it is rounded as on the road that clips.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxdp.engine.numerics import square_sums
+
+UNIT = 2.0**-24
+"""u: the largest relative error of one operation in float32."""
+
+EQUATION = 2.0**-19
+"""32u, relative: what one equation without a sum and the arithmetic of its bound may be off by."""
+
+COMPOSED = 128
+"""In units of u: XLA's exp2 is that of a product, and erfc has a tail of its own."""
+
+TINY = float(np.finfo(np.float32).tiny)
+"""The least normal number of float32."""
+
+_OPERANDS = {"gpu": 2.0**-10, "cuda": 2.0**-10, "rocm": 2.0**-10, "tpu": 2.0**-7}
+"""Relative error of a product of two operands that were rounded first: to the 10 bits of TF32
+(NVIDIA 2020, "A100 Tensor Core GPU Architecture"), or to bfloat16."""
+
+_ACCURATE = {"cpu": UNIT}
+"""u of products in the highest precision: six bfloat16 passes of a TPU, and tensor cores, which
+add with truncation (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"), take 4u."""
+
+
+def once(array: jax.Array) -> jax.Array:
+    """The array, computed and rounded once for all that is made of it."""
+    return jax.lax.optimization_barrier(array)
+
+
+def gamma(count: int, unit: float = UNIT) -> float:
+    """γ_k, of a sum of so many terms; infinite where it says nothing."""
+    share = count * unit
+    return share / (1 - share) if share < 0.5 else math.inf
+
+
+def product(count: int, precision: Any = jax.lax.Precision.HIGHEST) -> float:
+    """The error of an inner product of so many terms, relative to Σ|x_j y_j|.
+
+    Args:
+      count: k.
+      precision: as the equation says it: an algorithm with a name of its own counts as the least
+        precise one.
+    """
+    platform = jax.default_backend()
+    error = gamma(count + 1, _ACCURATE.get(platform, 4 * UNIT))
+    asked = set(precision) if isinstance(precision, tuple) else {precision}
+    if not asked <= {None, *jax.lax.Precision}:
+        return error + _OPERANDS["tpu"]
+    if asked == {jax.lax.Precision.HIGHEST} or platform == "cpu":
+        return error
+    return error + _OPERANDS.get(platform, _OPERANDS["tpu"])
+
+
+def up(bound: ArrayLike, count: int = 0) -> jax.Array:
+    """A bound on what is computed, from one on what is exact: for one equation, with a sum of so
+    many terms in it."""
+    return jnp.asarray(bound, jnp.float32) * np.float32(1 + EQUATION + gamma(count))
+
+
+def times(*factors: ArrayLike) -> jax.Array:
+    """The product of bounds: above zero where all factors are, infinite where one is."""
+    result, *rest = (jnp.asarray(factor, jnp.float32) for factor in factors)
+    for factor in rest:
+        positive = (result > 0) & (factor > 0)
+        product = result * factor
+        product = jnp.where(positive, jnp.maximum(product, TINY), product)
+        result = jnp.where(jnp.isnan(product), jnp.inf, product)  # 0 · ∞ says nothing
+    return result
+
+
+def power(bound: jax.Array, exponent: int) -> jax.Array:
+    """The power of a bound, with an exponent of at least zero, as `times` would."""
+    found = bound**exponent
+    return up(jnp.where(bound > 0, jnp.maximum(found, TINY), found), 2 * exponent)
+
+
+def divisor(most: jax.Array) -> jax.Array:
+    """What to divide numbers by, of which this is the largest absolute value, so that their squares
+    neither overflow nor vanish: that value, or 2¹²⁵, since a division may be a product with the
+    reciprocal, which must not vanish; one for zeros."""
+    return jnp.where(most > 0, jnp.minimum(most, jnp.asarray(2.0**125, most.dtype)), 1)
+
+
+def root_of_squares(bounds: ArrayLike) -> jax.Array:
+    """sqrt(Σ b²), at any scale: divided by the largest first, since squares vanish."""
+    bounds = jnp.asarray(bounds, jnp.float32).reshape(-1)
+    scale = divisor(jnp.max(bounds, initial=0))
+    found = scale * jnp.sqrt(jnp.sum(jnp.square(bounds / scale)))
+    return up(jnp.where(jnp.isnan(found), jnp.inf, found), bounds.size // 2 + 2)
+
+
+def norm(array: jax.Array) -> jax.Array:
+    """Bound on the L2 norm of an array, at any scale; infinite unless all of it is finite."""
+    sizes = jnp.abs(array).reshape(1, -1)
+    most = jnp.max(sizes, initial=0)
+    share = (sizes / divisor(most)).astype(jnp.float32)
+    found = times(divisor(most), jnp.sqrt(square_sums(share)[0]))
+    found = jnp.maximum(found, jnp.where(most > 0, TINY, 0))
+    return up(jnp.where(jnp.isfinite(most), found, jnp.inf), squared_terms(array.size) // 2 + 2)
+
+
+def squared_terms(count: int) -> int:
+    """As a sum of how many terms `jaxdp.engine.numerics.square_sums` of so many entries is
+    rounded: it adds blocks of 256, and the sums of blocks again so."""
+    terms = 1
+    while count > 256:
+        count, terms = -(-count // 256), terms + 256
+    return count + terms

@@ -1,0 +1,111 @@
+"""The arguments of `fit`, checked before anything is read or drawn."""
+
+from typing import Any, NamedTuple
+
+from jax.sharding import NamedSharding
+
+from jaxdp.accounting import AccountantName, Ledger, RelationName
+from jaxdp.accounting.checks import (
+    check_bool,
+    check_callable,
+    check_instance,
+    check_integer,
+    check_real,
+)
+from jaxdp.accounting.composition import as_question, check_delta
+from jaxdp.sampling import Sampler
+from jaxdp.training.checkpoints import Checkpoints
+from jaxdp.training.step import Step, TrainState
+
+# The counters of a state are of int32.
+_MOST_STEPS = 2**31 - 1
+
+
+class Plan(NamedTuple):
+    """How long a run goes, what is asked of its ledger, and how often.
+
+    Attributes:
+      steps: logical steps in total.
+      delta: δ of what is reported and of the budget.
+      budget: ε, or None.
+      accountant: "pld" or "rdp".
+      relation: "add_or_remove_one" or "replace_one".
+      report_every: logical steps between reports.
+      data_parts: in how many parts the data is kept.
+    """
+
+    steps: int
+    delta: float
+    budget: float | None
+    accountant: AccountantName
+    relation: RelationName
+    report_every: int
+    data_parts: int
+
+    def spent(self, ledger: Ledger) -> float:
+        """The ε that a ledger states."""
+        return ledger.epsilon(
+            self.delta, accountant=self.accountant, neighboring_relation=self.relation
+        )
+
+
+def check_plan(
+    sampler: Sampler,
+    *,
+    steps: object,
+    delta: object,
+    budget: object,
+    accountant: Any,
+    relation: Any,
+    report_every: object,
+    data_parts: object,
+) -> Plan:
+    """The numbers and names that `fit` was given, checked."""
+    question = as_question(accountant, relation)
+    if report_every is None:
+        report_every = max(round(sampler.num_examples / sampler.expected_batch_size), 1)
+    return Plan(
+        check_integer(
+            "steps", steps, minimum=0, maximum=_MOST_STEPS, advice="Pass logical steps in total."
+        ),
+        check_delta(delta),
+        None
+        if budget is None
+        else check_real("budget", budget, above=0, advice="Pass ε, or None for no budget."),
+        question.accountant,
+        question.relation,
+        check_integer(
+            "report_every", report_every, minimum=1, advice="Pass steps, or None for an epoch."
+        ),
+        check_integer(
+            "data_parts", data_parts, minimum=1, advice="Pass 1, or the number of processes."
+        ),
+    )
+
+
+def check_objects(
+    state: object,
+    step: object,
+    sampler: object,
+    *,
+    ledger: object,
+    checkpoints: object,
+    sharding: object,
+    evaluate: object,
+    progress: object,
+) -> None:
+    """Refuses objects of another type than `fit` takes."""
+    check_instance("state", state, TrainState, advice="Pass training.init(params, tx).")
+    check_instance("step", step, Step, advice="Pass training.make_step(grads_fn, tx).")
+    check_instance("sampler", sampler, Sampler, advice="Pass a jaxdp.PoissonSampler, say.")
+    check_instance("ledger", ledger, Ledger, advice="Pass run.ledger, or leave it out.")
+    if checkpoints is not None:
+        advice = "Pass training.Checkpoints(directory)."
+        check_instance("checkpoints", checkpoints, Checkpoints, advice=advice)
+    if sharding is not None:
+        advice = "Pass jaxdp.distributed.data_parallel()."
+        check_instance("sharding", sharding, NamedSharding, advice=advice)
+    if evaluate is not None:
+        advice = "Pass a function of the parameters that returns a dict of numbers."
+        check_callable("evaluate", evaluate, advice=advice)
+    check_bool("progress", progress, advice="Pass False for no bar.")

@@ -1,0 +1,124 @@
+"""From a logical step to its physical batches, with their data."""
+
+import hashlib
+import hmac
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxdp.accumulation import AccumulateState
+from jaxdp.distributed import spread_rows
+from jaxdp.engine.sharded import row_sharding
+from jaxdp.sampling import Sampler
+from jaxdp.training.step import TrainState
+
+# A pytree of host arrays [num_examples, ...], or a function from indices [P] to a batch [P, ...].
+Data = Any | Callable[[np.ndarray], Any]
+
+
+_DIGESTED_ROWS = 64
+
+
+class Part(NamedTuple):
+    """A physical batch with its data."""
+
+    batch: Any
+    mask: np.ndarray | jax.Array
+    is_last: bool
+
+
+def loader(
+    data: Data, sampler: Sampler, sharding: NamedSharding | None, data_parts: int
+) -> Callable[[int], list[Part]]:
+    """`logical step -> its physical batches`, checked against the sampler."""
+    if not callable(data):
+        sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
+        if sizes != {(sampler.num_examples,)}:
+            raise ValueError(
+                f"every leaf of data must hold the {sampler.num_examples} examples that the "
+                f"sampler draws from and the ledger accounts for, got leading axes {sorted(sizes)}"
+            )
+
+    def rows(indices: np.ndarray) -> Any:
+        if callable(data):
+            return data(indices)
+        return jax.tree.map(lambda leaf: leaf[indices], data)
+
+    _check_shards(sampler, sharding, data_parts)
+
+    def load(step: int) -> list[Part]:
+        drawn = sampler.draw(step, data_parts)
+        if sharding is None:
+            return [Part(rows(part.indices), part.mask, part.is_last) for part in drawn]
+        return [
+            Part(
+                spread_rows(rows, part.indices, sharding),
+                spread_rows(lambda mask: mask, part.mask, sharding),
+                part.is_last,
+            )
+            for part in drawn
+        ]
+
+    return load
+
+
+def data_digest(data: Data, sampler: Sampler) -> str | None:
+    """A digest by which other data of the same shape is noticed: of some rows, spread over all.
+
+    It is keyed by the secret seed of the sampler: of the rows alone it would tell whoever guesses
+    one that the guess is right.
+
+    Args:
+      data: as `fit` takes it.
+      sampler: of the run.
+
+    Returns:
+      64 hex digits; None for a function, which may return something else at every call.
+    """
+    if callable(data):
+        return None
+    rows = np.unique(np.linspace(0, sampler.num_examples - 1, _DIGESTED_ROWS).astype(np.int64))
+    found = hmac.new(f"jaxdp data\n{sampler.seed}".encode(), digestmod=hashlib.sha256)
+    for path, leaf in jax.tree.leaves_with_path(data):
+        some = leaf[rows]
+        if isinstance(some, jax.Array) and jnp.issubdtype(some.dtype, jax.dtypes.prng_key):
+            some = jax.random.key_data(some)
+        some = np.asarray(some)
+        found.update(f"{jax.tree_util.keystr(path)} {some.dtype} {np.shape(leaf)}".encode())
+        if some.dtype != object:  # of which an array holds addresses
+            found.update(some.tobytes())
+    return found.hexdigest()
+
+
+def _check_shards(sampler: Sampler, sharding: NamedSharding | None, data_parts: int) -> None:
+    """A row lies on one device, and a device in one place of the data."""
+    rows_at = row_sharding(np.empty(sampler.physical_batch_size), sharding)
+    devices = 1 if rows_at is None else rows_at.devices
+    if devices % data_parts:
+        raise ValueError(
+            f"data_parts must divide the {devices} devices that rows are spread over, got "
+            f"{data_parts}: pass the number of processes"
+        )
+
+
+def check_overflow(state: TrainState, sampler: Sampler, data_parts: int) -> None:
+    """A logical batch in several physical ones, each with its own noise, would not be the
+    mechanism that the ledger is charged with."""
+
+    def accumulates(node: Any) -> bool:
+        return isinstance(node, AccumulateState)
+
+    nodes = jax.tree.leaves(state.opt_state, is_leaf=accumulates)
+    # A part of the data may hold more of a draw than its share.
+    rows = sampler.physical_batch_size // data_parts
+    most = min(sampler.largest_draw, len(sampler.part(data_parts - 1, data_parts)))
+    if most > rows and not any(map(accumulates, nodes)):
+        raise ValueError(
+            f"a draw of {type(sampler).__name__} may need several physical batches of "
+            f"{sampler.physical_batch_size}: put what follows the clip into jaxdp.accumulate(...), "
+            f"or set physical_batch_size={sampler.num_examples}"
+        )

@@ -1,0 +1,107 @@
+"""What a report says: read from the ledger, the state and what steps returned."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from jaxdp.accounting import Ledger
+from jaxdp.accounting.checks import shown
+from jaxdp.sampling import Sampler
+from jaxdp.training.arguments import Plan
+from jaxdp.training.step import StepMetrics, TrainState
+
+Evaluate = Callable[[Any], Mapping[str, float]]
+
+
+class Seen(NamedTuple):
+    """Sums since the last report. NOT private."""
+
+    loss_sum: float
+    samples: int
+    nonfinite: int
+    since: float
+
+    @classmethod
+    def begin(cls) -> "Seen":
+        """Nothing yet."""
+        return cls(0.0, 0, 0, time.perf_counter())
+
+    def add(self, metrics: Iterable[StepMetrics]) -> "Seen":
+        """One more logical step, in its physical batches."""
+        loss_sum, samples, nonfinite = self[:3]
+        for part in metrics:
+            loss_sum += float(part.loss_sum)
+            samples += int(part.samples)
+            nonfinite += int(part.nonfinite)
+        return Seen(loss_sum, samples, nonfinite, self.since)
+
+    @property
+    def loss(self) -> float:
+        """The mean over the samples."""
+        return self.loss_sum / max(self.samples, 1)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Since the last report."""
+        return self.samples / max(time.perf_counter() - self.since, 1e-9)
+
+
+def report_row(
+    state: TrainState,
+    ledger: Ledger,
+    sampler: Sampler,
+    plan: Plan,
+    seen: Seen,
+    evaluate: Evaluate | None,
+) -> dict[str, Any]:
+    """One row of the history.
+
+    Args:
+      state: after the step that is reported.
+      ledger: charged with it.
+      sampler: of the run.
+      plan: at which δ, and by which accountant.
+      seen: since the last report.
+      evaluate: of the parameters, or None.
+
+    Raises:
+      TypeError: what `evaluate` returns is no mapping from names to numbers.
+      ValueError: it has a name that the row has already.
+    """
+    step = int(state.step)
+    row = {
+        "step": step,
+        "epoch": step * sampler.expected_batch_size / sampler.num_examples,
+        "epsilon": plan.spent(ledger),
+        "delta": plan.delta,
+        "loss": seen.loss,
+        "nonfinite": seen.nonfinite,
+        "samples_per_second": seen.samples_per_second,
+    }
+    return row if evaluate is None else row | _evaluated(evaluate, state, row)
+
+
+def _evaluated(evaluate: Evaluate, state: TrainState, row: Mapping[str, Any]) -> dict[str, float]:
+    found = evaluate(state.params)
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise TypeError(
+            f"evaluate must return a dict of numbers by name, got {shown(found)}. Return "
+            '{"accuracy": ...}, or {} for nothing.'
+        )
+    taken = sorted(set(found) & set(row))
+    if taken:
+        raise ValueError(
+            f"evaluate must return names that the report has not, got {taken}, which come from the "
+            f'ledger and the steps. Call yours "test_{taken[0]}", say.'
+        )
+    return {name: _number(name, value) for name, value in found.items()}
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"evaluate must return numbers, got {shown(value)} for {name!r}. Return a float for "
+            "each name."
+        ) from error

@@ -1,0 +1,136 @@
+"""What a run leaves behind, also where an exception ended it."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxdp.accounting import Ledger
+from jaxdp.training.step import TrainState
+
+
+class Run(NamedTuple):
+    """What `fit` leaves behind.
+
+    Attributes:
+      state: after the last step. Of a run that an exception ended it is None where a step was
+        begun and not ended: half a step is nothing to go on from.
+      ledger: what was executed, from the first step on.
+      history: one dict per report: step, epoch, epsilon, delta, loss, nonfinite,
+        samples_per_second, and what `evaluate` returned. Loss, nonfinite and samples_per_second
+        come from raw training data and are NOT private.
+      stopped_by: "steps" or "budget"; or the name of the exception, such as "KeyboardInterrupt".
+    """
+
+    state: TrainState
+    ledger: Ledger
+    history: list[dict[str, Any]]
+    stopped_by: str
+
+
+class Live:
+    """The run as it stands, for whoever asks while it goes on.
+
+    Attributes:
+      state: after the last whole step; None during a step, which consumes it.
+      ledger: charged with what is, or is about to be, executed.
+      history: the reports so far.
+    """
+
+    def __init__(self, state: TrainState, ledger: Ledger, history: list[dict[str, Any]]):
+        self.state: TrainState | None = state
+        self.ledger = ledger
+        self.history = history
+
+    @property
+    def whole(self) -> TrainState:
+        """The state, where no step is under way."""
+        assert self.state is not None
+        return self.state
+
+
+def run_of(error: BaseException) -> Run | None:
+    """The run that an exception ended: what `fit` would have returned, had it ended there.
+
+    Exceptions leave `fit` as they are, Ctrl-C included, and carry the run. Its ledger holds
+    whatever may have been released. Where it has a state, `fit` goes on from both, as from those of
+    any other run; without one, go on from a checkpoint, or begin again with new keys and this
+    ledger.
+
+    Args:
+      error: what was caught; in a notebook `sys.last_exc`.
+
+    Returns:
+      The run, or None where the exception did not come out of a run that had begun.
+
+    Example:
+      >>> run_of(ValueError("of something else")) is None
+      True
+    """
+    return getattr(error, _ATTRIBUTE, None)
+
+
+_ATTRIBUTE = "_jaxdp_run"
+
+
+@contextlib.contextmanager
+def kept(live: Live) -> Iterator[None]:
+    """Lets an exception carry the run as it stands; see `run_of`."""
+    try:
+        yield
+    except BaseException as error:
+        state: Any = live.state if _can_be_read(live.state) else None
+        run = Run(state, live.ledger, live.history, type(error).__name__)
+        with contextlib.suppress(AttributeError):  # an exception may have no room
+            setattr(error, _ATTRIBUTE, run)
+            error.add_note(
+                f"jaxdp: {run.ledger.steps} steps are charged; state, ledger and history of the "
+                "run are in jaxdp.training.run_of(error)."
+            )
+        raise
+
+
+def consumed(state: TrainState) -> bool:
+    """Whether a step has taken the buffers of a state, so that it has run."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
+
+
+def _can_be_read(state: TrainState | None) -> bool:
+    """A step that fails on the device leaves a state that raises when it is read."""
+    if state is None or consumed(state):
+        return False
+    try:
+        jax.block_until_ready(state)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block; pressed again, at once.
+
+    A step that is cut off leaves neither the old state nor the new one.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    # Only the main thread may set handlers, and it alone is interrupted.
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    pressed: list[Any] = []
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            handler(number, frame)
+        pressed.append(frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        handler(signal.SIGINT, pressed[0])
