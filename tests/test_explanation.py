@@ -134,7 +134,8 @@ def test_microbatches_that_fit_the_budget() -> None:
     assert explanation.microbatch_size == 3
     grads = jaxdp.per_sample_grads(product, memory_budget=3 * each)(STACK[0], X)
     expected = jaxdp.per_sample_grads(product, method="dense")(STACK[0], X)
-    assert jnp.allclose(grads.norms(), expected.norms(), rtol=2e-5)
+    # Of 64 positions, rounded up: the certificate of a Gram matrix.
+    assert jnp.allclose(grads.norms(), expected.norms(), rtol=2e-4)
     with pytest.raises(ValueError, match=f"at least {each} bytes .* got {each - 1}"):
         jaxdp.explain(product, STACK[0], X, memory_budget=each - 1)
 

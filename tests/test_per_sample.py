@@ -300,7 +300,8 @@ def test_bfloat16_parameters_have_norms_and_sums_in_float32(microbatch_size: int
         norms, total, materialized = answers(jnp.ones(rows, jnp.bfloat16))
     assert materialized["w"].dtype == jnp.bfloat16
     assert norms.dtype == total["w"].dtype == jnp.float32
-    np.testing.assert_allclose(norms, 64.0, rtol=1e-6)
+    np.testing.assert_allclose(norms, 64.0, rtol=6e-6)
+    assert np.all(np.asarray(norms) >= 64.0)
     np.testing.assert_allclose(total["w"], 300.0, rtol=1e-6)
 
 

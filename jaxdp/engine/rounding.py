@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # −log2 u in float32 and float64 for products that ask for `Precision.HIGHEST`, by backend.
 # - cpu: IEEE 754, rounded to nearest.
@@ -80,7 +81,7 @@ def _block_sums(terms: jax.Array) -> jax.Array:
         # Here a reduction of reshaped terms writes them down first, ten times slower.
         window = (1,) * (terms.ndim - 1) + (_BLOCK,)
         padding = [(0, 0)] * (terms.ndim - 1) + [(0, rest)]
-        zero = jnp.zeros((), terms.dtype)
+        zero = np.zeros((), terms.dtype)
         return jax.lax.reduce_window(terms, zero, jax.lax.add, window, window, padding)
     filled = jnp.pad(terms, [(0, 0)] * (terms.ndim - 1) + [(0, rest)])
     return jnp.sum(filled.reshape(*terms.shape[:-1], blocks, _BLOCK), axis=-1)

@@ -519,3 +519,24 @@ def test_a_certificate_is_close_to_the_norm(family: Family, method: str, most: f
     run = answers(family.loss_fn, method, jaxdp.clip_flat)
     _, seen = run(jnp.zeros(family.shape), batch, np.ones(1, np.float32))
     assert 1 <= float(seen[0]) / true <= most
+
+
+def test_the_second_pass_of_taps_is_as_precise_as_its_norms() -> None:
+    """Whatever precision the model asks of its products: on a GPU the default is TF32."""
+
+    def loss(w: jax.Array, example: Any) -> jax.Array:
+        u, v = example
+        return jnp.vdot(v, jnp.dot(u, w, precision=lax.Precision.DEFAULT))
+
+    def total(w: jax.Array, batch: Any) -> jax.Array:
+        grads = jaxdp.per_sample_grads(loss, method="taps")(w, batch)
+        clip = jaxdp.clip_flat(1.0)
+        return clip.update(grads, clip.init(w))[0].value
+
+    w, batch = jnp.ones((30, 40)), (jnp.ones((2, 4, 30)), jnp.ones((2, 4, 40)))
+    text = jax.jit(total).lower(w, batch).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    of_kernel = [line for line in products if "tensor<30x40x" in line.split("->")[-1]]
+    of_kernel += [line for line in products if "tensor<40x30x" in line.split("->")[-1]]
+    assert of_kernel
+    assert all("HIGHEST" in line for line in of_kernel), of_kernel

@@ -411,7 +411,9 @@ def on_one_device(model: str) -> Answers:
 def check_many(got: Answers, model: str = "small") -> None:
     expected = on_one_device(model)
     assert int(expected.nonfinite) == np.sum(~GOOD & ~MASKED)
-    helpers.assert_trees_close(got._replace(logits=()), expected._replace(logits=()), rtol=2e-5)
+    # Each method rounds norms up in its own way.
+    close = {"rtol": 2e-5, "atol": 1e-5}
+    helpers.assert_trees_close(got._replace(logits=()), expected._replace(logits=()), **close)
     np.testing.assert_allclose(got.logits[GOOD], expected.logits[GOOD], rtol=1e-5, atol=1e-5)
 
 
@@ -503,9 +505,9 @@ def test_shard_map_of_a_loss_that_rematerialises() -> None:
         in_specs=(EVERYWHERE, SPLIT),
         out_specs=EVERYWHERE,
     )
-    np.testing.assert_allclose(
-        jax.jit(split)(stack, batch), clipped("dense", stack, batch), atol=1e-5
-    )
+    # Norms from Gram matrices round up by more than those of materialised rows.
+    expected = clipped("dense", stack, batch)
+    np.testing.assert_allclose(jax.jit(split)(stack, batch), expected, rtol=3e-4, atol=1e-5)
 
 
 PARTITIONER = "XLA's partitioner gives zeros for vmap(grad) of a kernel over rows that are sharded"

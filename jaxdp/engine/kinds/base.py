@@ -187,7 +187,8 @@ class Materialized:
 def row_norms(rows: jax.Array) -> jax.Array:
     """Certified norms of rows `[B, ...]`: one sample alone has its entries times its weight, which
     may have been cast, and its sum may be cast in turn."""
-    return rounded_up(norms(widened(rows).reshape(rows.shape[0], -1)), 3)
+    flat = widened(rows).reshape(rows.shape[0], math.prod(rows.shape[1:]))
+    return rounded_up(norms(flat), 3)
 
 
 def refuse_repeats(view: View | None) -> str:
