@@ -11,11 +11,12 @@ Example:
 import math
 from collections.abc import Callable
 
-from jaxdp.accounting.checks import check_integer, check_real
+from jaxdp.accounting.checks import LARGEST_COUNT, check_integer, check_real
 from jaxdp.accounting.composition import (
     AccountantName,
     Question,
     RelationName,
+    TooManyStepsError,
     as_question,
     check_delta,
     epsilon_of,
@@ -54,6 +55,31 @@ def check_epsilon(epsilon: object) -> float:
     return check_real("epsilon", epsilon, above=0, advice="Pass the privacy budget, say 3.0.")
 
 
+def check_at_most(at_most: object) -> int:
+    """Returns where to stop a search for a number of steps, if it is one.
+
+    Args:
+        at_most: what the caller passed.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is negative, or more than `LARGEST_COUNT`.
+
+    Example:
+        >>> check_at_most(10)
+        10
+    """
+    advice = "Pass a number of steps."
+    return check_integer("at_most", at_most, minimum=0, maximum=LARGEST_COUNT, advice=advice)
+
+
+def _check_steps(steps: object, advice: str) -> int:
+    return check_integer("steps", steps, minimum=1, maximum=LARGEST_COUNT, advice=advice)
+
+
 def _between(
     epsilon_at: Callable[[float], float], target: float, good: float, bad: float
 ) -> float:
@@ -87,11 +113,11 @@ def _narrowed(
     return good
 
 
-def largest_count(epsilon_at: Callable[[int], float], target: float, at_most: int) -> int:
+def largest_count(ask: Callable[[int], float], target: float, at_most: int) -> int:
     """The largest n with `epsilon_at(n) <= target`, for an increasing function.
 
     Args:
-        epsilon_at: ε after n steps; cached by the caller, it may be asked twice.
+        ask: ε after n steps; cached by the caller, it may be asked twice.
         target: the ε to stay within.
         at_most: where to stop looking, ≥ 0.
 
@@ -99,10 +125,22 @@ def largest_count(epsilon_at: Callable[[int], float], target: float, at_most: in
         n in [0, at_most] such that n fits and n + 1 does not, or `at_most` if that fits; 0 also if
         nothing fits.
 
+    Raises:
+        TooManyStepsError: n fits, and n + 1 is more than the accountant composes.
+
     Example:
         >>> largest_count(lambda n: 0.5 * n, target=3.2, at_most=100)
         6
     """
+    refused: dict[int, TooManyStepsError] = {}
+
+    def epsilon_at(steps: int) -> float:
+        try:
+            return ask(steps)
+        except TooManyStepsError as error:
+            refused[steps] = error
+            return math.inf
+
     if at_most == 0 or epsilon_at(1) > target:
         return 0
     good, bad = 1, at_most + 1
@@ -129,6 +167,8 @@ def largest_count(epsilon_at: Callable[[int], float], target: float, at_most: in
             good = trial
         else:
             bad = trial
+    if bad in refused:
+        raise refused[bad]
     return good
 
 
@@ -176,7 +216,7 @@ def calibrate_noise_multiplier(
         1.19
     """
     target, delta = check_epsilon(epsilon), check_delta(delta)
-    steps = check_integer("steps", steps, minimum=1, advice="Without a step there is no noise.")
+    steps = _check_steps(steps, "Without a step there is no noise.")
     scheme = sampling_of(sampling_rate, sampling)
     question = as_question(accountant, neighboring_relation)
 
@@ -240,7 +280,7 @@ def calibrate_steps(
         0
     """
     target, delta = check_epsilon(epsilon), check_delta(delta)
-    at_most = check_integer("at_most", at_most, minimum=0, advice="Pass a number of steps.")
+    at_most = check_at_most(at_most)
     scheme = sampling_of(sampling_rate, sampling)
     question = as_question(accountant, neighboring_relation)
     sigma = combined_noise_multiplier(noise_multiplier)
@@ -283,7 +323,7 @@ def calibrate_sampling_rate(
         0.0349
     """
     target, delta = check_epsilon(epsilon), check_delta(delta)
-    steps = check_integer("steps", steps, minimum=1, advice="Without a step no rate is too large.")
+    steps = _check_steps(steps, "Without a step no rate is too large.")
     question = as_question(accountant, neighboring_relation)
     sigma = combined_noise_multiplier(noise_multiplier)
 
