@@ -1,7 +1,7 @@
 """Claim: with a schedule of σ, a budget and the PLD accountant cost at most 20 ms a step.
 
 For each schedule it runs what `fit` runs beside the training: `Budget.allows` before every step, a
-charge, and `Ledger.epsilon` at every report. Times are of one core; the ledgers and the answers
+charge, and `Ledger.epsilon` at every report. Times are CPU time; the ledgers and the answers
 are exact. Run: `python -m bench.accounting`, which prints the table that `bench/results` keeps.
 """
 
@@ -34,16 +34,16 @@ def run(name: str, at_most: float) -> tuple[int, int, float, float, float]:
     scheme, ledger, budget = PoissonSampling(rate), Ledger(), Budget(epsilon, DELTA)
     asking = reporting = 0.0
     for step in range(steps):
-        start = time.perf_counter()
+        start = time.process_time()
         allowed = budget.allows(ledger, [sigma(step)], scheme)
-        asking += time.perf_counter() - start
+        asking += time.process_time() - start
         if not allowed or asking + reporting > at_most:
             break
         ledger = ledger.charge(sigma(step), scheme)
         if ledger.steps % every == 0:
-            start = time.perf_counter()
+            start = time.process_time()
             ledger.epsilon(DELTA)
-            reporting += time.perf_counter() - start
+            reporting += time.process_time() - start
     distinct = len({entry.noise_multipliers for entry in ledger.entries})  # pyright: ignore[reportAttributeAccessIssue]
     return ledger.steps, distinct, asking, reporting, ledger.epsilon(DELTA)
 

@@ -69,6 +69,10 @@ class TooManyStepsError(ValueError):
     """More equal sampled steps than "pld" composes."""
 
 
+# What the floats of a composition may be off by: two ways to compute the same differ by about 1e-11,
+# and ours is never to be below that of `dp_accounting.pld.PLDAccountant`.
+_ROUNDING = 1e-9
+
 _RELATIONS = {
     "add_or_remove_one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
     "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
@@ -326,7 +330,8 @@ def _epsilon(
     if math.isinf(interval):
         return math.inf
     pld = _composed_pld(mechanisms, question.relation, interval)
-    return float(pld.get_epsilon_for_delta(delta))
+    epsilon = float(pld.get_epsilon_for_delta(delta))
+    return epsilon * (1 + _ROUNDING) + _ROUNDING if epsilon > 0 else 0.0
 
 
 @lru_cache(maxsize=4096)
@@ -437,4 +442,4 @@ def delta_of(mechanisms: tuple[Mechanism, ...], epsilon: float, question: Questi
     if math.isinf(interval):
         return 1.0
     pld = _composed_pld(mechanisms, question.relation, interval)
-    return float(pld.get_delta_for_epsilon(epsilon))
+    return min(float(pld.get_delta_for_epsilon(epsilon)) * (1 + _ROUNDING), 1.0)

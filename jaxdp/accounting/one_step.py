@@ -47,7 +47,7 @@ def pld_of_gaussian(
 
     Example:
         >>> step = pld_of_gaussian(2.0, sampling_rate=1.0, replace_one=True, interval=1e-3)
-        >>> round(step.get_delta_for_epsilon(1.0), 4)
+        >>> round(float(step.get_delta_for_epsilon(1.0)), 4)
         0.1269
     """
 

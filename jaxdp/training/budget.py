@@ -26,6 +26,7 @@ _NEAR = 64
 # A first question covers noise that is weaker by this factor than what was seen, so that it serves
 # a schedule for a while.
 _MARGIN = 2**0.5
+_LEAST_MARGIN = 2**0.05
 
 
 class _Grant(NamedTuple):
@@ -73,15 +74,11 @@ class _Asked:
         """The margin and the number of steps that fit, or None."""
         while least > self.failed:
             if fit(self.margin, self.steps):
-                granted = self.margin, self.steps
-                self.steps *= 2
-                return granted
-            if self.margin > 1:
-                self.margin = 1.0
-            elif self.steps > 1:
-                self.steps = max(self.steps // 4, 1)
-            else:
+                return self.margin, self.steps
+            if self.margin == 1 and self.steps == 1:
                 self.failed = least
+            self.margin = self.margin**0.5 if self.margin > _LEAST_MARGIN else 1.0
+            self.steps = max(self.steps // 2, 1)
         return None
 
 
@@ -166,6 +163,8 @@ class Budget:
                 ledger.charge(floor, sampling, steps), rounded=rounded, **self._question()
             )
 
+        if self._grant is not None and self._grant.steps == 0:
+            self._bound.steps *= 2  # all of the last ones were used
         found = self._bound.steps_that(
             lambda margin, steps: fits(rounded_down(least / margin), steps, True), least
         )
