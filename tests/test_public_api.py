@@ -18,6 +18,7 @@ ROOT = Path(jaxdp.__file__).parent
 # Each module belongs to the room of its longest prefix here. A module may import from its own room
 # and from rooms below; rooms on the same floor know nothing of each other.
 ROOMS = {
+    "jaxdp.accounting.checks": -1,
     "jaxdp.tables": 0,
     "jaxdp.trees": 0,
     "jaxdp.schedules": 0,
