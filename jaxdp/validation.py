@@ -126,8 +126,11 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
         programs = [program]
         try:
             programs.append(walker.trace(gradient, leaves, inputs)[0])
-        except (ValueError, NotImplementedError):
-            # Callbacks have no gradient, and other effects may have none; they are findings enough.
+        except NameError:
+            raise
+        except Exception:
+            # What has effects may have no gradient, as callbacks, or none that this JAX can take of
+            # a mutable array; it is finding enough.
             if not any(_equations(program)):
                 raise
     except NameError as error:
@@ -204,9 +207,20 @@ def _equations(program: Program) -> Iterator[Finding]:
 
 
 def _normalised(program: Program, parameters: int) -> Iterator[Finding]:
-    for eqn in own_statistics(program, parameters):
-        what, _, fix = str(BatchStatisticsError.at(eqn.source)).partition(". ")
-        yield Finding("couples samples", eqn.source, what, fix)
+    for statistic in own_statistics(program, parameters):
+        where = statistic.eqn.source
+        if statistic.over_batch_alone:
+            what, _, fix = str(BatchStatisticsError.at(where)).partition(". ")
+            yield Finding("couples samples", where, what, fix)
+        else:
+            yield Finding(
+                "check",
+                where,
+                "a normalisation over a leading axis of length one and others: of a batch it would "
+                "mix samples, of one example it is its own",
+                "Fine if it is meant for one example, as nn.instance_norm; a BatchNorm learns "
+                "averages that are none",
+            )
 
 
 def _roots(program: Program, parameters: int) -> list[frozenset[int]]:

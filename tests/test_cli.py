@@ -299,7 +299,8 @@ def test_other_data_of_the_same_shape_is_refused(
     run = ["train", *SMALL[3:], "--model", "linear", "--seed", "5", "--out", str(tmp_path / "out")]
     run += ["--checkpoints", str(tmp_path / "checkpoints")]
     call(capsys, *run, "--data", str(tmp_path / "same.npz"))
-    assert "other data" in refuse(capsys, *run, "--data", str(tmp_path / "other.npz"))
+    message = refuse(capsys, *run, "--data", str(tmp_path / "other.npz"))
+    assert 'another configuration: training_data is "' in message
     message = refuse(capsys, *run, "--data", str(tmp_path / "test.npz"))
     assert 'another configuration: test_data is "' in message
 

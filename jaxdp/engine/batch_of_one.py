@@ -10,13 +10,14 @@ alone.
 
 Only statistics over a leading axis that leave another axis standing are meant. A layer that
 normalises one feature by itself, or a sequence of one position, ignores its input likewise, but not
-for want of a batch.
+for want of a batch. Where the mean is over positions, too, as in a BatchNorm of images, something
+is left: the example normalised by itself, which is told apart.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -41,19 +42,32 @@ class _Value(NamedTuple):
       entries: equal for values with the same entries in the same order, but for axes of length
         one; None for a constant.
       origin: the entries of which each of its own is a function, and of constants.
-      statistic: whether a reduction over a leading axis of length one lies behind it.
+      statistic: whether a reduction over a leading axis of length one lies behind it, alone
+        ("batch") or with others ("positions").
       sample: whether it depends on the sample.
       number: of a constant, if all of its entries are this one.
     """
 
     entries: int | None = None
     origin: int | None = None
-    statistic: bool = False
+    statistic: Literal["", "batch", "positions"] = ""
     sample: bool = False
     number: float | None = None
 
 
-def own_statistics(program: Program, parameters: int) -> list[Equation]:
+class OwnStatistic(NamedTuple):
+    """An equation that normalises a value by a statistic over a batch of one.
+
+    Attributes:
+      eqn: the equation.
+      over_batch_alone: whether that is over nothing else, so that nothing is left of the value.
+    """
+
+    eqn: Equation
+    over_batch_alone: bool
+
+
+def own_statistics(program: Program, parameters: int) -> list[OwnStatistic]:
     """The equations that subtract from a value of the sample its own mean over a batch of one, or
     scale it by a statistic of its own.
 
@@ -61,7 +75,7 @@ def own_statistics(program: Program, parameters: int) -> list[Equation]:
       program: of a function of parameters and then of the parts of one example.
       parameters: how many of its inputs are parameters.
     """
-    found: list[Equation] = []
+    found: list[OwnStatistic] = []
     numbers = count()
     samples = [index >= parameters for index in range(len(program.in_avals))]
     _walk(program, samples, numbers, found)
@@ -69,7 +83,7 @@ def own_statistics(program: Program, parameters: int) -> list[Equation]:
 
 
 def _walk(
-    program: Program, samples: Sequence[bool], numbers: Iterator[int], found: list[Equation]
+    program: Program, samples: Sequence[bool], numbers: Iterator[int], found: list[OwnStatistic]
 ) -> None:
     def rule(_: walker.Path, eqn: Equation, values: list[_Value]) -> list[_Value]:
         sample = any(value.sample for value in values)
@@ -79,7 +93,8 @@ def _walk(
                 inner = [sample] * len(body.in_avals)
             _walk(body, inner, numbers, found)
         if sample and len(values) == 2 and _is_own_statistic(eqn, *values):
-            found.append(eqn)
+            alone = all(value.statistic != "positions" for value in values)
+            found.append(OwnStatistic(eqn, alone))
         if (known := _followed(eqn, values, numbers)) is not None:
             return [known]
         return [_fresh(numbers, sample) for _ in eqn.outputs]
@@ -94,10 +109,14 @@ def _fresh(numbers: Iterator[int], sample: bool) -> _Value:
 
 
 def _is_own_statistic(eqn: Equation, value: _Value, other: _Value) -> bool:
-    if value.statistic == other.statistic or value.entries is None or other.entries is None:
+    if value.entries is None or other.entries is None:
         return False
-    if eqn.name == "sub":
+    if bool(value.statistic) == bool(other.statistic):
+        return False
+    if eqn.name == "sub" and "positions" not in (value.statistic, other.statistic):
         return value.entries == other.entries
+    if eqn.name == "sub":
+        return value.origin == other.origin
     # A share of itself, as in a softmax over one, is no normalisation over a batch.
     by_another = value.origin == other.origin and value.entries != other.entries
     return eqn.name in ("mul", "div") and by_another
@@ -112,16 +131,20 @@ def _followed(eqn: Equation, values: list[_Value], numbers: Iterator[int]) -> _V
     same_size = eqn.outputs and math.prod(eqn.outputs[0].shape) == math.prod(eqn.operands[0].shape)
     if eqn.name in _REDUCTIONS:
         shape, axes = eqn.operands[0].shape, eqn.params["axes"]
-        if math.prod(shape[axis] for axis in axes) != 1:
-            return None
-        over_batch = 0 in axes and len(axes) < len(shape)
-        return value._replace(statistic=value.statistic or over_batch)
-    if eqn.name in _SAME_ENTRIES and same_size:
+        over_batch = 0 in axes and shape[0] == 1 and len(axes) < len(shape)
+        if math.prod(shape[axis] for axis in axes) == 1:
+            batch = "batch" if over_batch else ""
+            return value._replace(statistic=value.statistic or batch)
+        if over_batch:
+            return value._replace(entries=next(numbers), statistic="positions")
+        return None
+    if eqn.name in _SAME_ENTRIES and (same_size or value.statistic == "positions"):
         return value
     if eqn.name in ("div", "mul") and values[-1].number == 1:
         return value
     if eqn.name in _BY_ENTRY and len(eqn.outputs) == 1:
-        statistic = all(value.statistic for value in moving)
+        kinds = {value.statistic for value in moving}
+        statistic = "" if "" in kinds else max(kinds)
         return value._replace(entries=next(numbers), statistic=statistic)
     return None
 

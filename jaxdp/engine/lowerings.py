@@ -76,8 +76,9 @@ def _chosen(
     if microbatch_size == 1:
         harmless.add("alone")
     effects.check(program, loss, leaves, batch, harmless)
-    for eqn in own_statistics(program, len(leaves)):
-        raise BatchStatisticsError.at(eqn.source)
+    for statistic in own_statistics(program, len(leaves)):
+        if statistic.over_batch_alone:
+            raise BatchStatisticsError.at(statistic.eqn.source)
     if method == "dense":
         candidates: dict[str, Lowering] = {"dense": Dense(loss, leaves)}
     else:

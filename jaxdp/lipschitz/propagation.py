@@ -102,12 +102,12 @@ def culprit(tape: Tape, cotangents: Cotangents) -> str:
             continue
         if not any(_infinite(cotangents[value]) for value in step.operands):
             continue
-        suspects = [value for value in step.operands if _infinite(value.norm)]
+        suspects = [value for value in step.operands if _endless(value)]
         if not suspects:
             return f"{step.name} ({step.source}) can be arbitrarily steep"
         (suspect, *_) = suspects
         while (maker := makers.get(id(suspect))) is not None:
-            before = [value for value in maker.operands if _infinite(value.norm)]
+            before = [value for value in maker.operands if _endless(value)]
             if not before:
                 return f"{maker.name} ({maker.source}) may give what is infinite or no number"
             (suspect, *_) = before
@@ -121,6 +121,10 @@ def _infinite(bound: Cotangent) -> bool:
     """As far as it is known outside of compiled code."""
     traced = bound is None or isinstance(bound, Tracer)
     return not traced and not np.isfinite(np.asarray(bound))
+
+
+def _endless(value: Value) -> bool:
+    return value.unknown or _infinite(value.norm)
 
 
 def _evaluate(

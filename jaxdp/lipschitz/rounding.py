@@ -15,9 +15,9 @@ rounded up. The model, with u = 2⁻²⁴:
 
 A compiler may compute a value twice and round it differently each time: with a fused multiply-add
 at one place, without at another. Each is within the bounds, but z - max z may then be above zero by
-as much as z is rounded. Where a formula needs that a number and a function of it agree, it reads the
-number `once`. (So does, with JAX as it is, the gradient of a maximum: it is divided between the
-entries that equal it. That there is one is assumed.)
+as much as z is rounded. Where a formula needs that a number and a function of it agree, it reads
+the number `once`. (The gradient of a maximum is divided between the entries that equal it: that
+there is one is assumed.)
 
 Products in the default precision of an accelerator round their operands first (`product`). What is
 computed from public values alone is computed alike by the program of the loss and by that of its

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import hmac
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,10 +125,7 @@ class Result(NamedTuple):
 
 
 def configuration(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What decides a run, for its checkpoints: one of another configuration is refused.
-
-    The seed is left out but for whether there is one, and the training data altogether: they are
-    secrets, which `training.fit` compares without telling them.
+    """What decides a run and is no secret: of the seed it tells whether there is one.
 
     Returns:
       Data for JSON.
@@ -200,7 +198,8 @@ def train(
       OSError: the checkpoints cannot be written, or another run has them open.
     """
     settings = configuration(config, dataset)
-    check_agreement(**settings, training_data=_digest(dataset.train_x, dataset.train_y))
+    training_data = _digest(dataset.train_x, dataset.train_y)
+    check_agreement(**settings, training_data=training_data)
     model = build(config.model, dataset.train_x.shape[1:], dataset.num_classes)
     grads_fn = _grads_fn(config, model)
     count = len(dataset.train_y)
@@ -225,13 +224,20 @@ def train(
     with contextlib.ExitStack() as stack:
         store = None
         if checkpoints is not None:
-            opened = training.Checkpoints(checkpoints, configuration=settings)
-            store = stack.enter_context(contextlib.closing(opened))
-            saved = store.sampler()
+            with contextlib.closing(training.Checkpoints(checkpoints)) as opened:
+                saved = opened.sampler()
+            seed = sampler.seed
             if saved is not None:
-                seed = saved.seed if config.seed is None else config.seed
-                sampler = _sampler(config, count, seed)
+                seed = saved.seed
+                sampler = _sampler(config, count, seed if config.seed is None else config.seed)
                 sampler = _divided(sampler, saved.physical_batch_size, rows_at)
+            # Keyed, since a refusal shows it: as it is it would tell whoever guesses one example,
+            # and knows the others, that the guess is right.
+            keyed = hmac.new(f"{seed}".encode(), training_data.encode(), "sha256").hexdigest()
+            opened = training.Checkpoints(
+                checkpoints, configuration=settings | {"training_data": keyed}
+            )
+            store = stack.enter_context(contextlib.closing(opened))
         run = training.fit(
             training.init(params, tx),
             training.make_step(grads_fn, tx),

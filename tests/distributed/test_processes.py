@@ -102,16 +102,33 @@ def test_a_killed_process_ends_the_job_which_resumes_on_another_number(tmp_path:
     check_equal_to_one_device(found, job.train(steps=6))
 
 
-@pytest.mark.slow
-def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
+def on_two_processes(tmp_path: Path, *own: list[str]) -> tuple[list[str], list[int]]:
+    """What two processes of the command line say, and their exit codes; each with options of its
+    own."""
     arguments = ["train", "--data", "digits", "--model", "tanh-mlp", "--epochs", "0.5", "--quiet"]
     arguments += ["--batch-size", "128", "--accountant", "rdp", "--coordinator"]
-    arguments += [f"localhost:{free_port()}", "--num-processes", "2", "--process-id"]
-    started = [
-        start("-m", "jaxdp", *arguments, str(index), "--out", str(tmp_path / str(index)))
-        for index in range(2)
-    ]
-    said, codes = ended(started)
+    arguments += [f"localhost:{free_port()}", "--num-processes", "2"]
+    return ended(
+        [
+            start(
+                *["-m", "jaxdp", *arguments, "--process-id", str(index)],
+                *["--out", str(tmp_path / str(index)), *options],
+            )
+            for index, options in enumerate(own)
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_command_lines_that_differ_are_refused_by_what_differs(tmp_path: Path) -> None:
+    said, codes = on_two_processes(tmp_path, ["--threshold", "0.1"], ["--threshold", "10"])
+    assert codes == [2, 2], "\n".join(said)
+    assert all("must have the same threshold, got others on some" in each for each in said)
+
+
+@pytest.mark.slow
+def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
+    said, codes = on_two_processes(tmp_path, [], [])
     assert codes == [0, 0], "\n".join(said)
     assert "Private training" in said[0] and "Private training" not in said[1]
     assert json.loads((tmp_path / "0" / "metrics.json").read_text())["epsilon"] <= 8

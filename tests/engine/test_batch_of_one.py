@@ -158,3 +158,39 @@ def test_other_normalisations_are_left_alone(name: str) -> None:
     loss, params = HARMLESS[name]
     assert norms(loss, params).shape == (4,)
     assert "normalise over a batch" not in str(jaxdp.validate(loss, params, X[0]))
+
+
+def _images(axes: tuple[int, ...]) -> Model:
+    """A convolution and a normalisation over these axes of `[1, H, W, C]`."""
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        image = jnp.outer(x, x)[None, :, :, None] * w[0]
+        mean = jnp.mean(image, axis=axes, keepdims=True)
+        spread = jnp.mean(jnp.square(image), axis=axes, keepdims=True) - jnp.square(mean)
+        return jnp.sum(jnp.sin((image - mean) * lax.rsqrt(spread + 1e-5)))
+
+    return loss, W
+
+
+def _images_of_nnx() -> Model:
+    rngs = nnx.Rngs(0)
+    whole = nnx.Sequential(
+        nnx.Conv(1, 4, (2, 2), rngs=rngs), nnx.BatchNorm(4, rngs=rngs), nnx.Linear(4, 1, rngs=rngs)
+    )
+    graph, params = nnx.split(whole)
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(nnx.merge(graph, params)(jnp.outer(x, x)[None, :, :, None])))
+
+    return loss, params
+
+
+def test_a_batch_normalisation_of_images_is_to_be_checked() -> None:
+    """It is the example that is normalised, which nothing couples: training goes on."""
+    for loss, params in (_images((0, 1, 2)), _images_of_nnx()):
+        assert norms(loss, params).shape == (4,)
+        found = jaxdp.validate(loss, params, X[0])
+        assert found.ok and "over a leading axis of length one and others" in str(found)
+    for axes in ((1, 2), (1, 2, 3), (0, 1, 2, 3), (3,)):
+        loss, params = _images(axes)
+        assert "leading axis" not in str(jaxdp.validate(loss, params, X[0]))

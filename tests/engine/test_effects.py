@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax import ref as ref_ops
 from jax.experimental import io_callback
 from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -47,7 +48,7 @@ def _added_to(w: jax.Array, x: jax.Array) -> jax.Array:
 
 def _swapped(w: jax.Array, x: jax.Array) -> jax.Array:
     ref = jax.new_ref(x * 2)
-    return jax.ref.swap(ref, ..., w * x) * w
+    return ref_ops.swap(ref, ..., w * x) * w
 
 
 def _closed_over(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -235,7 +236,7 @@ NESTED = ("callback of the batch", "custom_vmap", "ref that is added to", "own p
 def ask(loss: Loss, method: str = "auto", **options: Any) -> jax.Array:
     """What a handle does with a loss when it is traced; nothing runs."""
     grads_fn = jaxdp.per_sample_grads(loss, method=method, **options)
-    clip = jaxdp.clip_flat(1.0)
+    clip: Any = jaxdp.clip_flat(1.0)
 
     def step(w: jax.Array, x: jax.Array) -> Any:
         return clip.update(grads_fn(w, x), clip.init(w), w)[0].value
@@ -307,7 +308,7 @@ def test_one_sample_at_a_time_sees_no_other(name: str) -> None:
 
 
 def _summed(grads_fn: Any, rows: np.ndarray) -> np.ndarray:
-    clip = jaxdp.clip_flat(1.0)
+    clip: Any = jaxdp.clip_flat(1.0)
     return np.asarray(clip.update(grads_fn(W, rows), clip.init(W), W)[0].value)
 
 

@@ -202,3 +202,130 @@ def test_a_target_that_depends_on_parameters_is_refused() -> None:
 
     with pytest.raises(NotImplementedError, match="stop_gradient"):
         lipschitz.bounds(loss_fn, jnp.ones(3), jnp.ones(3), 1.0)
+
+
+# ---- what a declared bound assumes ---------------------------------------------------------------
+
+LABELLED = {name: loss.fun for name, loss in LOSSES.items() if loss.target == "label"}
+COMPARED = {name: loss.fun for name, loss in LOSSES.items() if loss.target == "numbers"}
+Z = jnp.ones(CLASSES)
+
+WRONG_LABELS: Mapping[str, tuple[Any, Any, type[Exception], str]] = {
+    "a batch of logits": (jnp.ones((8, CLASSES)), 0, ValueError, "logits must be the .K."),
+    "a batch of one": (jnp.ones((1, CLASSES)), 0, ValueError, "logits must be the .K."),
+    "a scalar": (jnp.ones(()), 0, ValueError, "logits must be the .K."),
+    "one logit": (jnp.ones(1), 0, ValueError, "K at least 2"),
+    "no logit": (jnp.ones(0), 0, ValueError, "K at least 2"),
+    "integer logits": (jnp.ones(CLASSES, jnp.int32), 0, TypeError, "logits must be floating-point"),
+    "one-hot integers": (Z, jnp.eye(CLASSES, dtype=jnp.int32)[1], ValueError, "jnp.argmax"),
+    "one-hot numbers": (Z, jnp.eye(CLASSES)[1], TypeError, "label must be one integer"),
+    "a vector of one label": (Z, jnp.array([1]), ValueError, "label must be one integer"),
+    "a label of each class": (Z, jnp.arange(CLASSES), ValueError, "label must be one integer"),
+    "a float": (Z, 1.0, TypeError, "label must be one integer, got dtype float32"),
+    "a traced float": (Z, jnp.float32(1), TypeError, "label must be one integer"),
+    "a flag": (Z, True, TypeError, "label must be one integer, got dtype bool"),
+    "a label that is too large": (Z, CLASSES, ValueError, "label must be in 0..4, got 5"),
+    "a label below zero": (Z, -1, ValueError, "label must be in 0..4, got -1"),
+    "a known array out of range": (Z, jnp.uint8(200), ValueError, "label must be in 0..4, got 200"),
+}
+
+
+@pytest.mark.parametrize("name", list(LABELLED))
+@pytest.mark.parametrize("wrong", list(WRONG_LABELS))
+def test_logits_and_labels_are_what_the_bound_assumes(name: str, wrong: str) -> None:
+    logits, label, error, message = WRONG_LABELS[wrong]
+    with pytest.raises(error, match=message):
+        LABELLED[name](logits, label)
+
+
+SHAPES = [((3,), (16, 3)), ((16, 3), (3,)), ((3,), ()), ((), (1,)), ((3, 1), (3,)), ((3,), (1,))]
+
+
+@pytest.mark.parametrize("name", list(COMPARED))
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_targets_are_as_large_as_predictions(name: str, shapes: Any) -> None:
+    mine, other = shapes
+    with pytest.raises(ValueError, match="must have the shape of the (logits|prediction)"):
+        COMPARED[name](jnp.ones(mine), jnp.ones(other))
+
+
+@pytest.mark.parametrize("name", list(COMPARED))
+def test_predictions_and_targets_are_numbers(name: str) -> None:
+    with pytest.raises(TypeError, match="must be floating-point numbers, got dtype int32"):
+        COMPARED[name](jnp.ones(3, jnp.int32), jnp.ones(3))
+    with pytest.raises(TypeError, match="must be real"):
+        COMPARED[name](jnp.ones(3), jnp.ones(3, jnp.complex64))
+    whole = COMPARED[name](jnp.ones(3), jnp.ones(3, jnp.int32))
+    assert float(whole) == float(COMPARED[name](jnp.ones(3), jnp.ones(3)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32, jnp.uint32])
+@pytest.mark.parametrize("name", list(LABELLED))
+def test_a_traced_label_of_no_class_makes_the_loss_no_number_and_keeps_the_bound(
+    name: str, dtype: Any
+) -> None:
+    """None of the examples is dropped on this road: their gradients stay within the bound."""
+    loss = LOSSES[name]
+    info = jnp.iinfo(dtype)
+    labels = jnp.asarray([0, CLASSES - 1, CLASSES, 100, info.max, info.min], dtype)
+    z = predictions(1e3, 1)[0][0] + 1
+
+    @jax.jit
+    def both(label: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.value_and_grad(loss.fun)(z, label)
+
+    for label in labels:
+        value, gradient = both(label)
+        assert np.isnan(value) == (not 0 <= int(label) < CLASSES)
+        size = np.linalg.norm(np.asarray(gradient, np.float64))
+        assert size <= loss.bound * (1 + 1e-5)  # NaN is not
+
+
+def test_labels_fit_more_classes_than_their_dtype() -> None:
+    logits = jnp.arange(300.0)
+    assert float(lipschitz.multiclass_hinge(logits, jnp.int8(3))) > 0
+    found = jax.jit(lipschitz.softmax_cross_entropy)(logits, jnp.uint8(255))
+    assert float(found) == pytest.approx(300 - 255 - 1 + 0.4587, abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15, 1e37])
+@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.optimized
+def test_gradients_are_finite_and_bounded_for_logits_of_any_size(name: str, scale: float) -> None:
+    """Products that are made twice, with and without a fused multiply-add, are no two numbers."""
+    loss = LOSSES[name]
+    target = jnp.int32(1) if loss.target == "label" else jnp.linspace(-2, 2, CLASSES)
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(20, CLASSES)), jnp.float32)
+
+    def total(factor: jax.Array, rows: jax.Array) -> jax.Array:
+        each = jax.vmap(lambda row: loss.fun(scale * factor * row, target))(rows)
+        return jnp.sum(each)
+
+    params = jnp.ones(CLASSES)
+    gradient_fn = jax.jit(jax.grad(total))
+    for row in rows:
+        gradient = np.asarray(gradient_fn(params, row[None]), np.float64)
+        longest = scale * np.abs(np.asarray(row, np.float64)).max()
+        assert np.linalg.norm(gradient) <= loss.bound * longest * (1 + 1e-4)
+
+
+RANGES = {
+    "temperature": lambda value: lipschitz.softmax_cross_entropy(Z, 0, temperature=value),
+    "margin": lambda value: lipschitz.multiclass_hinge(Z, 0, margin=value),
+    "least_norm": lambda value: lipschitz.cosine_similarity(Z, Z, least_norm=value),
+    "alpha": lambda value: lipschitz.hinge_kantorovich_rubinstein(
+        Z, 0, proportions=SHARES, alpha=value
+    ),
+    "proportions": lambda value: lipschitz.kantorovich_rubinstein(
+        Z, 0, proportions=(value, *SHARES[1:])
+    ),
+}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-30, 1e30, np.nan, np.inf, "1", True, None])
+@pytest.mark.parametrize("name", list(RANGES))
+def test_arguments_out_of_range_are_refused_with_their_name(name: str, value: Any) -> None:
+    wrong_type = isinstance(value, str | bool) or value is None
+    with pytest.raises(TypeError if wrong_type else ValueError, match=f"{name} must be"):
+        RANGES[name](value)

@@ -150,7 +150,7 @@ def test_an_interval_is_rounded_outward(low: float, high: float) -> None:
 @pytest.mark.parametrize("size", [130, 500])
 @pytest.mark.parametrize("kind", ["equal", "flat", "signs"])
 def test_matrices_whose_products_round_one_way_are_not_short(size: int, kind: str) -> None:
-    """Entries of one sign, whose sums are rounded most, and spectra that Gram iteration sees last."""
+    """Entries of one sign, whose sums round most, and spectra that Gram iteration sees last."""
     rng = np.random.default_rng(0)
     matrix = {
         "equal": np.full((size, size), 0.1),

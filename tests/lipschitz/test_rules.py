@@ -132,7 +132,7 @@ def test_a_parameter_used_twice_has_the_sum_of_both_bounds() -> None:
     params = jnp.ones(3)
     once = lipschitz.bounds(lambda w, x: w @ x, params, params, 1.0).sensitivity
     twice = lipschitz.bounds(lambda w, x: w @ x + 2 * (w @ x), params, params, 1.0).sensitivity
-    assert float(twice) == pytest.approx(3 * float(once), rel=1e-6)
+    assert float(twice) == pytest.approx(3 * float(once), rel=1e-5)
 
 
 def test_an_unknown_primitive_raises_with_its_name_its_place_and_what_to_do() -> None:

@@ -293,7 +293,7 @@ def test_bounded_gradients_leave_frozen_leaves_alone() -> None:
 def test_a_loop_of_ones_own_keeps_frozen_leaves_by_a_mask() -> None:
     """As the documentation of `trainable` says."""
     params, frozen = new_params(), {"w": False, "b": True}
-    tx = optax.chain(
+    tx: Any = optax.chain(
         jaxdp.clip_flat(1.0),
         jaxdp.add_noise(1.0, KEY),
         optax.adamw(0.1, weight_decay=0.5),
@@ -302,7 +302,7 @@ def test_a_loop_of_ones_own_keeps_frozen_leaves_by_a_mask() -> None:
     grads_fn = jaxdp.per_sample_grads(loss_fn, trainable={"w": True, "b": False})
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = tx.update(grads_fn(params, EXAMPLES), tx.init(params), params)
-    moved = optax.apply_updates(params, updates)
+    moved: Any = optax.apply_updates(params, updates)
     assert float(moved["b"]) == 1.0 and float(moved["w"][0]) != 1.0
 
 

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.rounding import COMPOSED, TINY, gamma, power, root_of_squares, times, up
 from jaxdp.lipschitz.rules.registry import BoundRule, PullBack, register_bound_rule
-from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
+from jaxdp.lipschitz.value import INFINITE, Cotangent, Range, Value, scaled
 
 Slope = Callable[[Value], ArrayLike]
 
@@ -176,8 +176,8 @@ def _mul(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
     def pull_back(cotangents: Sequence[Cotangent]) -> Sequence[Cotangent]:
         (bound,) = cotangents
         return [
-            scaled(bound, _weighing(copies_x, y)),
-            scaled(bound, _weighing(copies_y, x)),
+            INFINITE if other.unknown else scaled(bound, _weighing(copies, other))
+            for copies, other in ((copies_x, y), (copies_y, x))
         ]
 
     return [Range(norm, low, high)], pull_back

@@ -10,7 +10,7 @@ from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.operator_norm import convolution_norm, matrix_norm, patch_multiplicity
 from jaxdp.lipschitz.rounding import product, times
 from jaxdp.lipschitz.rules.registry import PullBack, register_bound_rule
-from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
+from jaxdp.lipschitz.value import INFINITE, Cotangent, Range, Value, scaled
 
 
 @register_bound_rule("dot_general", whole=True)
@@ -30,6 +30,8 @@ def _dot(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
         """The cotangent times the other operand, whose free axes it is summed over."""
         # Entry by entry a product is off in proportion to the product of absolute values, whose
         # norm is at most that of all entries.
+        if bound is not None and other.unknown:
+            return INFINITE
         off = product(
             _size(other, [k for k in range(len(other.shape)) if k not in summed]), precision
         )

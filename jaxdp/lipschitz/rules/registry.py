@@ -39,7 +39,7 @@ class Registered(NamedTuple):
 
     def ranges(self, found: Sequence[Range], values: Sequence[Value]) -> Sequence[Range]:
         """Of the outputs, with what is done beside."""
-        if self.guarded(values):
+        if any(value.unknown for value in values):
             return [UNKNOWN for _ in found]
         doubt = self._doubt(values)
         rounded = found if self.exact else [each.outward() for each in found]
