@@ -220,8 +220,8 @@ def test_never_below_dp_accounting(sampling, accountant, relation):
         neighboring_relation=relation,
     )
     halved = (accountant, relation) == ("rdp", REPLACE)
-    assert ours >= theirs.get_epsilon(DELTA) - 1e-12
-    assert halved or ours == pytest.approx(theirs.get_epsilon(DELTA), rel=1e-9)
+    assert ours >= theirs.get_epsilon(DELTA)
+    assert halved or ours == pytest.approx(theirs.get_epsilon(DELTA), rel=1e-8)
 
 
 @given(

@@ -19,6 +19,7 @@ ROOT = Path(jaxdp.__file__).parent
 # and from rooms below; rooms on the same floor know nothing of each other.
 ROOMS = {
     "jaxdp.interrupts": 0,
+    "jaxdp.accounting.checks": -1,
     "jaxdp.tables": 0,
     "jaxdp.trees": 0,
     "jaxdp.schedules": 0,

@@ -10,14 +10,17 @@ Example:
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
-from jaxdp.accounting.checks import check_integer, check_real
+from jaxdp.accounting.checks import LARGEST_COUNT, check_integer, check_real
 from jaxdp.accounting.composition import (
     AccountantName,
     Question,
     RelationName,
+    TooManyStepsError,
     as_question,
     check_delta,
+    epsilon_bound_of,
     epsilon_of,
 )
 from jaxdp.accounting.mechanisms import Mechanism, Release, mechanisms_of
@@ -30,6 +33,8 @@ from jaxdp.accounting.schemes import (
 )
 
 _LOG_TOLERANCE = 8e-4
+# Enough for an upper bound that is off by as much.
+_LOG_ROUGH = 5e-3
 _SMALLEST_SIGMA, _LARGEST_SIGMA = 2.0**-4, 2.0**19
 _SMALLEST_RATE = 2.0**-40
 
@@ -54,6 +59,31 @@ def check_epsilon(epsilon: object) -> float:
     return check_real("epsilon", epsilon, above=0, advice="Pass the privacy budget, say 3.0.")
 
 
+def check_at_most(at_most: object) -> int:
+    """Returns where to stop a search for a number of steps, if it is one.
+
+    Args:
+        at_most: what the caller passed.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is negative, or more than `LARGEST_COUNT`.
+
+    Example:
+        >>> check_at_most(10)
+        10
+    """
+    advice = "Pass a number of steps."
+    return check_integer("at_most", at_most, minimum=0, maximum=LARGEST_COUNT, advice=advice)
+
+
+def _check_steps(steps: object, advice: str) -> int:
+    return check_integer("steps", steps, minimum=1, maximum=LARGEST_COUNT, advice=advice)
+
+
 def _between(
     epsilon_at: Callable[[float], float], target: float, good: float, bad: float
 ) -> float:
@@ -67,15 +97,15 @@ def _between(
 
 
 def _narrowed(
-    epsilon_at: Callable[[float], float], target: float, good: float, bad: float
+    epsilon_at: Callable[[float], float], target: float, good: float, bad: float, tolerance: float
 ) -> float:
-    """Moves `good` (fits) and `bad` (does not fit) together to a ratio of 1 ± `_LOG_TOLERANCE`."""
+    """Moves `good` (fits) and `bad` (does not fit) together to a ratio of 1 ± `tolerance`."""
     rounds = 0
-    while abs(math.log(bad / good)) > _LOG_TOLERANCE:
+    while abs(math.log(bad / good)) > tolerance:
         low, high = math.log(good), math.log(bad)
         guess = _between(epsilon_at, target, good, bad)
         # A guess next to one end is stepped across the crossing, so that the other end moves too.
-        pad = math.copysign(min(_LOG_TOLERANCE / 3, abs(high - low) / 4), high - low)
+        pad = math.copysign(min(tolerance / 3, abs(high - low) / 4), high - low)
         guess += pad if abs(guess - low) < abs(guess - high) else -pad
         rounds += 1
         # Every third round bisects: interpolation alone can creep along a curved end.
@@ -87,11 +117,11 @@ def _narrowed(
     return good
 
 
-def largest_count(epsilon_at: Callable[[int], float], target: float, at_most: int) -> int:
+def largest_count(ask: Callable[[int], float], target: float, at_most: int) -> int:
     """The largest n with `epsilon_at(n) <= target`, for an increasing function.
 
     Args:
-        epsilon_at: ε after n steps; cached by the caller, it may be asked twice.
+        ask: ε after n steps; cached by the caller, it may be asked twice.
         target: the ε to stay within.
         at_most: where to stop looking, ≥ 0.
 
@@ -99,10 +129,22 @@ def largest_count(epsilon_at: Callable[[int], float], target: float, at_most: in
         n in [0, at_most] such that n fits and n + 1 does not, or `at_most` if that fits; 0 also if
         nothing fits.
 
+    Raises:
+        TooManyStepsError: n fits, and n + 1 is more than the accountant composes.
+
     Example:
         >>> largest_count(lambda n: 0.5 * n, target=3.2, at_most=100)
         6
     """
+    refused: dict[int, TooManyStepsError] = {}
+
+    def epsilon_at(steps: int) -> float:
+        try:
+            return ask(steps)
+        except TooManyStepsError as error:
+            refused[steps] = error
+            return math.inf
+
     if at_most == 0 or epsilon_at(1) > target:
         return 0
     good, bad = 1, at_most + 1
@@ -129,14 +171,75 @@ def largest_count(epsilon_at: Callable[[int], float], target: float, at_most: in
             good = trial
         else:
             bad = trial
+    if bad in refused:
+        raise refused[bad]
     return good
 
 
-def _epsilon_of_run(
-    sigma: float, sampling: SamplingScheme, steps: int, delta: float, question: Question
-) -> float:
-    mechanisms: tuple[Mechanism, ...] = mechanisms_of([[Release(sigma, sampling, steps)]])
-    return epsilon_of(mechanisms, delta, question)
+class _Search(NamedTuple):
+    """A run of which one number is searched, x: σ, or the sampling rate.
+
+    Attributes:
+        mechanisms_at: what the run executes with a given x.
+        target: the ε to stay within.
+        delta: δ in (0, 1).
+        question: accountant and neighbouring relation.
+        ends: the x that is the safest to ask about, and the boldest.
+        start: where to begin, between them.
+        step: the factor, towards the safe end, by which a bracket is looked for.
+    """
+
+    mechanisms_at: Callable[[float], tuple[Mechanism, ...]]
+    target: float
+    delta: float
+    question: Question
+    ends: tuple[float, float]
+    start: float
+    step: float
+
+    def epsilon_at(self, x: float) -> float:
+        """The accountant's answer."""
+        return epsilon_of(self.mechanisms_at(x), self.delta, self.question)
+
+    def bound_at(self, x: float) -> float:
+        """Not below it, and several times faster."""
+        mechanisms = self.mechanisms_at(x)
+        return epsilon_bound_of(mechanisms, self.delta, self.question, rounded=False)
+
+    def bracket(
+        self, at: Callable[[float], float], start: float, step: float
+    ) -> tuple[float, float]:
+        """An x that fits and a bolder one that does not; twice an end where there are none."""
+        safest, boldest = self.ends
+
+        def inside(x: float) -> float:
+            return min(max(x, min(self.ends)), max(self.ends))
+
+        good = bad = start
+        while at(good) > self.target:
+            if good == safest:
+                return good, good
+            bad, good = good, inside(good * step)
+        while at(bad) <= self.target and bad != boldest:
+            good, bad = bad, inside(bad / step)
+        return (bad, bad) if at(bad) <= self.target else (good, bad)
+
+    def solve(self) -> float | None:
+        """The boldest x that fits, within 0.1%; None if not even the safest does."""
+        start, step = self.start, self.step
+        good, bad = self.bracket(self.bound_at, start, step)
+        if good == bad == self.ends[1]:
+            return good
+        if good != bad:
+            # The answer is a little bolder than what the bound tells.
+            start = _narrowed(self.bound_at, self.target, good, bad, _LOG_ROUGH)
+            step = 1 + 0.02 * math.copysign(1, step - 1)
+        elif self.epsilon_at(self.ends[0]) > self.target:
+            return None
+        good, bad = self.bracket(self.epsilon_at, start, step)
+        if good == bad:
+            return good
+        return _narrowed(self.epsilon_at, self.target, good, bad, _LOG_TOLERANCE)
 
 
 def calibrate_noise_multiplier(
@@ -176,31 +279,34 @@ def calibrate_noise_multiplier(
         1.19
     """
     target, delta = check_epsilon(epsilon), check_delta(delta)
-    steps = check_integer("steps", steps, minimum=1, advice="Without a step there is no noise.")
+    steps = _check_steps(steps, "Without a step there is no noise.")
     scheme = sampling_of(sampling_rate, sampling)
     question = as_question(accountant, neighboring_relation)
 
-    def epsilon_at(sigma: float) -> float:
-        return _epsilon_of_run(sigma, scheme, steps, delta, question)
-
-    good = bad = 1.0
-    while epsilon_at(good) > target:
-        bad, good = good, good * 2
-        if good > _LARGEST_SIGMA:
-            raise ValueError(
-                f"epsilon must be reachable, got epsilon={target:g} at delta={delta:g}: "
-                f"noise_multiplier={_LARGEST_SIGMA:g} still gives {epsilon_at(bad):g}. "
-                'Raise epsilon or delta; accountant="rdp" resolves smaller deltas than "pld".'
-            )
-    while epsilon_at(bad) <= target:
-        good, bad = bad, bad / 2
-        if bad < _SMALLEST_SIGMA:
-            raise ValueError(
-                f"epsilon must need noise, got epsilon={target:g} at delta={delta:g}, which "
-                f"noise_multiplier={good:g} already meets. Lower epsilon, or delta, which "
-                "may not exceed the chance that an example is drawn at all."
-            )
-    return _narrowed(epsilon_at, target, good, bad)
+    search = _Search(
+        lambda sigma: mechanisms_of([[Release(sigma, scheme, steps)]]),
+        target,
+        delta,
+        question,
+        ends=(_LARGEST_SIGMA, _SMALLEST_SIGMA),
+        start=1.0,
+        step=2.0,
+    )
+    sigma = search.solve()
+    if sigma is None:
+        raise ValueError(
+            f"epsilon must be reachable, got epsilon={target:g} at delta={delta:g}: "
+            f"noise_multiplier={_LARGEST_SIGMA:g} still gives "
+            f"{search.epsilon_at(_LARGEST_SIGMA):g}. "
+            'Raise epsilon or delta; accountant="rdp" resolves smaller deltas than "pld".'
+        )
+    if sigma == _SMALLEST_SIGMA:
+        raise ValueError(
+            f"epsilon must need noise, got epsilon={target:g} at delta={delta:g}, which "
+            f"noise_multiplier={sigma:g} already meets. Lower epsilon, or delta, which "
+            "may not exceed the chance that an example is drawn at all."
+        )
+    return sigma
 
 
 def calibrate_steps(
@@ -240,13 +346,15 @@ def calibrate_steps(
         0
     """
     target, delta = check_epsilon(epsilon), check_delta(delta)
-    at_most = check_integer("at_most", at_most, minimum=0, advice="Pass a number of steps.")
+    at_most = check_at_most(at_most)
     scheme = sampling_of(sampling_rate, sampling)
     question = as_question(accountant, neighboring_relation)
     sigma = combined_noise_multiplier(noise_multiplier)
-    return largest_count(
-        lambda steps: _epsilon_of_run(sigma, scheme, steps, delta, question), target, at_most
-    )
+
+    def epsilon_after(steps: int) -> float:
+        return epsilon_of(mechanisms_of([[Release(sigma, scheme, steps)]]), delta, question)
+
+    return largest_count(epsilon_after, target, at_most)
 
 
 def calibrate_sampling_rate(
@@ -283,20 +391,24 @@ def calibrate_sampling_rate(
         0.0349
     """
     target, delta = check_epsilon(epsilon), check_delta(delta)
-    steps = check_integer("steps", steps, minimum=1, advice="Without a step no rate is too large.")
+    steps = _check_steps(steps, "Without a step no rate is too large.")
     question = as_question(accountant, neighboring_relation)
     sigma = combined_noise_multiplier(noise_multiplier)
 
-    def epsilon_at(rate: float) -> float:
-        return _epsilon_of_run(sigma, PoissonSampling(rate), steps, delta, question)
-
-    good = bad = 1.0
-    while epsilon_at(good) > target:
-        bad, good = good, good / 8
-        if good < _SMALLEST_RATE:
-            raise ValueError(
-                f"epsilon must be reachable, got epsilon={target:g} at delta={delta:g}: "
-                f"noise_multiplier={sigma:g} gives {epsilon_at(bad):g} even at "
-                f"sampling_rate={bad:g}. Raise noise_multiplier, epsilon or delta."
-            )
-    return good if good == bad else _narrowed(epsilon_at, target, good, bad)
+    search = _Search(
+        lambda rate: mechanisms_of([[Release(sigma, PoissonSampling(rate), steps)]]),
+        target,
+        delta,
+        question,
+        ends=(_SMALLEST_RATE, 1.0),
+        start=1.0,
+        step=1 / 8,
+    )
+    rate = search.solve()
+    if rate is None:
+        raise ValueError(
+            f"epsilon must be reachable, got epsilon={target:g} at delta={delta:g}: "
+            f"noise_multiplier={sigma:g} gives {search.epsilon_at(_SMALLEST_RATE):g} even at "
+            f"sampling_rate={_SMALLEST_RATE:g}. Raise noise_multiplier, epsilon or delta."
+        )
+    return rate

@@ -78,14 +78,19 @@ def _is_number(value: object, kind: type) -> bool:
 
 
 def check_integer(
-    name: str, value: object, *, minimum: int, maximum: int | None = None, advice: str
+    name: str,
+    value: object,
+    *,
+    minimum: int | None = None,
+    maximum: int | None = None,
+    advice: str,
 ) -> int:
     """Returns `value` as an int, or says why it is not an integer within the bounds.
 
     Args:
         name: the argument's name, for the message.
         value: any integer type, NumPy's included, or an array of no axes; bool is refused.
-        minimum: the smallest allowed value.
+        minimum: the smallest allowed value, or None.
         maximum: the largest allowed value, or None.
         advice: one sentence on what to do next.
 
@@ -102,15 +107,16 @@ def check_integer(
         ValueError: steps must be at least 0, got -1. Count from zero.
         >>> check_integer("steps", 9, minimum=0, maximum=8, advice="Take fewer.")
         Traceback (most recent call last):
-        ValueError: steps must be at least 0 and at most 8, got 9. Take fewer.
+        ValueError: steps must be at most 8, got 9. Take fewer.
     """
     number = _without_axes(value)
     if not _is_number(number, Integral):
         raise TypeError(f"{name} must be an integer, got {shown(value)}. {advice}")
     count = int(number)  # pyright: ignore[reportArgumentType]  # an Integral
-    if count < minimum or (maximum is not None and count > maximum):
-        upper = "" if maximum is None else f" and at most {maximum}"
-        raise ValueError(f"{name} must be at least {minimum}{upper}, got {shown(count)}. {advice}")
+    if minimum is not None and count < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {shown(count)}. {advice}")
+    if maximum is not None and count > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {shown(count)}. {advice}")
     return count
 
 

@@ -18,7 +18,6 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.pld.common import DifferentialPrivacyParameters
 from dp_accounting.pld.privacy_loss_distribution import (
     PrivacyLossDistribution,
-    from_gaussian_mechanism,
     from_privacy_parameters,
     identity,
 )
@@ -34,6 +33,7 @@ from jaxdp.accounting.mechanisms import (
     coarsened,
     event_of,
 )
+from jaxdp.accounting.one_step import pld_of_gaussian
 from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.schemes import FixedSizeSampling, PoissonSampling
 
@@ -49,6 +49,29 @@ _SMALLEST_SIGMA = 1e-6
 
 # A pure release of a larger ε is counted as one without noise: e^2ε would leave the floats.
 _LARGEST_PURE_EPSILON = 300.0
+
+# Beyond this a privacy loss distribution says "infinite": its grid would be so coarse that nothing
+# is resolved, and no such ε is a promise.
+_LARGEST_RESOLVED = 1e5
+
+# More mechanisms than this are composed on a grid that is coarser in proportion, so that an answer
+# takes seconds however many there are.
+_FINE_MECHANISMS = 8
+
+# How much coarser the grid of a bound is. A power of two, as `_grid_interval` needs.
+_BOUND_COARSENING = 16
+
+MOST_SAMPLED_STEPS = 100_000_000
+"""More equal sampled steps than this are not composed with "pld"."""
+
+
+class TooManyStepsError(ValueError):
+    """More equal sampled steps than "pld" composes."""
+
+
+# What the floats of a composition may be off by: two ways to compute the same differ by about 1e-11,
+# and ours is never to be below that of `dp_accounting.pld.PLDAccountant`.
+_ROUNDING = 1e-9
 
 _RELATIONS = {
     "add_or_remove_one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
@@ -182,10 +205,11 @@ def _pure_epsilon(release: PureRelease, relation: RelationName) -> float:
 
 
 def _grid_interval(mechanisms: Sequence[Mechanism], relation: RelationName) -> float:
-    """The PLD grid's step: dp-accounting's 1e-4, coarser once epsilon may reach a hundred.
+    """The PLD grid's step: dp-accounting's 1e-4, coarser once epsilon may reach a hundred or where
+    many mechanisms are composed; infinite where epsilon may be beyond what is resolved.
 
-    A step is rounded pessimistically, so this choice bounds memory and never the truth: at σ = 0.01
-    the usual grid would need gigabytes to say that epsilon is about 5,000.
+    A step is rounded pessimistically, so this choice bounds memory and time and never the truth: at
+    σ = 0.01 the usual grid would need gigabytes to say that epsilon is about 5,000.
     """
     mean = widest = 0.0
     for mechanism in mechanisms:
@@ -204,7 +228,10 @@ def _grid_interval(mechanisms: Sequence[Mechanism], relation: RelationName) -> f
         mean += count * min(linear, chi)
         # The grid of one step reaches ten standard deviations of the noise.
         widest = max(widest, 1 / (2 * sigma**2) + 10 / sigma + math.log(rate))
-    coarsening = max(1.0, (mean + 10 * math.sqrt(2 * mean) + widest) / 100)
+    reach = mean + 10 * math.sqrt(2 * mean) + widest
+    if reach > _LARGEST_RESOLVED:
+        return math.inf
+    coarsening = max(1.0, reach / 100, len(mechanisms) / _FINE_MECHANISMS)
     # Powers of two: points of the coarse grid are points of the fine one, so the pessimistic
     # rounding of the coarse one dominates.
     return 1e-4 * 2 ** math.ceil(math.log2(coarsening))
@@ -212,14 +239,11 @@ def _grid_interval(mechanisms: Sequence[Mechanism], relation: RelationName) -> f
 
 @lru_cache(maxsize=64)
 def _pld_of_step(
-    sampling: PoissonSampling | None, sigma: float, relation: RelationName, interval: float
+    rate: float, sigma: float, relation: RelationName, interval: float
 ) -> PrivacyLossDistribution:
-    """Of one step: by far the most expensive part of an answer, and the same at every report."""
-    return from_gaussian_mechanism(
-        sigma,
-        value_discretization_interval=interval,
-        sampling_prob=1.0 if sampling is None else sampling.sampling_rate,
-        neighboring_relation=_RELATIONS[relation],
+    """Of one step: the same at every report."""
+    return pld_of_gaussian(
+        sigma, sampling_rate=rate, replace_one=relation == "replace_one", interval=interval
     )
 
 
@@ -233,29 +257,48 @@ def _pld_of(
     sampling, sigma, repeats = mechanism
     if sampling is None:
         # Plain Gaussians add up exactly, without the rounding of a self-composition.
-        return _pld_of_step(None, sigma / math.sqrt(repeats), relation, interval)
+        return _pld_of_step(1.0, sigma / math.sqrt(repeats), relation, interval)
     if isinstance(sampling, FixedSizeSampling):
         raise TypeError(f"dp-accounting has no privacy loss distribution for {sampling}")
-    return _pld_of_step(sampling, sigma, relation, interval).self_compose(repeats)
+    if repeats > MOST_SAMPLED_STEPS:
+        raise TooManyStepsError(
+            f'steps must be at most {MOST_SAMPLED_STEPS} for accountant="pld", got {repeats} of '
+            'one kind: the rounding errors of as many would show. Use accountant="rdp".'
+        )
+    return _pld_of_step(sampling.sampling_rate, sigma, relation, interval).self_compose(repeats)
 
 
-@lru_cache(maxsize=8)
-def _pld_of_past(
-    mechanisms: tuple[Mechanism, ...], relation: RelationName, interval: float
-) -> PrivacyLossDistribution:
-    composed = identity(interval)
-    for mechanism in mechanisms:
-        composed = composed.compose(_pld_of(mechanism, relation, interval))
-    return composed
+# What was composed last, the least recently used first.
+_COMPOSED: dict[tuple[tuple[Mechanism, ...], RelationName, float], PrivacyLossDistribution] = {}
+_MOST_COMPOSED = 8
+
+
+def _keep(key: tuple[tuple[Mechanism, ...], RelationName, float], pld: PrivacyLossDistribution):
+    _COMPOSED.pop(key, None)
+    _COMPOSED[key] = pld
+    if len(_COMPOSED) > _MOST_COMPOSED:
+        del _COMPOSED[next(iter(_COMPOSED))]
 
 
 def _composed_pld(
-    mechanisms: tuple[Mechanism, ...], relation: RelationName
+    mechanisms: tuple[Mechanism, ...], relation: RelationName, interval: float
 ) -> PrivacyLossDistribution:
-    """Composed as `PLDAccountant` does; a running ledger only ever grows its last mechanism."""
-    interval = _grid_interval(mechanisms, relation)
-    past = _pld_of_past(mechanisms[:-1], relation, interval)
-    return past.compose(_pld_of(mechanisms[-1], relation, interval))
+    """Composed as `PLDAccountant` does.
+
+    A ledger that grows adds to its last mechanism, or one more behind it: so both what stands
+    before the last one and the whole are kept, and the longest beginning that is known is extended.
+    """
+    composed, done = identity(interval), 0
+    for (known, *grid), pld in _COMPOSED.items():
+        if done < len(known) and grid == [relation, interval]:
+            if mechanisms[: len(known)] == known:
+                composed, done = pld, len(known)
+    for end in range(done, len(mechanisms)):
+        if end == len(mechanisms) - 1:
+            _keep((mechanisms[:end], relation, interval), composed)
+        composed = composed.compose(_pld_of(mechanisms[end], relation, interval))
+    _keep((mechanisms, relation, interval), composed)
+    return composed
 
 
 @lru_cache(maxsize=4096)
@@ -278,6 +321,19 @@ def _composed_rdp(
     return RdpAccountant().orders.tolist(), np.sum(list(steps), axis=0).tolist()
 
 
+def _epsilon(
+    mechanisms: tuple[Mechanism, ...], delta: float, question: Question, coarsening: int
+) -> float:
+    if question.accountant == "rdp":
+        return float(compute_epsilon(*_composed_rdp(mechanisms, question), delta)[0])
+    interval = coarsening * _grid_interval(mechanisms, question.relation)
+    if math.isinf(interval):
+        return math.inf
+    pld = _composed_pld(mechanisms, question.relation, interval)
+    epsilon = float(pld.get_epsilon_for_delta(delta))
+    return epsilon * (1 + _ROUNDING) + _ROUNDING if epsilon > 0 else 0.0
+
+
 @lru_cache(maxsize=4096)
 def epsilon_of(mechanisms: tuple[Mechanism, ...], delta: float, question: Question) -> float:
     """The ε at which the composed mechanisms are (ε, δ) differentially private.
@@ -288,10 +344,12 @@ def epsilon_of(mechanisms: tuple[Mechanism, ...], delta: float, question: Questi
         question: accountant and neighbouring relation.
 
     Returns:
-        ε ≥ 0; `math.inf` if something was released without noise.
+        ε ≥ 0; `math.inf` if something was released without noise, and where "pld" would have to
+        resolve an ε beyond 10⁵.
 
     Raises:
-        ValueError: dp-accounting does not support the combination.
+        ValueError: dp-accounting does not support the combination, or it is more than can be
+            composed.
 
     Example:
         >>> epsilon_of((), 1e-5, Question("pld", "replace_one"))
@@ -303,9 +361,50 @@ def epsilon_of(mechanisms: tuple[Mechanism, ...], delta: float, question: Questi
     if any(map(_is_bare, mechanisms)):
         return math.inf
     mechanisms = coarsened(mechanisms)
-    if question.accountant == "rdp":
-        return float(compute_epsilon(*_composed_rdp(mechanisms, question), delta)[0])
-    return float(_composed_pld(mechanisms, question.relation).get_epsilon_for_delta(delta))
+    return math.inf if any(map(_is_bare, mechanisms)) else _epsilon(mechanisms, delta, question, 1)
+
+
+@lru_cache(maxsize=4096)
+def epsilon_bound_of(
+    mechanisms: tuple[Mechanism, ...], delta: float, question: Question, *, rounded: bool
+) -> float:
+    """At least `epsilon_of`, usually within 3%, and for "pld" in about a tenth of the time.
+
+    An upper bound: it composes on a grid of losses that is sixteen times coarser, whose points are
+    points of the fine one, and rounding a distribution up to a coarser grid can only raise every
+    δ(ε). With `rounded` noise multipliers are rounded down however few they are, which raises δ(ε)
+    as well, and makes the bound hold for all mechanisms that are `rounded_down` alike or to more.
+    What tails a composition cuts off is counted as infinite: 1e-15 each, hence a δ that is smaller
+    by what a thousand of them cut off.
+
+    Args:
+        mechanisms: from `mechanisms_of`.
+        delta: δ in (0, 1).
+        question: accountant and neighbouring relation.
+        rounded: whether to round all noise multipliers down.
+
+    Returns:
+        ε ≥ 0, or `math.inf`.
+
+    Raises:
+        ValueError: dp-accounting does not support the combination, or it is more than can be
+            composed.
+
+    Example:
+        >>> step = GaussianMechanism(PoissonSampling(0.04), 1.1, repeats=250)
+        >>> question = Question("pld", "add_or_remove_one")
+        >>> bound = epsilon_bound_of((step,), 1e-5, question, rounded=False)
+        >>> 1 <= bound / epsilon_of((step,), 1e-5, question) < 1.01
+        True
+    """
+    if not mechanisms:
+        return 0.0
+    _check_supported(mechanisms, question)
+    smaller = 0.999 * delta - 1e-12
+    mechanisms = coarsened(mechanisms, always=rounded)
+    if smaller <= 0 or any(map(_is_bare, mechanisms)):
+        return math.inf
+    return _epsilon(mechanisms, smaller, question, _BOUND_COARSENING)
 
 
 @lru_cache(maxsize=4096)
@@ -318,10 +417,12 @@ def delta_of(mechanisms: tuple[Mechanism, ...], epsilon: float, question: Questi
         question: accountant and neighbouring relation.
 
     Returns:
-        δ in [0, 1]; 1.0 if something was released without noise.
+        δ in [0, 1]; 1.0 if something was released without noise, and where "pld" would have to
+        resolve an ε beyond 10⁵.
 
     Raises:
-        ValueError: dp-accounting does not support the combination.
+        ValueError: dp-accounting does not support the combination, or it is more than can be
+            composed.
 
     Example:
         >>> delta_of((), 1.0, Question("pld", "replace_one"))
@@ -333,6 +434,12 @@ def delta_of(mechanisms: tuple[Mechanism, ...], epsilon: float, question: Questi
     if any(map(_is_bare, mechanisms)):
         return 1.0
     mechanisms = coarsened(mechanisms)
+    if any(map(_is_bare, mechanisms)):
+        return 1.0
     if question.accountant == "rdp":
         return float(compute_delta(*_composed_rdp(mechanisms, question), epsilon)[0])
-    return float(_composed_pld(mechanisms, question.relation).get_delta_for_epsilon(epsilon))
+    interval = _grid_interval(mechanisms, question.relation)
+    if math.isinf(interval):
+        return 1.0
+    pld = _composed_pld(mechanisms, question.relation, interval)
+    return min(float(pld.get_delta_for_epsilon(epsilon)) * (1 + _ROUNDING), 1.0)

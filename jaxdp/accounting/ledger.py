@@ -213,11 +213,8 @@ class Ledger(Record):
         drawn = check_draws(draws)
 
         def epsilon_after(steps: int) -> float:
-            run = self.current
-            if steps:
-                ahead = tuple(replace(each, count=steps) for each in drawn)
-                run = appended(run, LedgerEntry(sigmas, scheme, steps, ahead))
-            return epsilon_of(Ledger(self.closed, run)._mechanisms(), delta, question)
+            ahead = supposed(self, sigmas, scheme, steps, drawn) if steps else self
+            return epsilon_of(ahead._mechanisms(), delta, question)
 
         return largest_count(epsilon_after, target, at_most)
 
@@ -280,6 +277,36 @@ class Ledger(Record):
     def _mechanisms(self) -> tuple[Mechanism, ...]:
         runs = (*self.closed, self.current)
         return mechanisms_of([[_released(entry) for entry in run] for run in runs])
+
+
+def supposed(
+    ledger: Ledger,
+    noise_multiplier: NoiseMultiplier,
+    sampling: SamplingScheme,
+    steps: int,
+    draws: Sequence[DrawsLike] = (),
+) -> Ledger:
+    """What a ledger would be after steps that may never be executed: for a question, not a record.
+
+    Args:
+        ledger: what was executed.
+        noise_multiplier: of the steps.
+        sampling: their scheme.
+        steps: how many, ≥ 1.
+        draws: of the first of them; the further ones go on. Whether any was drawn before is not
+            looked at.
+
+    Returns:
+        A ledger to ask.
+
+    Example:
+        >>> from jaxdp.accounting import PoissonSampling
+        >>> supposed(Ledger(), 1.0, PoissonSampling(0.1), steps=3).steps
+        3
+    """
+    drawn = tuple(replace(each, count=steps) for each in check_draws(draws))
+    entry = LedgerEntry(as_noise_multipliers(noise_multiplier), sampling, steps, drawn)
+    return Ledger(ledger.closed, appended(ledger.current, entry))
 
 
 def _released(entry: Entry) -> Release | PureRelease:

@@ -30,7 +30,10 @@ from jaxdp.accounting.schemes import (
 )
 
 MAX_DISTINCT_SIGMAS = 32
-"""More distinct noise multipliers than this, of one scheme, are rounded down before composing."""
+"""More different sampled Gaussians than this have their noise rounded down before composing."""
+
+MOST_MECHANISMS = 1024
+"""More different mechanisms than this are not composed."""
 
 # The rounded noise multipliers are powers of 2^(1/32): at most 2.2% below the true ones.
 _PER_OCTAVE = 32
@@ -72,8 +75,8 @@ Mechanism = GaussianMechanism | PureMechanism
 def mechanisms_of(runs: Iterable[Sequence[Release | PureRelease]]) -> tuple[Mechanism, ...]:
     """Groups what all runs released into distinct mechanisms with counts.
 
-    Sorted, pure ones first, except that the mechanism of the very last step comes last: a run that
-    grows then keeps its composed past, and `compose` finds it in the cache.
+    Pure ones first, then by first occurrence, except that the mechanism of the very last step comes
+    last, and its scheme: a run that grows then keeps its composed past, which is found again.
 
     Args:
         runs: for every run its releases, in the order of execution.
@@ -104,47 +107,89 @@ def mechanisms_of(runs: Iterable[Sequence[Release | PureRelease]]) -> tuple[Mech
                 counted = ((sigma, steps) for sigma, steps, _ in piece)
             for sigma, count in counted:
                 counts[plain, sigma] += count
-    keys = sorted(counts, key=lambda key: (key == last, key[0] == (last and last[0]), repr(key)))
+    keys = sorted(counts, key=lambda key: (key == last, key[0] == (last and last[0])))
     return (
         *(PureMechanism(release, pure[release]) for release in sorted(pure, key=repr)),
         *(GaussianMechanism(*key, counts[key]) for key in keys),
     )
 
 
-def coarsened(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
+def coarsened(
+    mechanisms: tuple[Mechanism, ...], *, always: bool = False
+) -> tuple[Mechanism, ...]:
     """The mechanisms that are really composed: fewer, and never more private.
 
-    Plain Gaussians compose exactly into one. Of every sampling scheme with more than
-    `MAX_DISTINCT_SIGMAS` noise multipliers, each falls to the next power of 2^(1/32), by 2.2% at
-    the most. Less noise is less private, so this can only overstate epsilon. Pure releases stay
-    as they are.
+    Plain Gaussians, and those that every example joins, compose exactly into one. If there are more
+    than `MAX_DISTINCT_SIGMAS` sampled ones, their noise multipliers fall to the next power of
+    2^(1/32), by 2.2% at the most; if they have more than that many Poisson rates, these rise to the
+    next power likewise. Less noise, and a larger rate, is less private, so this can only overstate
+    epsilon. Pure releases stay as they are.
 
     Args:
         mechanisms: distinct mechanisms, the one of the last step last.
+        always: whether noise multipliers fall to the grid however few there are.
 
     Returns:
         Distinct mechanisms, pure ones first, the one of the last step still last.
+
+    Raises:
+        ValueError: more than `MOST_MECHANISMS` are left.
 
     Example:
         >>> coarsened((GaussianMechanism(None, 2.0, 2), GaussianMechanism(None, 2.0, 2)))
         (GaussianMechanism(sampling=None, noise_multiplier=1.0, repeats=1),)
     """
+    gaussians = [each for each in mechanisms if isinstance(each, GaussianMechanism)]
+    rates = {each.sampling for each in gaussians if isinstance(each.sampling, PoissonSampling)}
     by_scheme: dict[PoissonSampling | FixedSizeSampling | None, list[GaussianMechanism]] = {}
-    pure = []
-    for mechanism in mechanisms:
-        if isinstance(mechanism, PureMechanism):
-            pure.append(mechanism)
-            continue
+    for sampling, sigma, repeats in gaussians:
+        if isinstance(sampling, PoissonSampling):
+            sampling = _joined(sampling, round_up=len(rates) > MAX_DISTINCT_SIGMAS)
         # Reinserting keeps the scheme of the most recent mechanism at the end.
-        capped = min(mechanism.noise_multiplier, _LARGEST_SIGMA)
-        group = by_scheme.pop(mechanism.sampling, [])
-        by_scheme[mechanism.sampling] = [*group, mechanism._replace(noise_multiplier=capped)]
-    coarse = (
+        group = by_scheme.pop(sampling, [])
+        capped = GaussianMechanism(sampling, min(sigma, _LARGEST_SIGMA), repeats)
+        by_scheme[sampling] = [*group, capped]
+    sampled = sum(len(group) for sampling, group in by_scheme.items() if sampling is not None)
+    rounds = always or sampled > MAX_DISTINCT_SIGMAS
+    coarse = [
         coarse
         for sampling, group in by_scheme.items()
-        for coarse in (_one_gaussian(group) if sampling is None else _rounded_down(group))
-    )
+        for coarse in (_one_gaussian(group) if sampling is None else _grouped(group, rounds))
+    ]
+    pure = [each for each in mechanisms if isinstance(each, PureMechanism)]
+    if len(pure) + len(coarse) > MOST_MECHANISMS:
+        raise ValueError(
+            f"a ledger must hold at most {MOST_MECHANISMS} different mechanisms, got "
+            f"{len(pure) + len(coarse)} after rounding. Keep one ledger for each part of the "
+            "releases and add their epsilons and their deltas."
+        )
     return (*pure, *coarse)
+
+
+def rounded_down(sigma: float) -> float:
+    """The largest power of 2^(1/32) that is at most σ, on a grid that never moves: what a step
+    costs does not depend on the steps around it, so that a growing ledger only grows dearer.
+
+    Args:
+        sigma: noise multiplier > 0.
+
+    Returns:
+        More than σ · 2^(-1/32), up to rounding, and never more than σ.
+
+    Example:
+        >>> rounded_down(1.0), rounded_down(1.99) < 1.99
+        (1.0, True)
+    """
+    # The logarithm may have rounded up.
+    return min(2 ** (math.floor(_PER_OCTAVE * math.log2(sigma)) / _PER_OCTAVE), sigma)
+
+
+def _joined(sampling: PoissonSampling, *, round_up: bool) -> PoissonSampling | None:
+    """What is composed for a rate; None where every example joins every step."""
+    rate = sampling.sampling_rate
+    if round_up:
+        rate = min(max(1 / rounded_down(1 / rate), rate), 1.0)
+    return None if rate == 1 else PoissonSampling(rate)
 
 
 def _one_gaussian(group: list[GaussianMechanism]) -> list[GaussianMechanism]:
@@ -152,18 +197,13 @@ def _one_gaussian(group: list[GaussianMechanism]) -> list[GaussianMechanism]:
     return [GaussianMechanism(None, sigma, 1)]
 
 
-def _rounded_down(group: list[GaussianMechanism]) -> list[GaussianMechanism]:
-    if len({each.noise_multiplier for each in group}) <= MAX_DISTINCT_SIGMAS:
-        return group
-    # A grid that never moves: what a step costs does not depend on the steps around it, so that a
-    # growing ledger only grows dearer.
-    bins: dict[float, GaussianMechanism] = {}
-    for each in group:
-        grid = 2 ** (math.floor(_PER_OCTAVE * math.log2(each.noise_multiplier)) / _PER_OCTAVE)
-        sigma = min(grid, each.noise_multiplier)  # the logarithm may have rounded up
-        known = bins.pop(sigma, GaussianMechanism(each.sampling, sigma, 0))
-        bins[sigma] = known._replace(repeats=known.repeats + each.repeats)
-    return list(bins.values())
+def _grouped(group: list[GaussianMechanism], rounds: bool) -> list[GaussianMechanism]:
+    """Of one scheme: equal ones together, the most recent last."""
+    counts: dict[float, int] = {}
+    for _, sigma, repeats in group:
+        sigma = rounded_down(sigma) if rounds else sigma
+        counts[sigma] = counts.pop(sigma, 0) + repeats
+    return [GaussianMechanism(group[0].sampling, *each) for each in counts.items()]
 
 
 def event_of(mechanism: GaussianMechanism, scale: float = 1.0) -> dp_accounting.DpEvent:

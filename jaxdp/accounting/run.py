@@ -7,7 +7,7 @@ Example:
 
 import dp_accounting
 
-from jaxdp.accounting.checks import check_integer
+from jaxdp.accounting.checks import LARGEST_COUNT, check_integer
 from jaxdp.accounting.composition import (
     AccountantName,
     RelationName,
@@ -57,7 +57,8 @@ def dp_event(
 def _run_of(
     noise_multiplier: NoiseMultiplier, sampling: SamplingScheme, steps: int
 ) -> tuple[Mechanism, ...]:
-    steps = check_integer("steps", steps, minimum=0, advice="Pass the number of noised releases.")
+    advice = "Pass the number of noised releases."
+    steps = check_integer("steps", steps, minimum=0, maximum=LARGEST_COUNT, advice=advice)
     sigma = combined_noise_multiplier(noise_multiplier)
     check_scheme(sampling)
     return mechanisms_of([[Release(sigma, sampling, steps)]]) if steps else ()
@@ -117,11 +118,13 @@ def epsilon(
         neighboring_relation: "add_or_remove_one" or "replace_one".
 
     Returns:
-        ε ≥ 0: 0.0 for no steps, `math.inf` for no noise (σ < 1e-6 counts as none).
+        ε ≥ 0: 0.0 for no steps, `math.inf` for no noise (σ < 1e-6 counts as none), and with "pld"
+        where ε may exceed 10⁵: "rdp" has a number for it.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or dp-accounting does not support the combination:
+        ValueError: an argument is out of range; with "pld", more than 10⁸ sampled steps; or
+            dp-accounting does not support the combination:
             fixed-size sampling needs "rdp" with "replace_one", Poisson sampling with "replace_one"
             needs "pld".
 

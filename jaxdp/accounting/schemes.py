@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from jaxdp.accounting.checks import (
+    LARGEST_COUNT,
     check_choice,
     check_integer,
     check_keys,
@@ -100,7 +101,9 @@ class FixedSizeSampling:
 
     def __post_init__(self) -> None:
         advice = "Pass the size of the training set and of one logical batch."
-        size = check_integer("num_examples", self.num_examples, minimum=1, advice=advice)
+        size = check_integer(
+            "num_examples", self.num_examples, minimum=1, maximum=LARGEST_COUNT, advice=advice
+        )
         batch = check_integer("batch_size", self.batch_size, minimum=1, advice=advice)
         if batch > size:
             raise ValueError(
@@ -165,6 +168,7 @@ class ShuffledEpochs:
             "steps_per_epoch",
             self.steps_per_epoch,
             minimum=1,
+            maximum=LARGEST_COUNT,
             advice="Pass ceil(number of examples / batch size).",
         )
         object.__setattr__(self, "steps_per_epoch", steps)

@@ -10,8 +10,13 @@ those of `Generator`'s methods, which may change between versions; the arithmeti
 ours.
 
 Privacy notes:
-    * The seed is as secret as the data. Amplification by sampling holds only while nobody knows
-      who took part in which step; whoever knows the seed knows all of it.
+    * The seed is as secret as the data and as the key of the noise. Amplification by sampling holds
+      only while nobody knows who took part in which step, and whoever knows the seed, or guesses
+      it, knows all of it: `seed=0` is for tests. Left out, it is 128 bits from the operating
+      system, which checkpoints keep.
+    * Neighbours differ by zeroing out the contribution of one example: n is public, and so are the
+      rate B/n and the divisor B that follow from it. For data sets that really differ in size, the
+      rate and the divisor would move with n, which no accountant counts (arXiv 2605.15648).
     * A realised batch size is private under Poisson sampling. Divide by `expected_batch_size`.
     * PCG64 is a statistical generator, not a cryptographic one.
 

@@ -11,11 +11,15 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxdp.accounting.checks import check_integer
+from jaxdp.accounting.checks import LARGEST_COUNT, check_integer
 from jaxdp.accounting.draws import BATCHES, Draws
 from jaxdp.accounting.schemes import SamplingScheme
 
 _SEED_BITS = 128
+
+# A draw takes seconds at the most: physical batches of one draw, and rows of a physical batch.
+_MOST_PHYSICAL = 100_000
+_LARGEST_PHYSICAL = 100_000_000
 _PARTS = "Pass the number of places that the data is kept in."
 
 
@@ -45,7 +49,7 @@ class Sampler(ABC):
     Attributes:
         num_examples: n.
         physical_batch_size: rows of one physical batch.
-        seed: as secret as the data; left out of `repr`.
+        seed: as secret as the data and the noise key; left out of `repr`.
     """
 
     kind: ClassVar[str]
@@ -62,6 +66,12 @@ class Sampler(ABC):
         object.__setattr__(self, "num_examples", num_examples)
         object.__setattr__(self, "physical_batch_size", _check_physical(physical_batch_size))
         object.__setattr__(self, "seed", _check_seed(seed))
+        if self.expected_batch_size > _MOST_PHYSICAL * self.physical_batch_size:
+            raise ValueError(
+                f"physical_batch_size must hold a {_MOST_PHYSICAL}th of the expected batch of "
+                f"{self.expected_batch_size:g} examples, got {self.physical_batch_size}. Raise it, "
+                "or leave it out."
+            )
 
     @property
     @abstractmethod
@@ -230,16 +240,20 @@ class Sampler(ABC):
         return np.random.PCG64(sequence)
 
 
-def check_num_examples(value: object) -> int:
-    """The number of examples, an integer of at least 1; raises otherwise."""
-    return check_integer(
-        "num_examples", value, minimum=1, advice="Pass the number of rows of the training set."
+def check_num_examples(value: object, *, maximum: int) -> int:
+    """The number of examples, an integer from 1 to what a sampler draws from in seconds."""
+    advice = (
+        "Pass the number of rows of the training set; let one row stand for several where there "
+        "are more."
     )
+    return check_integer("num_examples", value, minimum=1, maximum=maximum, advice=advice)
 
 
 def _check_physical(value: object) -> int:
     advice = "Pass the number of rows that fit the device at once, or leave it out."
-    return check_integer("physical_batch_size", value, minimum=1, advice=advice)
+    return check_integer(
+        "physical_batch_size", value, minimum=1, maximum=_LARGEST_PHYSICAL, advice=advice
+    )
 
 
 def _check_seed(value: object) -> int:
@@ -247,11 +261,14 @@ def _check_seed(value: object) -> int:
         return secrets.randbits(_SEED_BITS)
     # The value is a secret: no message of ours may print it.
     advice = "Pass secrets.randbits(128), or leave it out."
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"seed must be an integer, got a {type(value).__name__}. {advice}")
-    if not 0 <= value < 2**_SEED_BITS:
+    try:
+        seed = check_integer("seed", value, advice=advice)
+    except TypeError:
+        name = type(value).__name__
+        raise TypeError(f"seed must be an integer, got a {name}. {advice}") from None
+    if not 0 <= seed < 2**_SEED_BITS:
         raise ValueError(f"seed must be in [0, 2**{_SEED_BITS}), got one outside. {advice}")
-    return int(value)
+    return seed
 
 
 def _check_parts(value: object) -> int:
@@ -259,7 +276,8 @@ def _check_parts(value: object) -> int:
 
 
 def _check_step(value: object) -> int:
-    return check_integer("step", value, minimum=0, advice="Steps count from 0.")
+    advice = "Steps count from 0."
+    return check_integer("step", value, minimum=0, maximum=LARGEST_COUNT, advice=advice)
 
 
 def _packed(

@@ -11,6 +11,7 @@ from jaxdp.accounting.schemes import PoissonSampling
 from jaxdp.sampling.base import Sampler, check_num_examples
 
 _CHUNK = 1 << 20
+_MOST_EXAMPLES = 1_000_000_000
 _MANTISSA_BITS = 53
 
 
@@ -22,12 +23,14 @@ class PoissonSampler(Sampler):
     rate is realised as floor(2⁵³ q) / 2⁵³, never above q.
 
     Args:
-        num_examples: n, at least 1.
+        num_examples: n, from 1 to 10⁹.
         expected_batch_size: n · q in (0, n]; give this or `sampling_rate`.
         sampling_rate: q in (0, 1].
         physical_batch_size: rows of one physical batch. Default: mean + 4 standard deviations,
             rounded up to a multiple of 8, at most n rounded the same way.
-        seed: integer in [0, 2¹²⁸), as secret as the data. Default: 128 bits from the system.
+        seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
+            claimed against those who cannot guess it, so a small number is for tests alone.
+            Default: 128 bits from the system.
 
     Attributes:
         num_examples: n.
@@ -62,7 +65,7 @@ class PoissonSampler(Sampler):
         physical_batch_size: int | None = None,
         seed: int | None = None,
     ) -> None:
-        size = check_num_examples(num_examples)
+        size = check_num_examples(num_examples, maximum=_MOST_EXAMPLES)
         if (expected_batch_size is None) == (sampling_rate is None):
             raise ValueError(
                 "exactly one of expected_batch_size and sampling_rate must be given, got "
@@ -87,10 +90,10 @@ class PoissonSampler(Sampler):
         expected = size * rate
         default = math.ceil(expected + 4 * math.sqrt(expected * (1 - rate)))
         default = min(_round_up(default, 8), _round_up(size, 8))
+        object.__setattr__(self, "sampling_rate", rate)
         super().__init__(
             size, default if physical_batch_size is None else physical_batch_size, seed
         )
-        object.__setattr__(self, "sampling_rate", rate)
 
     @property
     def expected_batch_size(self) -> float:

@@ -1,8 +1,9 @@
 """Samplers from their JSON-able form, as checkpoints hold it."""
 
 import dataclasses
+from collections.abc import Mapping
 
-from jaxdp.accounting.checks import check_choice, check_integer, check_keys
+from jaxdp.accounting.checks import check_choice, check_keys
 from jaxdp.sampling.base import Sampler
 from jaxdp.sampling.fixed_size import FixedSizeSampler
 from jaxdp.sampling.poisson import PoissonSampler
@@ -32,12 +33,15 @@ def sampler_from_dict(data: object) -> Sampler:
         >>> sampler_from_dict(sampler.to_dict()) == sampler
         True
     """
-    kind = data.get("kind") if isinstance(data, dict) else data
+    kind = data.get("kind") if isinstance(data, Mapping) else data
     sampler = _KINDS[check_choice("sampler kind", kind, _KINDS)]
     names = {field.name for field in dataclasses.fields(sampler)}
     fields = dict(check_keys("sampler", data, names | {"kind"}))
     # None would be filled from defaults and OS entropy, and the draws would silently be others.
     for key in ("physical_batch_size", "seed"):
-        check_integer(key, fields[key], minimum=0, advice="Restore the saved sampler unaltered.")
+        if fields[key] is None:
+            raise TypeError(
+                f"{key} must be an integer, got None. Restore the saved sampler unaltered."
+            )
     del fields["kind"]
     return sampler(**fields)  # pyright: ignore[reportArgumentType]  # each sampler checks its fields

@@ -20,10 +20,12 @@ class ShuffledSampler(SizedSampler):
     the divisor stays b. The accountant claims no amplification for it (`ShuffledEpochs`).
 
     Args:
-        num_examples: n, at least 1.
+        num_examples: n, from 1 to 10⁸.
         batch_size: b, between 1 and n.
         physical_batch_size: rows of one physical batch. Default: b.
-        seed: integer in [0, 2¹²⁸), as secret as the data. Default: 128 bits from the system.
+        seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
+            claimed against those who cannot guess it, so a small number is for tests alone.
+            Default: 128 bits from the system.
 
     Attributes:
         num_examples: n.

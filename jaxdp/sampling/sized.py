@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from jaxdp.accounting.schemes import FixedSizeSampling
 from jaxdp.sampling.base import Sampler, check_num_examples
 
+_MOST_EXAMPLES = 100_000_000
+
 
 @dataclass(frozen=True, init=False)
 class SizedSampler(Sampler):
@@ -24,13 +26,15 @@ class SizedSampler(Sampler):
         physical_batch_size: int | None = None,
         seed: int | None = None,
     ) -> None:
-        sizes = FixedSizeSampling(check_num_examples(num_examples), batch_size)
+        sizes = FixedSizeSampling(
+            check_num_examples(num_examples, maximum=_MOST_EXAMPLES), batch_size
+        )
+        object.__setattr__(self, "batch_size", sizes.batch_size)
         super().__init__(
             sizes.num_examples,
             sizes.batch_size if physical_batch_size is None else physical_batch_size,
             seed,
         )
-        object.__setattr__(self, "batch_size", sizes.batch_size)
 
     @property
     def expected_batch_size(self) -> float:

@@ -1,7 +1,9 @@
 """The budget of a run: a step is allowed only if ε stays within it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from jaxdp.accounting import (
     AccountantName,
@@ -11,9 +13,82 @@ from jaxdp.accounting import (
     SamplingScheme,
     combined_noise_multiplier,
 )
+from jaxdp.accounting.ahead import exact_noise, surely_fits
+from jaxdp.accounting.calibration import check_epsilon
+from jaxdp.accounting.composition import as_question, check_delta
+from jaxdp.accounting.draws import check_draws, continued
+from jaxdp.accounting.ledger import supposed
+from jaxdp.accounting.mechanisms import rounded_down
 
-# How far ahead to look: one question to the accountant then serves this many equal steps.
+# How far ahead to look: one question to the accountant then serves this many steps.
 _HORIZON = 1000
+
+# The same for the last percent of a budget.
+_NEAR = 64
+
+# A first question covers noise that is weaker by this factor than what was seen, so that it serves
+# a schedule for a while.
+_MARGIN = 2**0.5
+_LEAST_MARGIN = 2**0.05
+
+
+class _Grant(NamedTuple):
+    """Steps that fit, by one answer.
+
+    Attributes:
+      steps: how many are left.
+      floor: the least noise multiplier that they may have.
+      known: the noise multipliers that they may have; None for any above the floor.
+      sampling: their scheme.
+      after: the ledger that they begin from: what else it is charged with ends the grant.
+      draws: of the step before them, with which they go on: another sampler, or another place in
+        an epoch, ends it, too.
+    """
+
+    steps: int
+    floor: float
+    known: frozenset[float] | None
+    sampling: SamplingScheme
+    after: Ledger
+    draws: tuple[Draws, ...]
+
+    def covers(
+        self, ledger: Ledger, sigma: float, sampling: SamplingScheme, draws: tuple[Draws, ...]
+    ) -> bool:
+        """Whether a step is one of them."""
+        seen = self.known is None or sigma in self.known
+        same = sampling == self.sampling and ledger == self.after
+        goes_on = continued(self.draws, draws) is not None
+        return self.steps > 0 and sigma >= self.floor and seen and same and goes_on
+
+
+@dataclass
+class _Asked:
+    """How much to ask an upper bound about. What does not fit is not asked again: what is left of a
+    budget only shrinks.
+
+    Attributes:
+      steps: how many steps.
+      margin: with noise that is less than what was seen by this factor.
+      failed: the largest noise multiplier of which the bound did not even grant one step.
+    """
+
+    steps: int
+    margin: float
+    failed: float = 0.0
+
+    def steps_that(
+        self, fit: Callable[[float, int], bool], least: float
+    ) -> tuple[float, int] | None:
+        """The margin and the number of steps that fit, or None."""
+        while least > self.failed:
+            if fit(self.margin, self.steps):
+                return self.margin, self.steps
+            if self.margin == 1 and self.steps == 1:
+                self.failed = least
+            self.margin = self.margin**0.5 if self.margin > _LEAST_MARGIN else 1.0
+            self.steps = max(self.steps // 2, 1)
+        return None
 
 
 @dataclass
@@ -21,15 +96,21 @@ class Budget:
     """Tells before each step whether it fits into (ε, δ).
 
     Asked once per step, in order. What it answers is exact: `allows` is true exactly when the
-    ledger with that step in it stays at or below ε. For equal steps it remembers how many fit, so
-    that the accountant is not asked for each of them; a schedule of σ makes it ask at every step,
-    and so does whatever else the ledger is charged with in between.
+    ledger with that step in it stays at or below ε. So that the accountant is not asked in full at
+    every step, it remembers how many steps fit, and while the budget is far it asks an upper bound
+    of what many steps with the least noise in sight would cost: if they fit, fewer do, and such
+    with more noise. Only the last few percent of a budget are asked about step by step, where σ
+    changes at every step.
 
     Args:
       epsilon: ε > 0 that must not be exceeded.
       delta: δ in (0, 1).
       accountant: "pld" or "rdp".
       neighboring_relation: "add_or_remove_one" or "replace_one".
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range.
 
     Example:
       >>> from jaxdp.accounting import Ledger, PoissonSampling
@@ -47,9 +128,18 @@ class Budget:
     delta: float
     accountant: AccountantName = "pld"
     neighboring_relation: RelationName = "add_or_remove_one"
+    _grant: _Grant | None = field(default=None, init=False, repr=False)
+    _bound: _Asked = field(
+        default_factory=lambda: _Asked(_HORIZON, _MARGIN), init=False, repr=False
+    )
+    _known: _Asked = field(default_factory=lambda: _Asked(_NEAR, 1.0), init=False, repr=False)
+    # The least noise since the last question, and what the accountant was asked last.
+    _least: float = field(default=math.inf, init=False, repr=False)
     _step: tuple[float, SamplingScheme] | None = field(default=None, init=False, repr=False)
-    _left: int = field(default=0, init=False, repr=False)
-    _next: Ledger | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.epsilon, self.delta = check_epsilon(self.epsilon), check_delta(self.delta)
+        as_question(self.accountant, self.neighboring_relation)
 
     def allows(
         self,
@@ -66,20 +156,61 @@ class Budget:
           sampling: the scheme that draws its batch.
           draws: what the coming step will be charged with beside.
         """
-        step = combined_noise_multiplier(noise_multipliers), sampling
-        if step != self._step or ledger != self._next or self._left <= 0:
-            # A σ that has just changed is one of a schedule: look one step ahead only.
-            horizon = _HORIZON if self._step in (None, step) else 1
-            self._step = step
-            self._left = ledger.steps_left(
-                *step,
-                epsilon=self.epsilon,
-                delta=self.delta,
-                accountant=self.accountant,
-                neighboring_relation=self.neighboring_relation,
-                at_most=horizon,
-                draws=draws,
-            )
-        self._left -= 1
-        self._next = ledger.charge(noise_multipliers, sampling, draws=draws)
-        return self._left >= 0
+        sigma, drawn = combined_noise_multiplier(noise_multipliers), check_draws(draws)
+        grant = self._grant
+        if grant is None or not grant.covers(ledger, sigma, sampling, drawn):
+            coming = ledger, sigma, sampling, drawn
+            grant = self._surely(*coming) or self._exactly(*coming)
+            self._least = math.inf
+        self._least = min(self._least, sigma)
+        after = ledger.charge(noise_multipliers, sampling, draws=drawn)
+        self._grant = grant._replace(steps=grant.steps - 1, after=after, draws=drawn)
+        return grant.steps > 0
+
+    def _surely(
+        self, ledger: Ledger, sigma: float, sampling: SamplingScheme, draws: tuple[Draws, ...]
+    ) -> _Grant | None:
+        """By an upper bound: first of any noise above a floor, then of noise that was seen."""
+        least = min(self._least, sigma)
+        if least == 0:
+            return None
+
+        def fits(floor: float, steps: int, rounded: bool) -> bool:
+            ahead = supposed(ledger, floor, sampling, steps, draws)
+            return surely_fits(ahead, rounded=rounded, **self._question())
+
+        if self._grant is not None and self._grant.steps == 0:
+            self._bound.steps *= 2  # all of the last ones were used
+        found = self._bound.steps_that(
+            lambda margin, steps: fits(rounded_down(least / margin), steps, True), least
+        )
+        if found is not None:
+            margin, steps = found
+            return _Grant(steps, rounded_down(least / margin), None, sampling, ledger, draws)
+        seen = exact_noise(supposed(ledger, sigma, sampling, 1, draws), sampling)
+        if seen is None:
+            return None
+        found = self._known.steps_that(lambda _, steps: fits(least, steps, False), least)
+        return found and _Grant(found[1], least, seen, sampling, ledger, draws)
+
+    def _exactly(
+        self, ledger: Ledger, sigma: float, sampling: SamplingScheme, draws: tuple[Draws, ...]
+    ) -> _Grant:
+        """By the accountant's answer."""
+        exact = exact_noise(supposed(ledger, sigma, sampling, 1, draws), sampling) is not None
+        # Beyond a number of noise multipliers the ledger rounds them, so that those are one kind.
+        step = (sigma if exact else rounded_down(sigma)), sampling
+        # A σ that has just changed is one of a schedule: look one step ahead only.
+        horizon = _HORIZON if self._step in (None, step) else 1
+        self._step = step
+        steps = ledger.steps_left(*step, at_most=horizon, draws=draws, **self._question())
+        known = frozenset({sigma}) if exact else None
+        return _Grant(steps, step[0], known, sampling, ledger, draws)
+
+    def _question(self) -> dict[str, Any]:
+        return {
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "accountant": self.accountant,
+            "neighboring_relation": self.neighboring_relation,
+        }

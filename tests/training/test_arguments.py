@@ -24,8 +24,8 @@ NO_NUMBERS: list[Any] = ["3", True, b"x", [], {}, 3j, object(), np.ones(2)]
 # (arguments, error, what it says)
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     *(({"steps": v}, TypeError, "steps must be an integer, got") for v in NO_INTEGERS),
-    ({"steps": -1}, ValueError, "steps must be at least 0 and at most 2147483647, got -1"),
-    ({"steps": 10**30}, ValueError, "steps must be at least 0 and at most 2147483647"),
+    ({"steps": -1}, ValueError, "steps must be at least 0, got -1"),
+    ({"steps": 10**30}, ValueError, "steps must be at most 2147483647, got 1000"),
     *(
         ({"report_every": v}, TypeError, "report_every must be an integer, got")
         for v in NO_INTEGERS

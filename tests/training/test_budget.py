@@ -14,6 +14,7 @@ from jaxdp.accounting import (
     SamplingScheme,
     ShuffledEpochs,
 )
+from jaxdp.sampling import ShuffledSampler
 from jaxdp.training import Budget
 
 DELTA = 1e-5
@@ -189,3 +190,23 @@ def test_more_noise_multipliers_than_are_composed_exactly_never_break_the_budget
     )
     assert ledger.steps > 32
     assert ledger.epsilon(DELTA, accountant="rdp") <= 2.0
+
+
+def test_a_grant_ends_where_another_place_in_an_epoch_begins() -> None:
+    """Steps that fit as the rest of an epoch must not be granted as pieces of others."""
+    samplers = [ShuffledSampler(40, batch_size=10, seed=seed) for seed in range(8)]
+    scheme = samplers[0].scheme
+    limit = Ledger().charge(2.0, scheme, 3 * 4).epsilon(DELTA, accountant="rdp") * (1 + 1e-9)
+    budget, ledger = Budget(limit, DELTA, "rdp"), Ledger()
+    # Each sampler draws one step and is exchanged: a participation each.
+    for step, sampler in enumerate(samplers):
+        draws = sampler.draws(step)
+        if not budget.allows(ledger, [2.0], scheme, draws):
+            break
+        ledger = ledger.charge(2.0, scheme, draws=draws)
+    assert ledger.steps == 3 and ledger.epsilon(DELTA, accountant="rdp") <= limit
+    # One sampler for the whole of it fits four times as many.
+    budget, ledger = Budget(limit, DELTA, "rdp"), Ledger()
+    while budget.allows(ledger, [2.0], scheme, samplers[0].draws(ledger.steps)):
+        ledger = ledger.charge(2.0, scheme, draws=samplers[0].draws(ledger.steps))
+    assert ledger.steps == 12

@@ -255,7 +255,7 @@ def test_a_state_whose_steps_the_ledger_misses_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"steps": -1}, "steps must be at least 0 and at most 2147483647, got -1"),
+        ({"steps": -1}, "steps must be at least 0, got -1"),
         ({"report_every": 0}, "report_every must be at least 1, got 0"),
     ],
 )
