@@ -209,7 +209,10 @@ class _Search(NamedTuple):
     def bracket(
         self, at: Callable[[float], float], start: float, step: float
     ) -> tuple[float, float]:
-        """An x that fits and a bolder one that does not; twice an end where there are none."""
+        """An x that fits and a bolder one that does not; twice an end where there are none.
+
+        Strides grow: twice as far each time, on the scale of logarithms.
+        """
         safest, boldest = self.ends
 
         def inside(x: float) -> float:
@@ -219,9 +222,9 @@ class _Search(NamedTuple):
         while at(good) > self.target:
             if good == safest:
                 return good, good
-            bad, good = good, inside(good * step)
+            bad, good, step = good, inside(good * step), step * step
         while at(bad) <= self.target and bad != boldest:
-            good, bad = bad, inside(bad / step)
+            good, bad, step = bad, inside(bad / step), step * step
         return (bad, bad) if at(bad) <= self.target else (good, bad)
 
     def solve(self) -> float | None:

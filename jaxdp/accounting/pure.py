@@ -10,7 +10,7 @@ Example:
 import math
 from dataclasses import dataclass, field
 
-from jaxdp.accounting.checks import check_real
+from jaxdp.accounting.checks import check_real, shown
 from jaxdp.accounting.draws import Draws, check_draws
 from jaxdp.accounting.schemes import PoissonSampling
 
@@ -53,7 +53,7 @@ class PureRelease:
         if not isinstance(self.sampling, PoissonSampling | None):
             raise TypeError(
                 "sampling of a pure release must be PoissonSampling or None, got "
-                f"{self.sampling!r}. Pass None where the whole data set was looked at."
+                f"{shown(self.sampling)}. Pass None where the whole data set was looked at."
             )
         object.__setattr__(self, "draws", check_draws(self.draws))
 

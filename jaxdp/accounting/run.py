@@ -7,7 +7,7 @@ Example:
 
 import dp_accounting
 
-from jaxdp.accounting.checks import LARGEST_COUNT, check_integer
+from jaxdp.accounting.checks import LARGEST_COUNT, check_integer, shown
 from jaxdp.accounting.composition import (
     AccountantName,
     RelationName,
@@ -85,7 +85,7 @@ def sampling_of(sampling_rate: float | None, sampling: SamplingScheme | None) ->
     if (sampling_rate is None) == (sampling is None):
         raise ValueError(
             "exactly one of sampling_rate and sampling must be given, got "
-            f"sampling_rate={sampling_rate!r} and sampling={sampling!r}. "
+            f"sampling_rate={shown(sampling_rate)} and sampling={shown(sampling)}. "
             "Pass sampling_rate for Poisson sampling, sampling for any other scheme."
         )
     return check_scheme(sampling) if sampling_rate is None else PoissonSampling(sampling_rate)

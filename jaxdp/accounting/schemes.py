@@ -107,7 +107,7 @@ class FixedSizeSampling:
         batch = check_integer("batch_size", self.batch_size, minimum=1, advice=advice)
         if batch > size:
             raise ValueError(
-                f"batch_size must be at most num_examples={size}, got {batch}. {advice}"
+                f"batch_size must be at most num_examples={size}, got {shown(batch)}. {advice}"
             )
         object.__setattr__(self, "num_examples", size)
         object.__setattr__(self, "batch_size", batch)

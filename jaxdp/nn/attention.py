@@ -13,6 +13,7 @@ from jaxdp.nn.layer import (
     TorchName,
     TorchNames,
     affine,
+    check_flags,
     check_input,
     check_rate,
     check_sizes,
@@ -78,6 +79,7 @@ def multi_head_attention(
     vdim = embed_dim if vdim is None else vdim
     check_sizes(embed_dim=embed_dim, num_heads=num_heads, kdim=kdim, vdim=vdim)
     check_rate("dropout", dropout)
+    check_flags(bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn)
     if embed_dim % num_heads:
         raise ValueError(f"embed_dim must be a multiple of num_heads={num_heads}, got {embed_dim}")
     width = embed_dim // num_heads

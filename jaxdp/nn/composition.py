@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdp.nn.layer import Layer, Params, below, check_rate, drop, split_key
+from jaxdp.accounting.checks import check_callable, shown
+from jaxdp.nn.layer import Layer, Params, below, check_flags, check_rate, drop, split_key
 
 # A function of one array counts as a layer without parameters.
 LayerLike = Layer | Callable[[Any], Any]
@@ -77,6 +78,7 @@ def function(fun: Callable[[Any], Any]) -> Layer:
       >>> last_state.apply({}, (jnp.arange(3.0), None)).item()
       2.0
     """
+    check_callable("fun", fun, advice="Pass a function of the output of the layer before.")
     return Layer(lambda key: {}, lambda params, x, *, key=None: fun(x))
 
 
@@ -122,6 +124,7 @@ def flatten(*, channels_first: bool = False) -> Layer:
       >>> flatten(channels_first=True).apply({}, jnp.array([[1, 2], [3, 4]])).tolist()
       [1, 3, 2, 4]
     """
+    check_flags(channels_first=channels_first)
     return function(lambda x: (jnp.moveaxis(x, -1, 0) if channels_first else x).reshape(-1))
 
 
@@ -134,7 +137,10 @@ def as_layer(layer: LayerLike) -> Layer:
     if isinstance(layer, Layer):
         return layer
     if not callable(layer):
-        raise TypeError(f"a layer must be a jaxdp.nn.Layer or a function, got {layer!r}")
+        raise TypeError(
+            f"layer must be a jaxdp.nn.Layer or a function, got {shown(layer)}. Call the factory "
+            "of the layer, or wrap what it does in a function."
+        )
     return function(layer)
 
 

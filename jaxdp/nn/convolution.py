@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxdp.accounting.checks import check_choice
 from jaxdp.nn.layer import (
     Layer,
     Params,
     add_bias,
+    check_flags,
     check_input,
     check_output,
     check_sizes,
@@ -155,12 +157,11 @@ def _conv(
     padding_mode: str,
 ) -> Layer:
     check_channels(in_channels, out_channels, groups)
+    check_flags(bias=bias)
+    check_choice("padding_mode", padding_mode, ["zeros", *_PAD_MODES])
     window = sizes("kernel_size", kernel_size, rank)
     steps, spread = sizes("stride", stride, rank), sizes("dilation", dilation, rank)
     pads = _pads(padding, window, steps, spread)
-    if padding_mode != "zeros" and padding_mode not in _PAD_MODES:
-        known = ", ".join(["zeros", *_PAD_MODES])
-        raise ValueError(f"padding_mode must be one of {known}, got {padding_mode!r}")
     inputs = in_channels // groups
 
     def init(key: jax.Array) -> Params:
@@ -193,15 +194,15 @@ def _pads(
     padding: Size | str, window: Sequence[int], steps: Sequence[int], spread: Sequence[int]
 ) -> list[tuple[int, int]]:
     """Positions added before and behind each axis."""
-    if padding == "valid":
+    if isinstance(padding, str):
+        check_choice("padding", padding, ["same", "valid"])
+    if isinstance(padding, str) and padding == "valid":
         return [(0, 0)] * len(window)
-    if padding == "same":
+    if isinstance(padding, str):
         if set(steps) != {1}:
             raise ValueError(f"padding 'same' needs a stride of 1, got {steps}: give a number")
         totals = [d * (k - 1) for k, d in zip(window, spread, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
-    if isinstance(padding, str):
-        raise ValueError(f"padding must be 'same', 'valid' or numbers, got {padding!r}")
     return [(n, n) for n in sizes("padding", padding, len(window), least=0)]
 
 

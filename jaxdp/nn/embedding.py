@@ -1,10 +1,13 @@
 """Look-up tables."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdp.nn.layer import Layer, Params, TorchName, check_sizes, deterministic
+from jaxdp.accounting.checks import check_integer, check_real
+from jaxdp.nn.layer import Layer, Params, TorchName, check_flags, check_sizes, deterministic
 
 # As torch has it, in the divisor of rows that are too long.
 _NORM_EPS = 1e-7
@@ -52,14 +55,19 @@ def embedding(
       (3, 4)
     """
     check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
-    if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(
-            f"padding_idx must be in [-{num_embeddings}, {num_embeddings}), got {padding_idx}"
+    if padding_idx is not None:
+        check_integer(
+            "padding_idx",
+            padding_idx,
+            minimum=-num_embeddings,
+            maximum=num_embeddings - 1,
+            advice="It is a row of the table; negative ones count from the end.",
         )
-    if max_norm is not None and max_norm <= 0:
-        raise ValueError(f"max_norm must be positive, got {max_norm}")
-    if norm_type <= 0:
-        raise ValueError(f"norm_type must be positive, got {norm_type}")
+    if max_norm is not None:
+        check_real("max_norm", max_norm, above=0, advice="Pass None for rows of any norm.")
+    if not (isinstance(norm_type, float) and norm_type == math.inf):
+        check_real("norm_type", norm_type, above=0, advice="It is the p of the norm, or infinity.")
+    check_flags(scale_grad_by_freq=scale_grad_by_freq)
     padding = None if padding_idx is None else padding_idx % num_embeddings
 
     def init(key: jax.Array) -> Params:

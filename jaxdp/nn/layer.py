@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxdp.accounting.checks import check_bool, check_integer, check_real
 
 Params = dict[str, Any]
 
@@ -26,6 +27,10 @@ class TorchName(NamedTuple):
 
 # Path of a parameter -> names that it may have; the first one found counts.
 TorchNames = Mapping[tuple[str, ...], Sequence[TorchName]]
+
+
+LARGEST_SIZE = 2**31 - 1
+"""The longest axis that a layer is asked to have."""
 
 
 def _unconstrained(params: Params) -> Params:
@@ -115,16 +120,21 @@ def affine(params: Params, x: jax.Array) -> jax.Array:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raises unless all of them are positive integers."""
+    """Raises unless all of them are positive integers that an axis may have."""
+    advice = "It is the length of an axis, or a number of parts."
     for name, size in sizes.items():
-        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        check_integer(name, size, minimum=1, maximum=LARGEST_SIZE, advice=advice)
 
 
 def check_rate(name: str, rate: float) -> None:
     """Raises unless it is a probability."""
-    if not 0 <= rate <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {rate}")
+    check_real(name, rate, minimum=0, maximum=1, advice="It is the chance that an entry is zeroed.")
+
+
+def check_flags(**flags: bool) -> None:
+    """Raises unless all of them are True or False."""
+    for name, flag in flags.items():
+        check_bool(name, flag, advice="It says whether the layer has or does this.")
 
 
 def check_input(layer: str, x: jax.Array, *, last: int, rank: int | None = None) -> None:

@@ -11,6 +11,7 @@ from jaxdp.nn.layer import (
     TorchNames,
     add_bias,
     affine,
+    check_flags,
     check_input,
     check_sizes,
     deterministic,
@@ -39,6 +40,7 @@ def linear(in_features: int, out_features: int, bias: bool = True) -> Layer:
       (5, 2)
     """
     check_sizes(in_features=in_features, out_features=out_features)
+    check_flags(bias=bias)
 
     def init(key: jax.Array) -> Params:
         return kernel_and_bias(key, (in_features, out_features), in_features, bias)
@@ -72,6 +74,7 @@ def conv_linear(in_features: int, out_features: int, bias: bool = True) -> Layer
       (5, 2)
     """
     check_sizes(in_features=in_features, out_features=out_features)
+    check_flags(bias=bias)
 
     def init(key: jax.Array) -> Params:
         return kernel_and_bias(key, (1, in_features, out_features), in_features, bias)

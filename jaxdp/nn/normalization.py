@@ -6,8 +6,10 @@ from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jaxdp.accounting.checks import check_real, check_sequence
 from jaxdp.nn.layer import (
     Layer,
     Params,
@@ -199,17 +201,20 @@ def batch_norm(*args: object, **kwargs: object) -> NoReturn:
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape:
-        raise ValueError("normalized_shape must have at least one axis, got ()")
+    advice = "Pass the lengths of the last axes, or of the last one."
+    several = isinstance(normalized_shape, Sequence) or np.ndim(normalized_shape) > 0
+    shape = (
+        check_sequence("normalized_shape", normalized_shape, minimum=1, advice=advice)
+        if several
+        else (normalized_shape,)
+    )
     for size in shape:
         check_sizes(normalized_shape=size)
     return shape
 
 
 def _check_eps(eps: float) -> None:
-    if eps < 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    check_real("eps", eps, minimum=0, advice="It keeps a division from failing: 1e-5 is usual.")
 
 
 def _last(shape: tuple[int, ...]) -> tuple[int, ...]:

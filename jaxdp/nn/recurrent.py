@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxdp.accounting.checks import check_choice
 from jaxdp.nn.layer import (
     Layer,
     Params,
     TorchName,
     TorchNames,
+    check_flags,
     check_input,
     check_rate,
     check_sizes,
@@ -145,8 +147,7 @@ def rnn(
     Source: Elman 1990, "Finding Structure in Time".
     """
     functions = {"tanh": jnp.tanh, "relu": jax.nn.relu}
-    if nonlinearity not in functions:
-        raise ValueError(f"nonlinearity must be one of tanh, relu, got {nonlinearity!r}")
+    check_choice("nonlinearity", nonlinearity, functions)
     activation = functions[nonlinearity]
 
     def step(state: State, projected: jax.Array, product: jax.Array) -> State:
@@ -204,6 +205,7 @@ def _recurrent(
 ) -> Layer:
     check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
     check_rate("dropout", dropout)
+    check_flags(bias=bias, bidirectional=bidirectional)
     directions = ("", "_reverse") if bidirectional else ("",)
     columns = cell.gates * hidden_size
 

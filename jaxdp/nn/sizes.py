@@ -1,7 +1,11 @@
 """Sizes that may be given once for all axes."""
 
 from collections.abc import Sequence
-from numbers import Integral
+
+import numpy as np
+
+from jaxdp.accounting.checks import check_integer, check_sequence, shown
+from jaxdp.nn.layer import LARGEST_SIZE
 
 Size = int | Sequence[int]
 
@@ -10,11 +14,14 @@ def sizes(name: str, value: Size, rank: int, least: int = 1) -> tuple[int, ...]:
     """One number for each of `rank` axes.
 
     Raises:
+      TypeError: neither an integer nor a sequence of them.
       ValueError: another count; a number below `least`.
     """
-    found = (value,) * rank if isinstance(value, int | Integral) else tuple(value)
-    if len(found) != rank or any(not isinstance(n, Integral) or n < least for n in found):
-        raise ValueError(
-            f"{name} must be an integer of at least {least}, or {rank} of them, got {value!r}"
-        )
-    return tuple(map(int, found))
+    advice = f"Pass one integer for all axes, or {rank} of them."
+    several = isinstance(value, Sequence) or np.ndim(value) > 0  # pyright: ignore[reportArgumentType]
+    found = check_sequence(name, value, advice=advice) if several else (value,) * rank
+    if len(found) != rank:
+        raise ValueError(f"{name} must have {rank} entries, got {shown(value)}. {advice}")
+    return tuple(
+        check_integer(name, n, minimum=least, maximum=LARGEST_SIZE, advice=advice) for n in found
+    )

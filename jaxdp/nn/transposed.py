@@ -11,6 +11,7 @@ from jaxdp.nn.layer import (
     Layer,
     Params,
     add_bias,
+    check_flags,
     check_input,
     deterministic,
     kernel_and_bias,
@@ -139,6 +140,7 @@ def _conv_transpose(
     bias: bool,
 ) -> Layer:
     check_channels(in_channels, out_channels, groups)
+    check_flags(bias=bias)
     window = sizes("kernel_size", kernel_size, rank)
     steps, spread = sizes("stride", stride, rank), sizes("dilation", dilation, rank)
     cut = sizes("padding", padding, rank, least=0)

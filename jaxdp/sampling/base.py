@@ -19,7 +19,8 @@ _SEED_BITS = 128
 
 # A draw takes seconds at the most: physical batches of one draw, and rows of a physical batch.
 _MOST_PHYSICAL = 100_000
-_LARGEST_PHYSICAL = 100_000_000
+LARGEST_PHYSICAL = 100_000_000
+"""The most rows of a physical batch."""
 _PARTS = "Pass the number of places that the data is kept in."
 
 
@@ -194,7 +195,8 @@ class Sampler(ABC):
             range(3, 6)
         """
         parts = _check_parts(parts)
-        index = check_integer("index", index, minimum=0, advice="Parts count from 0.")
+        advice = "Parts count from 0."
+        index = check_integer("index", index, minimum=0, maximum=LARGEST_COUNT, advice=advice)
         size = self.num_examples
         if not index < parts <= size:
             raise ValueError(
@@ -218,7 +220,7 @@ class Sampler(ABC):
             5
         """
         # Checked here, not in the generator below, so that a wrong start fails at the call.
-        steps = itertools.count(_check_step(start))
+        steps = itertools.count(_check_step(start, "start"))
         return ((step, batch) for step in steps for batch in self.draw(step))
 
     def to_dict(self) -> dict[str, object]:
@@ -252,7 +254,7 @@ def check_num_examples(value: object, *, maximum: int) -> int:
 def _check_physical(value: object) -> int:
     advice = "Pass the number of rows that fit the device at once, or leave it out."
     return check_integer(
-        "physical_batch_size", value, minimum=1, maximum=_LARGEST_PHYSICAL, advice=advice
+        "physical_batch_size", value, minimum=1, maximum=LARGEST_PHYSICAL, advice=advice
     )
 
 
@@ -272,12 +274,12 @@ def _check_seed(value: object) -> int:
 
 
 def _check_parts(value: object) -> int:
-    return check_integer("parts", value, minimum=1, advice=_PARTS)
+    return check_integer("parts", value, minimum=1, maximum=LARGEST_COUNT, advice=_PARTS)
 
 
-def _check_step(value: object) -> int:
+def _check_step(value: object, name: str = "step") -> int:
     advice = "Steps count from 0."
-    return check_integer("step", value, minimum=0, maximum=LARGEST_COUNT, advice=advice)
+    return check_integer(name, value, minimum=0, maximum=LARGEST_COUNT, advice=advice)
 
 
 def _packed(

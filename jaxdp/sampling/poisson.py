@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxdp.accounting.checks import check_real
+from jaxdp.accounting.checks import check_real, shown
 from jaxdp.accounting.schemes import PoissonSampling
-from jaxdp.sampling.base import Sampler, check_num_examples
+from jaxdp.sampling.base import LARGEST_PHYSICAL, Sampler, check_num_examples
 
 _CHUNK = 1 << 20
 _MOST_EXAMPLES = 1_000_000_000
@@ -69,7 +69,8 @@ class PoissonSampler(Sampler):
         if (expected_batch_size is None) == (sampling_rate is None):
             raise ValueError(
                 "exactly one of expected_batch_size and sampling_rate must be given, got "
-                f"expected_batch_size={expected_batch_size!r} and sampling_rate={sampling_rate!r}. "
+                f"expected_batch_size={shown(expected_batch_size)} and "
+                f"sampling_rate={shown(sampling_rate)}. "
                 "Their relation is sampling_rate = expected_batch_size / num_examples."
             )
         if sampling_rate is None:
@@ -89,7 +90,7 @@ class PoissonSampler(Sampler):
             )
         expected = size * rate
         default = math.ceil(expected + 4 * math.sqrt(expected * (1 - rate)))
-        default = min(_round_up(default, 8), _round_up(size, 8))
+        default = min(_round_up(default, 8), _round_up(size, 8), LARGEST_PHYSICAL)
         object.__setattr__(self, "sampling_rate", rate)
         super().__init__(
             size, default if physical_batch_size is None else physical_batch_size, seed
