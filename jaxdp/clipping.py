@@ -14,8 +14,9 @@ Thresholds are at least `SMALLEST_THRESHOLD`: a number below it is refused, a sc
 Arrays are taken as they are: what stands ahead of the clip in the chain has seen the rows of all
 samples, and may have mixed them (`optax.clip_by_global_norm`, a momentum, any normalisation over
 the update), which no clip can undo or notice. So a clip that is given arrays must come first, and
-for the whole tree: leaves hidden by `optax.masked` or `optax.partition` are refused. The handle of
-`jaxdp.per_sample_grads`, or `PerSampleGrads.from_arrays(grads)`, lets nothing ahead of the clip.
+what `optax.masked` or `optax.partition` send past it are rows of single samples, `[B, ...]`. The
+handle of `jaxdp.per_sample_grads`, or `PerSampleGrads.from_arrays(grads)`, lets nothing ahead of
+the clip and nothing past it; `jaxdp.training.make_step` takes no arrays.
 
 | clip              | groups           | weight of a sample         |
 |-------------------|------------------|----------------------------|
@@ -474,7 +475,7 @@ def _per_sample(updates: Any, params: optax.Params | None) -> PerSampleGrads:
             "a clip takes per-sample gradients, got a Bounded, whose samples are summed already: "
             "keep one clip in the chain, and let jaxdp.add_noise follow it"
         )
-    grads = updates if isinstance(updates, PerSampleGrads) else _given(updates)
+    grads = updates if isinstance(updates, PerSampleGrads) else PerSampleGrads.from_arrays(updates)
     if params is not None:
         expected = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
         got = [leaf.shape for leaf in jax.tree.leaves(grads.params)]
@@ -486,22 +487,6 @@ def _per_sample(updates: Any, params: optax.Params | None) -> PerSampleGrads:
                 "the gradient of a mean loss"
             )
     return grads
-
-
-def _given(updates: Any) -> PerSampleGrads:
-    """Per-sample gradients given as arrays, of all parameters."""
-
-    def hidden(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    if any(map(hidden, jax.tree.leaves(updates, is_leaf=hidden))):
-        raise ValueError(
-            "a clip must be given the gradients of all parameters, got some that are hidden from "
-            "it: what another branch of optax.partition or optax.masked does with the rows of "
-            "single samples is not bounded. Put the clip ahead of it, as "
-            "jaxdp.clip_by_group(labels, thresholds), and partition what follows the noise"
-        )
-    return PerSampleGrads.from_arrays(updates)
 
 
 def _members(groups: Groups) -> list[int]:

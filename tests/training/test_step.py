@@ -319,19 +319,30 @@ def test_updates_of_another_shape_are_refused() -> None:
 
 
 @pytest.mark.parametrize("plain", ["w", "b"])
-def test_a_branch_without_a_clip_gets_no_rows(plain: str) -> None:
-    """Neither from a handle, nor from arrays in a loop of one's own."""
+@pytest.mark.parametrize("given", [False, True])
+def test_nothing_goes_past_a_clip_or_ahead_of_it(plain: str, given: bool) -> None:
+    """Not from a handle; arrays become one."""
+
+    def grads_fn(params: Any, batch: Any, mask: Any) -> Any:
+        if not given:
+            return jaxdp.per_sample_grads(loss_fn)(params, batch, mask)
+        rows = jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
+        return jaxdp.PerSampleGrads.from_arrays(rows, mask)
+
     private = optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(1.0, KEY), optax.sgd(0.1))
     labels = {name: "plain" if name == plain else "dp" for name in ("w", "b")}
-    for branch in (optax.identity(), optax.sgd(0.1)):
-        tx = optax.partition({"plain": branch, "dp": private}, labels)
-        step, state = made(tx)
-        with pytest.raises(TypeError, match="lazy handle.*whole") as error:
-            step.run(state, EXAMPLES, ALL, True)
+    chains = [
+        optax.partition({"plain": optax.identity(), "dp": private}, labels),
+        optax.masked(private, {name: name != plain for name in ("w", "b")}),
+        optax.chain(optax.clip_by_global_norm(1.0), private),
+        optax.chain(optax.normalize_by_update_norm(), private),
+        optax.chain(optax.trace(0.9), private),
+    ]
+    for tx in chains:
+        step = training.make_step(grads_fn, tx)
+        with pytest.raises(TypeError, match="lazy handle.*ahead of the clip.*whole") as error:
+            step.run(training.init(new_params(), tx), EXAMPLES, ALL, True)
         assert "materialize" not in str(error.value)
-        rows = jax.vmap(jax.grad(loss_fn), (None, 0))(new_params(), EXAMPLES)
-        with pytest.raises(ValueError, match="hidden from it.*clip_by_group"):
-            tx.update(rows, tx.init(new_params()), new_params())
 
 
 @pytest.mark.parametrize("what", ["arrays", "Bounded"])
