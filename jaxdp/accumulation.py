@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.bounded import Bounded
+from jaxdp.bounded import Bounded, is_zero
 from jaxdp.engine.reduction import zero_sum
 from jaxdp.engine.sums import Running
 
@@ -60,7 +60,7 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp
       >>> noise = jaxdp.add_noise(0.0, jax.random.key(0))
-      >>> tx = optax.chain(jaxdp.clip_flat(1.0), accumulate(noise))
+      >>> tx = optax.chain(jaxdp.clip_flat(2.0), accumulate(noise))
       >>> params = jnp.zeros(1)
       >>> first, state = tx.update(jnp.ones((2, 1)), tx.init(params), params, is_last=False)
       >>> second, state = tx.update(jnp.ones((3, 1)), state, params, is_last=True)
@@ -125,9 +125,18 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 def _of_leaves(bounded: Bounded) -> jax.Array:
     """The sensitivity of each leaf's group, float32 `[L]`; zero for a leaf without group."""
-    sensitivity = jnp.atleast_1d(bounded.sensitivity).astype(jnp.float32)
+    sensitivity = _rounded_up(jnp.atleast_1d(bounded.sensitivity))
     zero = jnp.zeros((), jnp.float32)
     return jnp.stack([zero if g is None else sensitivity[g] for g in bounded.groups])
+
+
+def _rounded_up(sensitivity: jax.Array) -> jax.Array:
+    """In float32, not below itself, and above zero where it is."""
+    single = jnp.finfo(jnp.float32)
+    narrow = sensitivity.astype(jnp.float32)
+    below = narrow.astype(sensitivity.dtype) < sensitivity
+    narrow = jnp.where(below, narrow * (1 + 2 * single.eps), narrow)
+    return jnp.where(is_zero(sensitivity), narrow, jnp.maximum(narrow, single.tiny))
 
 
 def _of_groups(leaf_sensitivities: jax.Array, like: Bounded) -> jax.Array:

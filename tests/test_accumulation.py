@@ -211,3 +211,14 @@ def test_noise_outside_is_refused() -> None:
     )
     with pytest.raises(TypeError, match="move jaxdp.add_noise and what follows it inside"):
         tx.update(helpers.small_grads(2), tx.init(PARAMS), PARAMS, is_last=True)
+
+
+@pytest.mark.parametrize("sensitivity", [1e-60, 1e-40, 0.1, 1 + 2**-40])
+def test_a_sensitivity_in_double_precision_is_never_rounded_down(sensitivity: float) -> None:
+    tx = jaxdp.accumulate(jaxdp.add_noise(1.0, KEY))
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        zeros = jnp.zeros(3, jnp.float64)
+        state = tx.init(zeros)
+        bounded = Bounded(zeros, jnp.asarray(sensitivity, jnp.float64))
+        _, state = tx.update(bounded, state, zeros, is_last=False)
+        assert float(state.sensitivities[0]) >= sensitivity
