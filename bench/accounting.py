@@ -44,7 +44,7 @@ def run(name: str, at_most: float) -> tuple[int, int, float, float, float]:
             start = time.process_time()
             ledger.epsilon(DELTA)
             reporting += time.process_time() - start
-    distinct = len({entry.noise_multipliers for entry in ledger.entries})  # pyright: ignore[reportAttributeAccessIssue]
+    distinct = len({sigma(step) for step in range(ledger.steps)})
     return ledger.steps, distinct, asking, reporting, ledger.epsilon(DELTA)
 
 

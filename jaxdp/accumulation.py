@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_instance
 from jaxdp.bounded import Bounded, is_zero
 from jaxdp.engine.reduction import zero_sum
 from jaxdp.engine.sums import Running
@@ -54,7 +55,7 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
       zero and neither noise nor the inner state moves: nothing is released, nothing is to charge.
 
     Raises:
-      TypeError: (in `update`) `is_last` is missing, what comes in is no `Bounded`, or `inner`
+      TypeError: `inner` is no transformation; (in `update`) `is_last` is missing, what comes in is no `Bounded`, or `inner`
         draws no noise.
 
     Example:
@@ -67,6 +68,12 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
       >>> first.tolist(), second.tolist()
       ([0.0], [5.0])
     """
+    check_instance(
+        "inner",
+        inner,
+        optax.GradientTransformation,
+        advice="Pass jaxdp.add_noise(...), or an optax.chain that begins with it.",
+    )
     behind = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AccumulateState:

@@ -1,4 +1,4 @@
-"""Whatever is passed to a public function: a sensible result, or a sentence that names the argument.
+"""Whatever is passed to a public function: a sensible result, or a sentence naming the argument.
 
 A table of public functions, each with arguments that are fine; one argument at a time is replaced
 by every value that is wrong somewhere. Allowed is a result, or a TypeError or ValueError that says
@@ -29,13 +29,16 @@ VALUES: list[Any] = [
     None, "3", b"x", "", float("nan"), float("inf"), -float("inf"), -1, 0, 1, 2, True, False, 0.5,
     1e-300, 1e300, -0.5, 10**9, 10**18, 10**30, 10**5000, 1j, [], {}, (), object(), [1.0], ["a"],
     {"a": 1}, {1, 2}, range(3), lambda x: x, np.array(1), np.array(0.5), np.array([0.5, 1.0]),
-    np.ones((2, 2)), np.array("x"), np.array([], object), np.float32(2), np.int64(3), np.bool_(True),
-    jnp.array(0.5), jnp.array([1.0, 2.0]), jnp.ones((2, 2)), jax.random.key(0), type, Exception("x"),
+    np.ones((2, 2)), np.array("x"), np.array([], object), np.float32(2), np.int64(3),
+    np.bool_(True), jnp.array(0.5), jnp.array([1.0, 2.0]), jnp.ones((2, 2)), jax.random.key(0), type,
+    Exception("x"),
 ]  # fmt: skip
 
 Case = tuple[Callable[..., Any], dict[str, Any]]
 SPENT = accounting.Ledger().charge(1.0, PoissonSampling(0.1), 10)
-ASK: dict[str, Any] = {"delta": 1e-5, "accountant": "rdp", "neighboring_relation": "add_or_remove_one"}
+ASK: dict[str, Any] = {
+    "delta": 1e-5, "accountant": "rdp", "neighboring_relation": "add_or_remove_one",
+}  # fmt: skip
 SIZED: dict[str, Any] = {"num_examples": 100, "batch_size": 10, "physical_batch_size": 8, "seed": 1}
 CONV: dict[str, Any] = {
     "in_channels": 2, "out_channels": 4, "kernel_size": 3, "stride": 1, "padding": 0, "dilation": 1,
@@ -192,7 +195,7 @@ OTHER_FUNCTIONS: dict[str, Case] = {
     "random_key": (jaxdp.random_key, {}),
     "per_sample_grads": (
         jaxdp.per_sample_grads,
-        {"loss_fn": lambda p, x: p @ x, "method": "auto", "microbatch_size": None, "has_aux": False},
+        {"loss_fn": lambda p, x: p @ x, "method": "auto", "has_aux": False},
     ),
     "lipschitz linear": (lipschitz.linear, {"in_features": 2, "out_features": 3}),
     "lipschitz bias": (lipschitz.bias, {"features": 3, "max_norm": 1.0}),

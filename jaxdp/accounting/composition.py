@@ -69,8 +69,8 @@ class TooManyStepsError(ValueError):
     """More equal sampled steps than "pld" composes."""
 
 
-# What the floats of a composition may be off by: two ways to compute the same differ by about 1e-11,
-# and ours is never to be below that of `dp_accounting.pld.PLDAccountant`.
+# What the floats of a composition may be off by: two ways to compute the same differ by 1e-11 or
+# so, and ours is never to be below that of `dp_accounting.pld.PLDAccountant`.
 _ROUNDING = 1e-9
 
 _RELATIONS = {

@@ -18,7 +18,7 @@ def sizes(name: str, value: Size, rank: int, least: int = 1) -> tuple[int, ...]:
       ValueError: another count; a number below `least`.
     """
     advice = f"Pass one integer for all axes, or {rank} of them."
-    several = isinstance(value, Sequence) or np.ndim(value) > 0  # pyright: ignore[reportArgumentType]
+    several = isinstance(value, Sequence) or np.ndim(value) > 0
     found = check_sequence(name, value, advice=advice) if several else (value,) * rank
     if len(found) != rank:
         raise ValueError(f"{name} must have {rank} entries, got {shown(value)}. {advice}")
