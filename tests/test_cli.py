@@ -413,7 +413,11 @@ def test_ctrl_c_before_anything_is_executed_is_one_line(
     monkeypatch.setattr(data, "load", pressed)
     monkeypatch.setattr(accounting, "epsilon", pressed)
     rest = ["5", "--sampling-rate", "0.1"] if command[0] == "epsilon" else []
-    assert main([*command, *rest]) == 130
+    try:
+        code = main([*command, *rest])
+    except KeyboardInterrupt:  # which would end the tests as well
+        pytest.fail("Ctrl-C came through")
+    assert code == 130
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"jaxdp {command[0]}: interrupted\n")
 

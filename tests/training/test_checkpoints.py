@@ -559,8 +559,14 @@ def test_a_copy_of_a_later_step_does_not_end_the_saving_unnoticed(
     directory = tmp_path / "copied"
     shutil.copytree(finished, directory)
     shutil.copytree(directory / "12", directory / "1000")
-    with pytest.raises(ValueError, match="1000 is damaged .*of step 12.*resume from step 12"):
+    says = "1000 is damaged .*of step 12.*resume from step 12"
+    with pytest.raises(ValueError, match=says):
         train(directory, steps=15, on_rows=forbidden)
+    with contextlib.closing(training.Checkpoints(directory)) as store:
+        with pytest.raises(ValueError, match=says):
+            store.sampler()
+        with pytest.raises(ValueError, match=says):
+            store.configuration()
 
 
 def test_the_only_checkpoint_that_is_damaged_says_what_to_begin_anew_means(
