@@ -177,7 +177,7 @@ def test_a_loop_of_one_s_own_says_what_it_draws() -> None:
         ledger = ledger.charge(sigmas, sampler.scheme, draws=draws)
     run = fit(tx, sampler, steps=5)
     assert sorted(ledger.draws) == sorted(run.ledger.draws)
-    assert [entry.steps for entry in ledger.entries] == [5]
+    assert ledger.steps == 5 and len(ledger.entries) == 1
     with pytest.raises(ValueError, match=AGAIN):
         ledger.merge(run.ledger)
 
