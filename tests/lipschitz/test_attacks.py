@@ -27,7 +27,7 @@ LIMIT = 1.0
 class Case(NamedTuple):
     """A loss of `(params, x)`, its parameters, and the shape of an example."""
 
-    loss: Callable[[Any, jax.Array], jax.Array]
+    loss: Callable[[Any, jax.Array], Any]
     params: Any
     shape: tuple[int, ...] = (4,)
     limit: float = LIMIT
