@@ -32,7 +32,7 @@ def serve() -> None:
 
     import jaxdp
 
-    run = None
+    run: Any = None
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {}

@@ -55,8 +55,8 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
       zero and neither noise nor the inner state moves: nothing is released, nothing is to charge.
 
     Raises:
-      TypeError: `inner` is no transformation; (in `update`) `is_last` is missing, what comes in is no `Bounded`, or `inner`
-        draws no noise.
+      TypeError: `inner` is no transformation; (in `update`) `is_last` is missing, what comes in is
+        no `Bounded`, or `inner` draws no noise.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp
@@ -116,7 +116,7 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
                     "lets a Bounded through: move jaxdp.add_noise and what follows it inside"
                 )
             empty = jax.tree.map(jnp.zeros_like, (sums, sensitivities))
-            return released, AccumulateState(*empty, inner_state)
+            return released, AccumulateState(empty[0], empty[1], inner_state)
 
         def go_on() -> tuple[Any, AccumulateState]:
             released, _ = jax.eval_shape(end)

@@ -1,6 +1,8 @@
 """The one place where norms become weights."""
 
-from collections.abc import Callable
+from collections.abc from typing import Any
+
+import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.optimized
 NORMS = jnp.array([[3.0, 4.0, 2.0], [1e-19, 0.0, 0.0], [0.1, 0.0, 0.2], [1e3, 1.0, 1e-3]])
 
 # What rounding up may add to the norm of a group, and take off its weight.
-CLOSE = {"rtol": 3e-6}
+CLOSE: dict[str, Any] = {"rtol": 3e-6}
 
 
 def rule(

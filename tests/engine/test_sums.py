@@ -1,5 +1,10 @@
 """One sample changes a sum of thousands by its own contribution, and by hardly more."""
 
+# optax types updates as trees of arrays; jaxdp sends PerSampleGrads and Bounded through it.
+# pyright: reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportReturnType=false
+
 import math
 from typing import Any
 

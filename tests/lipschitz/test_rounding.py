@@ -142,7 +142,8 @@ def test_functions_are_as_accurate_as_the_model_says(name: str) -> None:
 
 @pytest.mark.parametrize("low, high", [(-3.0, 2.0), (1e-30, 1e30), (0.0, 0.0)])
 def test_an_interval_is_rounded_outward(low: float, high: float) -> None:
-    _, below, above = map(np.asarray, Range(low=np.float32(low), high=np.float32(high)).outward())
+    outward = Range(low=np.float32(low), high=np.float32(high)).outward()
+    below, above = float(np.asarray(outward.low)), float(np.asarray(outward.high))
     assert below < low or low == 0 == below
     assert above > high or high == 0 == above
 
