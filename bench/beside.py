@@ -10,6 +10,7 @@ is this file for both. Written to `bench/results/beside_<device>.json` for a run
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -17,12 +18,20 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 GOAL = 1.03
 CLIPS = ("flat", "per_layer")
 TURN_SECONDS = 0.2
+
+
+def measured(compiled: Any, params: Any, batch: Any) -> None:
+    """One step, to its end."""
+    import jax
+
+    jax.block_until_ready(compiled(params, batch))
 
 
 def serve() -> None:
@@ -32,7 +41,7 @@ def serve() -> None:
 
     import jaxdp
 
-    run: Any = None
+    run: Callable[[], None] | None = None
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {}
@@ -49,9 +58,7 @@ def serve() -> None:
             answer["temp_bytes"] = getattr(memory, "temp_size_in_bytes", 0)
             answer["device"] = jax.devices()[0].device_kind
 
-            def run(compiled: Any = compiled, case: Any = case) -> None:
-                jax.block_until_ready(compiled(case.params, case.batch))
-
+            run = functools.partial(measured, compiled, case.params, case.batch)
             run()
         else:
             assert run is not None

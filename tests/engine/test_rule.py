@@ -1,8 +1,7 @@
 """The one place where norms become weights."""
 
-from collections.abc from typing import Any
-
-import Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -229,7 +229,9 @@ VANISHING: Mapping[str, Case] = {
         lambda p, x: 1e-22 * jnp.sum(jnp.stack(jnp.split(1e22 * p * x, 2))), ONES
     ),
     "in a loop": Case(
-        lambda p, x: jnp.float32(1e22) * lax.scan(lambda c, r: (c + r, None), 0.0, 1e-22 * p * x)[0], ONES
+        lambda p, x: jnp.float32(1e22)
+        * lax.scan(lambda c, r: (c + r, None), 0.0, 1e-22 * p * x)[0],
+        ONES,
     ),
     "out of a loop": Case(
         lambda p, x: 1e22 * jnp.sum(lax.scan(lambda c, r: (c, r * c), 1.0, 1e-22 * p * x)[1]), ONES
