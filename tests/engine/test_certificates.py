@@ -350,6 +350,17 @@ def test_no_data_makes_a_sample_add_more_than_its_share(name: str, method: str) 
     check(FAMILIES[name], method, drawn(FAMILIES[name], 40, seed=0))
 
 
+@pytest.mark.parametrize("name", ["rows", "look-ups", "convolution by rows"])
+def test_taps_bound_the_sum_of_another_pass(name: str) -> None:
+    """It rounds in another way than the rows that the norm was computed from."""
+    check(FAMILIES[name], "taps", drawn(FAMILIES[name], 60, seed=2))
+
+
+def test_repeated_ids_of_a_tied_table() -> None:
+    """All look-ups are of one word, so that the cross term counts each of them."""
+    check(FAMILIES["tied"], "slots", drawn(FAMILIES["tied"], 60, seed=2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(FAMILIES))
 @pytest.mark.parametrize("method", METHODS)
