@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from jaxdp.engine.kinds.base import row_norms
-from jaxdp.engine.numerics import select_rows
+from jaxdp.engine.numerics import fixed, select_rows
 from jaxdp.engine.reduction import Batch, LeafLoss, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.sums import weighted_sum
 
@@ -30,10 +30,11 @@ def weighted_sums(grads: list[jax.Array], weights: jax.Array) -> list[jax.Array]
 
 def reduce_rows(rows: Rows, part: Batch, weigh: Weigh | None) -> Reduction:
     """Norms, then weights, then weighted sums (none without `weigh`) of materialised rows."""
-    norms = certified_norms(rows.grads, part.mask)
+    grads = fixed(rows.grads)
+    norms = certified_norms(grads, part.mask)
     sums = []
     if weigh is not None:
-        sums = weighted_sums(rows.grads, weigh.of(norms, part))
+        sums = weighted_sums(grads, weigh.of(norms, part))
     losses = None if rows.losses is None else select_rows(part.mask, rows.losses)
     return Reduction(sums, norms, losses, rows.aux)
 

@@ -38,3 +38,16 @@ def scale_rows(weights: jax.Array, rows: jax.Array) -> jax.Array:
 def held(weights: jax.Array) -> jax.Array:
     """The weights, zero where they are below `rounding.least_weight`."""
     return jnp.where(jnp.abs(weights) < least_weight(weights.dtype), 0, weights)
+
+
+def fixed(tree: Any) -> Any:
+    """The same arrays, as numbers that are computed once.
+
+    A compiler may compute a cheap value anew for each of its uses, and round it in another way each
+    time, with a fused multiply-add here and without one there. Where terms cancel, the norm of one
+    result says nothing about the other. So what norms and sums have in common goes through here.
+    """
+    arrays, structure = jax.tree.flatten(tree)
+    each_once = {id(array): array for array in arrays}
+    behind = {key: jax.lax.optimization_barrier(array) for key, array in each_once.items()}
+    return jax.tree.unflatten(structure, [behind[id(array)] for array in arrays])
