@@ -9,6 +9,8 @@ it. This module names the equations of which that is not certain:
 * mutable arrays: what one sample writes another may read. One that the loss makes for itself is
   its own affair, but the analysis of uses (`engine.sites`) does not follow values through it;
 * host functions whose answers come from elsewhere, and effects that must keep an order;
+* draws from a generator that is not mapped key by key: JAX makes those of a whole batch from the
+  key of its first row, so that what each sample is drawn depends on another one;
 * whatever brings its own rule for a batch, and so may look at all samples at once: callbacks and
   foreign functions that are not mapped one by one, `custom_vmap`, kernels, primitives that are not
   JAX's. With a batch of one there is nothing else to look at.
@@ -21,6 +23,7 @@ from collections.abc import Iterator, Set
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxdp.engine import walker
 from jaxdp.engine.plan import one_example
@@ -44,6 +47,10 @@ _OWN_RULE = {
     _KERNEL: "a kernel",
     "call_hi_primitive": "a primitive with rules of its own",
 }
+# Keys of which each has its own draws under `vmap`: those of threefry, as their dtype shows.
+_KEYS_APART = "key<fry>"
+_KEYS_ONLY = {"random_wrap", "random_unwrap", "random_clone"}
+_GENERATORS = {"rng_bit_generator", "rng_uniform"}
 _KNOWN_EFFECTS = {"NamedAxisEffect", "DebugEffect"}
 _REF_EFFECTS = {"ReadEffect", "WriteEffect", "AccumEffect", "InternalMutableArrayEffect"}
 
@@ -158,6 +165,13 @@ def _hazard(eqn: Equation, axes: frozenset[str]) -> Hazard | None:
             eqn.source,
             "Prepare the example on the host, or write the function in JAX",
         )
+    if eqn.name in _GENERATORS or _draws_together(eqn):
+        return Hazard(
+            f"{eqn.name} of a generator that draws a whole batch from the key of one sample",
+            eqn.source,
+            'Use keys of threefry: jax.random.key(seed, impl="threefry2x32")',
+            "alone",
+        )
     if "vmap_method" in eqn.params and eqn.params["vmap_method"] not in _ONE_BY_ONE:
         return Hazard(
             f"{eqn.name} with vmap_method={eqn.params['vmap_method']!r}, which may see the whole "
@@ -191,3 +205,10 @@ def _hazard(eqn: Equation, axes: frozenset[str]) -> Hazard | None:
             "Write the function without it",
         )
     return None
+
+
+def _draws_together(eqn: Equation) -> bool:
+    """Whether it draws from keys that do not draw apart from each other in a batch."""
+    keys = [each for each in eqn.operands if jnp.issubdtype(each.dtype, jax.dtypes.prng_key)]
+    apart = all(str(each.dtype) == _KEYS_APART for each in keys)
+    return eqn.name.startswith("random_") and eqn.name not in _KEYS_ONLY and not apart

@@ -69,7 +69,8 @@ def init(
     Args:
       params: the parameters, any pytree.
       tx: the optax chain.
-      key: randomness of the model; default `jax.random.key(0)`.
+      key: randomness of the model, of threefry (`jax.random.key(seed, impl="threefry2x32")`), whose
+        keys draw apart from each other in a batch; default that of seed 0.
 
     Raises:
       TypeError: a parameter is a random key, or an attribute that is a Python number.
@@ -80,7 +81,7 @@ def init(
       0
     """
     check_arrays(params)
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0, impl="threefry2x32") if key is None else key
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
     return jax.tree.map(jnp.copy, state)
 

@@ -465,3 +465,28 @@ def test_every_primitive_of_jax_is_known_as_its_own() -> None:
     ]
     assert len(names) > 100
     assert all(walker.is_of_jax(getattr(core.primitives, name)) for name in names)
+
+
+def _dropped(w: jax.Array, example: Any) -> jax.Array:
+    x, key = example
+    return jnp.sum(jnp.where(jax.random.bernoulli(key, 0.5, (3,)), w * x, 0))
+
+
+def _gamma(w: jax.Array, example: Any) -> jax.Array:
+    x, key = example
+    return jnp.sum(w * x) * jax.random.gamma(key, 2.0)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("loss", [_dropped, _gamma])
+def test_keys_that_draw_together_in_a_batch_are_refused(loss: Loss, impl: str) -> None:
+    """JAX draws the bits of a whole batch from the key of its first row."""
+    batch = (X, jax.random.split(jax.random.key(0, impl=impl), len(X)))
+    for method in ("auto", "taps", "dense"):
+        with pytest.raises(ValueError, match=r"draws a whole batch from the key of one.*threefry"):
+            jaxdp.per_sample_grads(loss, method=method)(W, batch).norms()
+    alone = jaxdp.per_sample_grads(loss, microbatch_size=1)(W, batch)
+    assert alone.norms().shape == (4,)
+    fine = (X, jax.random.split(jax.random.key(0, impl="threefry2x32"), len(X)))
+    for method in ("slots", "taps", "dense"):
+        check_against_oracle(loss, W, fine, method=method, double=False)
