@@ -17,8 +17,9 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxdp.engine import walker
+from jaxdp.engine.rounding import roundings
 from jaxdp.lipschitz.propagation import Cotangents, Step, Tape, culprit, propagate, pull_back
-from jaxdp.lipschitz.rounding import root_of_squares, squared_terms, up
+from jaxdp.lipschitz.rounding import root_of_squares, up
 from jaxdp.lipschitz.value import UNKNOWN, Cotangent, Range, Value
 from jaxdp.problem import LossFn, Problem, pose
 from jaxdp.tables import aligned
@@ -225,7 +226,7 @@ def _input_range(leaf: Any, limit: float) -> Range:
     if not is_float(leaf):
         return UNKNOWN  # whatever its dtype may hold
     # Squares, their sum, the root, the quotient and the product are rounded.
-    return Range(up(min(limit, LONGEST), squared_terms(math.prod(leaf.shape)) // 2 + 8))
+    return Range(up(min(limit, LONGEST), roundings(math.prod(leaf.shape)) // 2 + 8))
 
 
 def _meets_example(step: Step) -> bool:

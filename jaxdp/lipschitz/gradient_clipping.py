@@ -16,9 +16,10 @@ from jax.typing import ArrayLike
 
 from jaxdp.clipping import adaptive_limits
 from jaxdp.engine.numerics import square_sums
+from jaxdp.engine.rounding import roundings
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
-from jaxdp.lipschitz.rounding import divisor, once, squared_terms, up
+from jaxdp.lipschitz.rounding import divisor, once, up
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import SHARED, Cotangent, Range, Value
 from jaxdp.nn.composition import function
@@ -236,7 +237,7 @@ def _clip_rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range],
         )
 
     # The norm that it is compared with, the quotient and the product are rounded.
-    most = up(jnp.maximum(clip_value.high, 0), squared_terms(x.size) // 2 + 4)
+    most = up(jnp.maximum(clip_value.high, 0), roundings(x.size) // 2 + 4)
 
     def pull_back(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
         (bound,) = bounds

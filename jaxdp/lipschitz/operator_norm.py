@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.numerics import square_sums
+from jaxdp.engine.rounding import roundings
 from jaxdp.lipschitz import rounding
 from jaxdp.lipschitz.rounding import (
     EQUATION,
@@ -22,7 +23,6 @@ from jaxdp.lipschitz.rounding import (
     divisor,
     gamma,
     product,
-    squared_terms,
     up,
 )
 
@@ -227,7 +227,7 @@ def _frobenius(matrix: jax.Array) -> jax.Array:
     """Rounded up, its square too."""
     count = math.prod(matrix.shape[-2:])
     squares = square_sums(jnp.abs(matrix).reshape(-1, count)).reshape(matrix.shape[:-2])
-    return jnp.sqrt(squares) * (1 + gamma(squared_terms(count) // 2 + 8))
+    return jnp.sqrt(squares) * (1 + gamma(roundings(count) // 2 + 8))
 
 
 def _dilated_for(kernel: jax.Array, stride: Sequence[int], dilation: Sequence[int]) -> jax.Array:

@@ -33,6 +33,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxdp.engine.numerics import square_sums
+from jaxdp.engine.rounding import roundings, unit_roundoff
 
 UNIT = 2.0**-24
 """u: the largest relative error of one operation in float32."""
@@ -50,15 +51,6 @@ _OPERANDS = {"gpu": 2.0**-10, "cuda": 2.0**-10, "rocm": 2.0**-10, "tpu": 2.0**-7
 """Relative error of a product of two operands that were rounded first: to the 10 bits of TF32
 (NVIDIA 2020, "A100 Tensor Core GPU Architecture"), or to bfloat16."""
 
-_ACCURATE = {"cpu": UNIT}
-"""u of products in the highest precision: six bfloat16 passes of a TPU, and tensor cores, which
-add with truncation (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"), take 4u."""
-
-
-def once(array: jax.Array) -> jax.Array:
-    """The array, computed and rounded once for all that is made of it."""
-    return jax.lax.optimization_barrier(array)
-
 
 def gamma(count: int, unit: float = UNIT) -> float:
     """γ_k, of a sum of so many terms; infinite where it says nothing."""
@@ -75,7 +67,7 @@ def product(count: int, precision: Any = jax.lax.Precision.HIGHEST) -> float:
         precise one.
     """
     platform = jax.default_backend()
-    error = gamma(count + 1, _ACCURATE.get(platform, 4 * UNIT))
+    error = gamma(count + 1, unit_roundoff(jnp.float32))
     asked = set(precision) if isinstance(precision, tuple) else {precision}
     if not asked <= {None, *jax.lax.Precision}:
         return error + _OPERANDS["tpu"]
@@ -129,13 +121,4 @@ def norm(array: jax.Array) -> jax.Array:
     share = (sizes / divisor(most)).astype(jnp.float32)
     found = times(divisor(most), jnp.sqrt(square_sums(share)[0]))
     found = jnp.maximum(found, jnp.where(most > 0, TINY, 0))
-    return up(jnp.where(jnp.isfinite(most), found, jnp.inf), squared_terms(array.size) // 2 + 2)
-
-
-def squared_terms(count: int) -> int:
-    """As a sum of how many terms `jaxdp.engine.numerics.square_sums` of so many entries is
-    rounded: it adds blocks of 256, and the sums of blocks again so."""
-    terms = 1
-    while count > 256:
-        count, terms = -(-count // 256), terms + 256
-    return count + terms
+    return up(jnp.where(jnp.isfinite(most), found, jnp.inf), roundings(array.size) // 2 + 2)
