@@ -297,6 +297,7 @@ def check(family: Family, method: str, examples: list[Any]) -> None:
     assert np.all(seen >= true - slack), np.max(true / seen)
     factors = np.random.default_rng(1).uniform(1e-3, 0.9, len(seen))
     thresholds = np.where(np.isfinite(seen), factors * seen, 1.0).astype(np.float32)
+    thresholds = np.maximum(thresholds, np.float32(SMALLEST_THRESHOLD))
     sums, _ = run(params, batch, thresholds)
     flat = np.asarray(sums, np.float64).reshape(len(examples), -1)
     worst = np.max(np.linalg.norm(flat, axis=1) / thresholds)
