@@ -188,7 +188,7 @@ def noise_draws(opt_state: optax.OptState) -> tuple[tuple[str, str, int], ...]:
     draws = []
     for state in _releases(opt_state):
         keys = fingerprints(state.key)
-        steps = np.broadcast_to(jax.device_get(state.step), len(keys))
+        steps = np.broadcast_to(np.ravel(jax.device_get(state.step)), len(keys))
         draws += [(state.purpose, key, int(step)) for key, step in zip(keys, steps, strict=True)]
     if len({(purpose, key) for purpose, key, _ in draws}) < len(draws):
         raise ValueError(

@@ -23,6 +23,11 @@ COUNT_NOISE = "count noise"
 SELECTION_NOISE = "selection noise"
 
 
+# Generators whose `fold_in` is a hash. That of "unsafe_rbg" is an exclusive or: a member's key at
+# another member's step would be the other's at its own.
+_INDEPENDENT = {"threefry2x32", "rbg"}
+
+
 def random_key() -> jax.Array:
     """A JAX key from the operating system's entropy: one for each run.
 
@@ -36,12 +41,14 @@ def random_key() -> jax.Array:
       >>> random_key().shape
       ()
     """
-    impl = jax.random.key_impl(jax.random.key(0))
-    words = jax.random.key_data(jax.random.key(0)).shape[0]
+    like = jax.random.key(0)
+    if str(jax.random.key_impl(like)) not in _INDEPENDENT:
+        like = jax.random.key(0, impl="threefry2x32")
+    words = jax.random.key_data(like).shape[0]
     entropy = np.array([secrets.randbits(32) for _ in range(words)], np.uint32)
     if jax.process_count() > 1:
         entropy = np.asarray(multihost_utils.broadcast_one_to_all(entropy))
-    return jax.random.wrap_key_data(jnp.asarray(entropy), impl=impl)
+    return jax.random.wrap_key_data(jnp.asarray(entropy), impl=jax.random.key_impl(like))
 
 
 def own_key(key: jax.Array, purpose: str, tree: Any) -> jax.Array:
@@ -54,7 +61,16 @@ def own_key(key: jax.Array, purpose: str, tree: Any) -> jax.Array:
       key: the user's, of one run.
       purpose: one of the constants above.
       tree: the parameters; leaves may be abstract, and only their paths are looked at.
+
+    Raises:
+      ValueError: a generator whose derived keys are not known to be independent.
     """
+    if (impl := str(jax.random.key_impl(key))) not in _INDEPENDENT:
+        raise ValueError(
+            f"a noise key must be of one of {sorted(_INDEPENDENT)}, got {impl}, of which keys that "
+            "are derived in another order are the same. Make it by jaxdp.random_key(), or by "
+            'jax.random.key(seed, impl="threefry2x32")'
+        )
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return _folded(key, "\n".join([purpose, *paths]))
 

@@ -21,7 +21,7 @@ from jaxdp.training.logs import LogFn, log_function
 from jaxdp.training.progress import progress_bar
 from jaxdp.training.reports import Evaluate, Seen, report_row
 from jaxdp.training.resume import begin
-from jaxdp.training.run import Live, Run, consumed, interrupts_wait, kept
+from jaxdp.training.run import Live, Run, can_be_read, consumed, interrupts_wait, kept
 from jaxdp.training.step import Step, StepMetrics, TrainState
 
 
@@ -59,12 +59,13 @@ def fit(
     more: charge a release that every start makes anew, such as a clip value that is selected, with
     its draws. A state that has come as far as the checkpoint is continued as it is given, with its
     ledger: between two calls you may release something else, change the parameters by it, and
-    charge it. Other data than that of the checkpoint
-    is refused where `data` are arrays.
+    charge it. Other data than that of the checkpoint is refused where `data` are arrays, all of
+    which are read for it.
 
     An exception, Ctrl-C included, leaves state, ledger and history in reach:
-    `jaxdp.training.run_of(error)`. Ctrl-C waits for the end of a step, and the run is then saved
-    where there are checkpoints; pressed again, it acts at once.
+    `jaxdp.training.run_of(error)`. After whole steps the run is saved where there are checkpoints,
+    since whoever caught it may have seen them. Ctrl-C waits for the end of a step; pressed again,
+    it acts at once.
 
     Args:
       state: from `training.init`; consumed.
@@ -170,7 +171,7 @@ def fit(
         row = report_row(live.whole, live.ledger, sampler, plan, seen, evaluate)
         live.history.append(row)
         save()
-        log(row)
+        log(dict(row))
         bar.show(epsilon=row["epsilon"])
 
     reported, stopped_by, seen = done, "steps", Seen.begin()
@@ -179,7 +180,7 @@ def fit(
         kept(live),
         every_process_needed(_how_to_resume(checkpoints)),
         progress_bar(progress and first, total=plan.steps, done=done, budget=plan.budget) as bar,
-        _saved_when_interrupted(live, save),
+        _saved_in_the_end(live, save),
     ):
         drawn = load(done)
         if jax.process_count() > 1:
@@ -231,16 +232,18 @@ def _execute(
 
 
 @contextlib.contextmanager
-def _saved_when_interrupted(live: Live, save: Callable[[], None]) -> Iterator[None]:
-    """After Ctrl-C no step is lost. Processes save together, so one of them alone cannot."""
+def _saved_in_the_end(live: Live, save: Callable[[], None]) -> Iterator[None]:
+    """After an exception no step is lost, Ctrl-C included. Its parameters may have been seen: to
+    execute it once more, with the same noise and another chain, would show what the noise hides.
+    Processes save together, so one of them alone cannot."""
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        if live.state is not None and jax.process_count() == 1:
+    except BaseException as error:
+        if can_be_read(live.state) and jax.process_count() == 1:
             try:
                 save()
-            except Exception as error:  # of any kind: the user is to see the interrupt
-                interrupt.add_note(f"jaxdp: the run could not be saved: {error}")
+            except Exception as problem:  # of any kind: the user is to see the first one
+                error.add_note(f"jaxdp: the run could not be saved: {problem}")
         raise
 
 

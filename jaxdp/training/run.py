@@ -82,7 +82,7 @@ def kept(live: Live) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        state: Any = live.state if _can_be_read(live.state) else None
+        state: Any = live.state if can_be_read(live.state) else None
         run = Run(state, live.ledger, live.history, type(error).__name__)
         with contextlib.suppress(AttributeError):  # an exception may have no room
             setattr(error, _ATTRIBUTE, run)
@@ -98,7 +98,7 @@ def consumed(state: TrainState) -> bool:
     return any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
 
 
-def _can_be_read(state: TrainState | None) -> bool:
+def can_be_read(state: TrainState | None) -> bool:
     """A step that fails on the device leaves a state that raises when it is read."""
     if state is None or consumed(state):
         return False
