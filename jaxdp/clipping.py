@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -45,7 +44,7 @@ from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.rule import ClipRule
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.randomness import COUNT_NOISE, drawn_alone, own_key, step_key
-from jaxdp.schedules import FloatOrSchedule, checked, value_at
+from jaxdp.schedules import NUMBER_OR_SCHEDULE, FloatOrSchedule, checked, value_at
 from jaxdp.trees import prefix_leaves
 from jaxdp.varying import summed_over_devices, untracked_axes, varying_axes
 
@@ -63,10 +62,12 @@ MakeRule = Callable[[Any, Groups, jax.Array], ClipRule]
 
 def check_threshold(name: str, value: FloatOrSchedule) -> None:
     """Raises unless `value` is a schedule, or a finite number of at least `SMALLEST_THRESHOLD`."""
-    checked(name, value)
-    if not callable(value) and not isinstance(value, Tracer):
+    if callable(value) or isinstance(value, Tracer):
+        return
+    if 0 < check_real(name, value, above=0, advice=NUMBER_OR_SCHEDULE) < SMALLEST_THRESHOLD:
         advice = "Scale the loss up: gradients of that size underflow."
-        check_real(name, float(np.asarray(value)), minimum=SMALLEST_THRESHOLD, advice=advice)
+        check_real(name, value, minimum=SMALLEST_THRESHOLD, advice=advice)
+    checked(name, value)
 
 
 def threshold_at(value: FloatOrSchedule, step: jax.Array) -> jax.Array:

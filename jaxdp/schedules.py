@@ -12,6 +12,8 @@ from jaxdp.accounting.checks import check_real
 # A number, or a function of the logical step (optax's schedules are such functions).
 FloatOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
 
+NUMBER_OR_SCHEDULE = "Pass one number, or a schedule: a function of the step."
+
 # A step computes in float32.
 _SMALLEST, _LARGEST = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
 
@@ -30,13 +32,12 @@ def checked(name: str, value: FloatOrSchedule, *, zero: bool = False) -> None:
     """
     if callable(value) or isinstance(value, Tracer):
         return
-    advice = "Pass one number, or a schedule: a function of the step."
     if zero:
-        number = check_real(name, value, minimum=0, advice=advice)
+        number = check_real(name, value, minimum=0, advice=NUMBER_OR_SCHEDULE)
     else:
-        number = check_real(name, value, above=0, advice=advice)
+        number = check_real(name, value, above=0, advice=NUMBER_OR_SCHEDULE)
     if number > 0:  # beyond these it would be infinite at a step, or zero
-        check_real(name, number, minimum=_SMALLEST, maximum=_LARGEST, advice=advice)
+        check_real(name, number, minimum=_SMALLEST, maximum=_LARGEST, advice=NUMBER_OR_SCHEDULE)
 
 
 def value_at(value: FloatOrSchedule, step: jax.Array) -> jax.Array:

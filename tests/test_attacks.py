@@ -18,6 +18,7 @@ import pytest
 
 import jaxdp
 from jaxdp.bounded import Bounded
+from jaxdp.clipping import SMALLEST_THRESHOLD
 from jaxdp.engine import dense
 from jaxdp.engine.rule import ClipRule
 from tests import helpers
@@ -52,7 +53,7 @@ def test_a_very_long_gradient_is_not_clipped_too_little() -> None:
 @pytest.mark.parametrize(
     ("clip", "entry"),
     [
-        (lambda: jaxdp.clip_flat(1e-30), 1e-25),
+        (lambda: jaxdp.clip_flat(1e-12), 1e-25),
         (lambda: jaxdp.clip_automatic(1.0, stability=1e-25), 1e-20),
     ],
 )
@@ -181,10 +182,11 @@ def test_python_numbers_as_parameters_accumulate() -> None:
     assert updates["w"].shape == ()
 
 
-def test_a_schedule_below_zero_claims_the_sensitivity_of_zero() -> None:
+def test_a_schedule_below_zero_clips_to_the_smallest_threshold_and_claims_it() -> None:
     clip = jaxdp.clip_flat(lambda step: -1.0)
     total, _ = clip.update(jnp.ones((2, 3)), clip.init(None))
-    assert float(total.sensitivity) == 0.0
+    assert float(total.sensitivity) == SMALLEST_THRESHOLD
+    assert float(jnp.linalg.norm(total.value)) <= 2 * SMALLEST_THRESHOLD
 
 
 def test_a_list_as_threshold_of_the_flat_clip_is_told() -> None:

@@ -100,7 +100,9 @@ def test_a_real_out_of_bounds_is_a_value_error(value: Any) -> None:
         check_reals("x", [2.0, value], above=1, advice=ADVICE)
 
 
-@pytest.mark.parametrize("value", [[], (), np.ones(0), iter(())], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [[], (), np.ones(0), iter(())], ids=lambda value: type(value).__name__
+)
 def test_an_empty_sequence_holds_no_number(value: Any) -> None:
     with pytest.raises(ValueError, match="x must hold at least one number, got an empty"):
         check_reals("x", value, advice=ADVICE)

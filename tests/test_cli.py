@@ -429,9 +429,17 @@ def test_ctrl_c_while_all_is_imported_shows_no_traceback(tmp_path: Path) -> None
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path}
     commands = {"module": ["-m", "jaxdp", "epsilon"], "library": ["-c", "import jaxdp"]}
+    # A shell that runs the tests in the background has its children ignore Ctrl-C.
+    heard = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
     for name, command in commands.items():
         done = subprocess.run(
-            [sys.executable, *command], env=environment, capture_output=True, timeout=120
+            [sys.executable, "-c", heard, *command],
+            env=environment,
+            capture_output=True,
+            timeout=120,
         )
         assert done.returncode == -signal.SIGINT  # which a shell calls 130
         assert (b"KeyboardInterrupt" in done.stderr) == (name == "library")

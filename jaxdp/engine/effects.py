@@ -29,7 +29,7 @@ from jaxdp.engine import walker
 from jaxdp.engine.plan import one_example
 from jaxdp.engine.reduction import Batch, LeafLoss
 from jaxdp.engine.walker import Equation, Program
-from jaxdp.varying import model_axes
+from jaxdp.varying import model_axes, varying_axes
 
 # "": nothing. "alone": a batch of one sample. "dense": `vmap(grad)`, which needs no analysis.
 Excuse = Literal["", "alone", "dense"]
@@ -110,6 +110,7 @@ def check(
     Raises:
       ValueError: what is wrong, with its line.
     """
+    _refuse_hidden_samples(program, leaves, batch)
     apart = model_axes(batch.mask)
 
     def gradient(leaves: list[jax.Array], example: Any) -> Any:
@@ -124,6 +125,18 @@ def check(
         rows = jax.tree.map(lambda leaf: leaf[:1], batch.examples)
         mapped, _ = walker.trace(jax.vmap(gradient, in_axes=(None, 0)), leaves, rows)
         _refused(hazards(mapped, apart), excused)
+
+
+def _refuse_hidden_samples(program: Program, leaves: list[jax.Array], batch: Batch) -> None:
+    """Inside `shard_map`: the rows say along which axes samples are spread. What differs between
+    devices beside them would be added up over these before it is clipped."""
+    beside = varying_axes(walker.closed_over(program)) - varying_axes((leaves, batch))
+    if beside:
+        raise ValueError(
+            f"arrays that differ between devices along {sorted(beside)} must come with the batch "
+            "where they belong to samples, or with the parameters, got some as keyword arguments "
+            "or in a closure: samples would be added up over the devices before they are clipped"
+        )
 
 
 def _refused(found: list[Hazard], excused: Set[Excuse]) -> list[Hazard]:

@@ -77,7 +77,9 @@ class Running(NamedTuple):
 
 
 def _rounded_away(a: jax.Array, b: jax.Array, total: jax.Array) -> jax.Array:
-    """a + b − total, exactly (Knuth's TwoSum); zero where the total is not finite."""
+    """a + b − total, exactly (Knuth's TwoSum); zero where the total is not finite, or no float."""
+    if not jnp.issubdtype(total.dtype, jnp.inexact):
+        return jnp.zeros_like(total)
     added = total - a
     error = (a - (total - added)) + (b - added)
     return jnp.where(jnp.isfinite(total), error, jnp.zeros_like(error))

@@ -26,7 +26,7 @@ Gradient Clipping" (a second, reweighted pass).
 import math
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from jax.lax import Precision
 from jaxdp.engine import instrument, views
 from jaxdp.engine.assemble import LeafGradients, assemble, joined_norms
 from jaxdp.engine.instrument import Taps as TapsAt
-from jaxdp.engine.kinds.base import Site, Target
+from jaxdp.engine.kinds.base import Addends, Site, Target
 from jaxdp.engine.numerics import accumulation_dtype, held
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
@@ -143,7 +143,7 @@ def _can_be_tapped(use: Use, leaves: list[Any], one_weight: bool) -> bool:
     The second pass sums over the batch in the precision of the use, and of whatever lies between
     that and the leaf: it must be single at least.
     """
-    if use.kind is None or not use.view:
+    if use.kind is None or not use.kind.tapped or not use.view:
         return False
     shared = any(
         length > 1 and not stride
@@ -302,7 +302,7 @@ def _norms(use: Use, operands: list[jax.Array], cotangent: jax.Array) -> jax.Arr
         here = part._replace(loops=())
         site = Site(use.eqn, use.operand, (), operands, cotangent)
         factor = use.kind.factor(site, here, Target.whole(here.shape))
-        norms = factor.certified_norms_elsewhere()
+        norms = cast(Addends, factor).certified_norms_elsewhere()
         squares = jnp.square(norms) + lost(2, norms.dtype)
         columns.append(squares.astype(accumulation_dtype(use.aval.dtype)))
     return jnp.stack(columns, axis=1)

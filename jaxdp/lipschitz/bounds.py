@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxdp.engine import walker
+from jaxdp.engine import effects, walker
 from jaxdp.engine.rounding import roundings
 from jaxdp.lipschitz.propagation import Cotangents, Step, Tape, culprit, propagate, pull_back
 from jaxdp.lipschitz.rounding import root_of_squares, up
@@ -192,7 +192,12 @@ def known_infinite(bound: Cotangent) -> bool:
 
 
 def leaf_bounds(problem: Problem, limits: list[float]) -> LeafBounds:
-    """Δ of each leaf that has a gradient."""
+    """Δ of each leaf that has a gradient.
+
+    Raises:
+      TypeError: parameters in half precision.
+      ValueError: the loss does anything but compute on one example.
+    """
     for name, leaf in zip(problem.names, problem.leaves, strict=True):
         if jnp.finfo(leaf.dtype).bits < 32:
             raise TypeError(
@@ -203,6 +208,8 @@ def leaf_bounds(problem: Problem, limits: list[float]) -> LeafBounds:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), problem.batch.examples
     )
     program, _ = walker.trace(lambda *args: problem.loss(*args)[0], problem.leaves, example)
+    # The bound is one on the gradient of an example that sees no other.
+    effects.check(program, problem.loss, problem.leaves, problem.batch)
     parameters = [Value.known(leaf, moves=True) for leaf in problem.leaves]
     inputs = [
         Value(leaf.shape, leaf.dtype, range=_input_range(leaf, limit), per_sample=True)

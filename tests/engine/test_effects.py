@@ -490,3 +490,21 @@ def test_keys_that_draw_together_in_a_batch_are_refused(loss: Loss, impl: str) -
     fine = (X, jax.random.split(jax.random.key(0, impl="threefry2x32"), len(X)))
     for method in ("slots", "taps", "dense"):
         check_against_oracle(loss, W, fine, method=method, double=False)
+
+
+def test_samples_that_do_not_come_with_the_batch_are_refused() -> None:
+    """Inside shard_map: they would be added up over the devices before they are clipped."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    data = jnp.ones((8, 3))
+
+    def closed(w: jax.Array, rows: jax.Array) -> jax.Array:
+        return jaxdp.per_sample_grads(lambda w, i: w @ rows[i])(w, jnp.arange(2)).norms()
+
+    def keyword(w: jax.Array, rows: jax.Array) -> jax.Array:
+        grads_fn = jaxdp.per_sample_grads(lambda w, i, rows: w @ rows[i])
+        return grads_fn(w, jnp.arange(2), rows=rows).norms()
+
+    for run in (closed, keyword):
+        mapped = jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+        with pytest.raises(ValueError, match=r"along \['data'\] must come with the batch"):
+            mapped(W, data)

@@ -413,3 +413,23 @@ def test_calls_mapped_over_different_operands_in_different_ways_are_refused() ->
 
     with pytest.raises(NotImplementedError, match="maps in different ways"):
         lipschitz.bounds(loss, ROWS, ROWS, 1.0)
+
+
+def test_samples_that_mix_by_flags_are_refused() -> None:
+    """A bound on the gradient of one example says nothing of one that another one decides."""
+
+    def shown(flags: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(np.any(flags), np.shape(flags))
+
+    def loss(p: Any, x: jax.Array) -> jax.Array:
+        flag = jax.pure_callback(
+            shown, jax.ShapeDtypeStruct((), bool), x[0] > 1, vmap_method="expand_dims"
+        )
+        return jnp.tanh(p @ jnp.where(flag, x, 0))
+
+    for ask in (
+        lambda: lipschitz.bounds(loss, jnp.ones(3), jnp.ones(3), 1.0),
+        lambda: lipschitz.bounded_grads(loss, 1.0)(jnp.ones(3), jnp.ones((4, 3))),
+    ):
+        with pytest.raises(ValueError, match="pure_callback with vmap_method='expand_dims'"):
+            ask()

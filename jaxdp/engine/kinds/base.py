@@ -113,7 +113,14 @@ class Site(NamedTuple):
 
 
 class Kind(Protocol):
-    """A primitive whose gradient with respect to one operand has a factored form."""
+    """A primitive whose gradient with respect to one operand has a factored form.
+
+    Attributes:
+      tapped: whether its factors are `Addends`; others bound no sum of another pass, and stay in
+        slots (`engine.taps`).
+    """
+
+    tapped: bool
 
     def refuse(self, eqn: Equation, operand: int, view: View | None) -> str:
         """Why this use cannot be factored; empty if it can."""
@@ -123,7 +130,7 @@ class Kind(Protocol):
         """Which operands the factors are made of, beside the output's cotangent."""
         ...
 
-    def factor(self, site: Site, part: Part, target: Target) -> Addends:
+    def factor(self, site: Site, part: Part, target: Target) -> Factored:
         """The gradients with respect to one part of the operand."""
         ...
 

@@ -318,6 +318,8 @@ def choose_method(extent: Extent) -> str:
 class Convolution:
     """`conv_general_dilated` of an image and a kernel."""
 
+    tapped = True
+
     def refuse(self, eqn: Equation, operand: int, view: View | None) -> str:
         if operand != 1:
             return "a parameter as the image of a convolution"

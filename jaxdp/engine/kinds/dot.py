@@ -223,6 +223,8 @@ class OuterProducts:
 class DotGeneral:
     """`dot_general` of an activation and a kernel, on either side."""
 
+    tapped = True
+
     def refuse(self, eqn: Equation, operand: int, view: View | None) -> str:
         if not jnp.issubdtype(eqn.operands[1 - operand].dtype, jnp.floating):
             return "a product with integers"

@@ -207,6 +207,8 @@ def tied(looked_up: LookedUp, products: OuterProducts) -> Tied | None:
 class Gather:
     """`gather` of whole slices along one axis of a table."""
 
+    tapped = True
+
     def refuse(self, eqn: Equation, operand: int, view: View | None) -> str:
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         if operand != 0:
@@ -239,6 +241,8 @@ class Gather:
 
 class DynamicSlice:
     """`dynamic_slice` of one entry along one axis: the look-up of a single id."""
+
+    tapped = True
 
     def refuse(self, eqn: Equation, operand: int, view: View | None) -> str:
         if operand != 0:
