@@ -55,8 +55,8 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
       zero and neither noise nor the inner state moves: nothing is released, nothing is to charge.
 
     Raises:
-      TypeError: `inner` is no transformation; (in `update`) `is_last` is missing, what comes in is no `Bounded`, or `inner`
-        draws no noise.
+      TypeError: `inner` is no transformation; (in `update`) `is_last` is missing, what comes in is
+        no `Bounded`, or `inner` draws no noise.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp

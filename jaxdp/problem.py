@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdp.accounting.checks import check_callable
 from jaxdp.bounded import Groups
 from jaxdp.coupling import refuse_batch_statistics
 from jaxdp.engine.reduction import Batch
@@ -115,8 +116,7 @@ def taken_apart(
 
 def check_function(loss_fn: LossFn) -> None:
     """Raises TypeError unless it can be called."""
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of (params, example), got {loss_fn!r}")
+    check_callable("loss_fn", loss_fn, advice="Pass the loss of one example: (params, example).")
 
 
 def with_gradient(leaves: list[Any], groups: Groups) -> list[Any]:

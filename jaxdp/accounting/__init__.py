@@ -18,10 +18,10 @@ from it; a data set that is really shorter would move both, which no accountant 
 2605.15648). Under "replace_one" they differ in the content of one example.
 
 Limits: every question is answered within seconds, or refused in a sentence. "pld" resolves δ down
-to about 1e-14 and ε up to 10⁵ (infinity beyond both) and composes up to 10⁸ equal sampled steps; where
-more than 32 different noise multipliers or rates are composed, they are rounded to less privacy by
-2.2% at the most; 1024 different mechanisms are the most after that. "rdp" has none of these limits
-but the last.
+to about 1e-14 and ε up to 10⁵ (infinity beyond both) and composes up to 10⁸ equal sampled steps;
+where more than 32 different noise multipliers or rates are composed, they are rounded to less
+privacy by 2.2% at the most; 1024 different mechanisms are the most after that. "rdp" has none of
+these limits but the last.
 
 Example:
     >>> from jaxdp import accounting

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxdp.accounting.checks import shown
 from jaxdp.engine import walker
 from jaxdp.lipschitz.propagation import Cotangents, Step, Tape, culprit, propagate, pull_back
 from jaxdp.lipschitz.rounding import root_of_squares, squared_terms, up
@@ -276,7 +277,7 @@ def _numbered(input_bound: Any) -> Any:
 def _limit(value: Any) -> float:
     advice = "Pass the L2 norm that each example is held to, or math.inf for none."
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"input_bound must hold real numbers, got {value!r}. {advice}")
+        raise TypeError(f"input_bound must hold real numbers, got {shown(value)}. {advice}")
     limit = float(value)
     if not (limit == 0 or limit >= SHORTEST):
         raise ValueError(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdp.lipschitz.operator_norm import matrix_norm
-from jaxdp.schedules import checked
+from jaxdp.schedules import checked_number
 
 _BJORCK_STEPS = 12
 
@@ -24,7 +24,7 @@ def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
       >>> print(onto_ball(jnp.array([3.0, 4.0])))
       [0.6 0.8]
     """
-    checked("norm", norm)
+    checked_number("norm", norm)
     size = jnp.sqrt(jnp.sum(jnp.square(array)))
     return array * jnp.where(size > norm, norm / size, jnp.ones_like(size))
 
@@ -37,7 +37,7 @@ def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
       [[1.   0.  ]
        [0.   0.25]]
     """
-    checked("norm", norm)
+    checked_number("norm", norm)
     size = matrix_norm(matrix)
     return matrix * jnp.where(size > norm, norm / size, jnp.ones_like(size))
 

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_real
+from jaxdp.accounting.checks import check_real, shown
 from jaxdp.distributions import laplace
 from jaxdp.lipschitz.bounds import input_limits
 from jaxdp.lipschitz.gradients import admitted
 from jaxdp.problem import LossFn, Problem, check_function, pose
 from jaxdp.randomness import SELECTION_NOISE, drawn_alone, fingerprint, own_key, step_key
-from jaxdp.schedules import checked
+from jaxdp.schedules import checked_number
 
 # Below, the noise would exceed the integers that it is compared in.
 _SMALLEST_EPSILON = 1e-7
@@ -172,12 +172,12 @@ def select_clip_value(
             f"counts must have one entry for each of the {thresholds.size} candidates, got shape "
             f"{counts.shape}"
         )
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile must be in (0, 1), got {quantile}")
-    checked("expected_count", expected_count)
+    advice = "Pass the share of samples that are not to be clipped."
+    quantile = check_real("quantile", quantile, above=0, below=1, advice=advice)
+    checked_number("expected_count", expected_count)
     advice = "Count a Poisson draw of the data, which costs less privacy, too."
     check_real("expected_count", expected_count, maximum=_LARGEST_COUNT, advice=advice)
-    checked("epsilon", epsilon)
+    checked_number("epsilon", epsilon)
     advice = "Less is a choice at random: make it without looking at the data."
     check_real("epsilon", epsilon, minimum=_SMALLEST_EPSILON, advice=advice)
     # Why Lap(1/ε) is enough. Let D' be D with one example more. It counts from some candidate a
@@ -243,6 +243,6 @@ def _place(leaf: str, problem: Problem) -> int:
     if leaf not in scalars:
         raise ValueError(
             f"leaf must name a scalar parameter, the threshold of an adaptive_gradient_clip, got "
-            f"{leaf!r}: the scalars here are {scalars}"
+            f"{shown(leaf)}: the scalars here are {scalars}"
         )
     return problem.names.index(leaf)
