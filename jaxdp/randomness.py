@@ -16,6 +16,8 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental import multihost_utils
 
+from jaxdp.accounting.checks import shown
+
 # Purposes. The same key given by mistake to the noise and to an adaptive clip still gives
 # independent draws.
 GRADIENT_NOISE = "gradient noise"
@@ -54,7 +56,13 @@ def own_key(key: jax.Array, purpose: str, tree: Any) -> jax.Array:
       key: the user's, of one run.
       purpose: one of the constants above.
       tree: the parameters; leaves may be abstract, and only their paths are looked at.
+
+    Raises:
+      TypeError: `key` is no key.
     """
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key must be a JAX key, got {shown(key)}. Pass jaxdp.random_key().")
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return _folded(key, "\n".join([purpose, *paths]))
 

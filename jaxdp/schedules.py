@@ -37,8 +37,9 @@ def checked(name: str, value: FloatOrSchedule, *, zero: bool = False) -> None:
 
 def checked_number(
     name: str, value: ArrayLike, *, zero: bool = False, advice: str = "Pass one number."
-) -> None:
-    """Raises unless `value` is a traced scalar, or a finite number above zero.
+) -> float | Tracer:
+    """Returns `value` as a float, or as the traced scalar that it is; raises unless it is finite
+    and above zero.
 
     Args:
       name: of the argument, for the message.
@@ -51,13 +52,14 @@ def checked_number(
       ValueError: it is negative, zero where that is not allowed, or no normal float32.
     """
     if isinstance(value, Tracer) and value.ndim == 0:
-        return
+        return value
     if zero:
         number = check_real(name, value, minimum=0, advice=advice)
     else:
         number = check_real(name, value, above=0, advice=advice)
     if number > 0:  # beyond these it would be infinite at a step, or zero
         check_real(name, number, minimum=_SMALLEST, maximum=_LARGEST, advice=advice)
+    return number
 
 
 def value_at(value: FloatOrSchedule, step: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_real, shown
+from jaxdp.accounting.checks import check_array, check_real, shown
 from jaxdp.clipping import adaptive_limits
 from jaxdp.engine.numerics import square_sums
 from jaxdp.engine.walker import Equation
@@ -51,11 +51,10 @@ def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
     Source: Béthune et al. 2023, "DP-SGD Without Clipping: The Lipschitz Neural Network Way", with
     C per sample.
     """
-    if not jnp.issubdtype(getattr(x, "dtype", None), jnp.floating):
-        raise TypeError(
-            f"x must be an array of floating-point numbers, got {shown(x)}. Clip what the loss is "
-            "differentiated through."
-        )
+    advice = "Clip an array that the loss is differentiated through."
+    if not jnp.issubdtype(jnp.result_type(check_array("x", x, advice=advice)), jnp.floating):
+        raise TypeError(f"x must be of floating-point numbers, got {shown(x)}. {advice}")
+    x = jnp.asarray(x)
     checked_number("clip_value", clip_value, zero=True)
     return _clip_gradient(x, jnp.asarray(clip_value, x.dtype))
 

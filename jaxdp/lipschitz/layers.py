@@ -290,7 +290,7 @@ def l2_norm_pool(window: Size) -> Layer:
 
     Source: Boureau et al. 2010, "A Theoretical Analysis of Feature Pooling in Visual Recognition".
     """
-    sizes("window", window, 1 if isinstance(window, int) else len(window))
+    sizes("window", window, len(window) if isinstance(window, Sequence) else 1)
     return function(lambda x: _l2_norm_pool(sizes("window", window, x.ndim - 1))(x))
 
 
@@ -311,7 +311,7 @@ def scaled_avg_pool(window: Size) -> Layer:
       >>> print(scaled_avg_pool(4).apply({}, jnp.ones((4, 1))))
       [[2.]]
     """
-    sizes("window", window, 1 if isinstance(window, int) else len(window))
+    sizes("window", window, len(window) if isinstance(window, Sequence) else 1)
 
     def apply(x: jax.Array) -> jax.Array:
         blocks, inner = _blocks(x, sizes("window", window, x.ndim - 1))

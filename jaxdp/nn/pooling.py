@@ -124,7 +124,9 @@ def _reduce(
     window = sizes("kernel_size", kernel_size, rank)
     pads = sizes("padding", padding, rank, least=0)
     if any(2 * pad > size for pad, size in zip(pads, window, strict=True)):
-        raise ValueError(f"padding must be at most half of kernel_size={window}, got {shown(padding)}")
+        raise ValueError(
+            f"padding must be at most half of kernel_size={window}, got {shown(padding)}"
+        )
     y = lax.reduce_window(
         x,
         np.asarray(start, x.dtype),

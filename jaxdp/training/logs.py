@@ -61,7 +61,7 @@ def log_function(log_fn: str | LogFn | None) -> LogFn:
         return lambda metrics: None
     if callable(log_fn):
         return log_fn
-    if log_fn == "all":
+    if isinstance(log_fn, str) and log_fn == "all":
         functions = [make() for make in makers.values()]
 
         def log_all(metrics: Mapping[str, Any]) -> None:
