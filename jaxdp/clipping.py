@@ -37,14 +37,20 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_real
+from jaxdp.accounting.checks import check_bool, check_instance, check_real, shown
 from jaxdp.bounded import Bounded, Groups
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.rule import ClipRule
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.randomness import COUNT_NOISE, drawn_alone, own_key, step_key
-from jaxdp.schedules import NUMBER_OR_SCHEDULE, FloatOrSchedule, checked, value_at
+from jaxdp.schedules import (
+    NUMBER_OR_SCHEDULE,
+    FloatOrSchedule,
+    checked,
+    checked_number,
+    value_at,
+)
 from jaxdp.trees import prefix_leaves
 from jaxdp.varying import summed_over_devices, untracked_axes, varying_axes
 
@@ -62,11 +68,10 @@ MakeRule = Callable[[Any, Groups, jax.Array], ClipRule]
 
 def check_threshold(name: str, value: FloatOrSchedule) -> None:
     """Raises unless `value` is a schedule, or a finite number of at least `SMALLEST_THRESHOLD`."""
-    if callable(value) or isinstance(value, Tracer):
-        return
-    if 0 < check_real(name, value, above=0, advice=NUMBER_OR_SCHEDULE) < SMALLEST_THRESHOLD:
+    if not callable(value) and not isinstance(value, Tracer):
+        number = check_real(name, value, above=0, advice=NUMBER_OR_SCHEDULE)
         advice = "Scale the loss up: gradients of that size underflow."
-        check_real(name, value, minimum=SMALLEST_THRESHOLD, advice=advice)
+        check_real(name, number, minimum=SMALLEST_THRESHOLD, advice=advice)
     checked(name, value)
 
 
@@ -205,10 +210,12 @@ def clip_by_group(
     Source: McMahan et al. 2018, "A General Approach to Adding Differential Privacy to Iterative
     Training Procedures", section 2.
     """
+    advice = "Pass a threshold for each label."
+    check_instance("thresholds", thresholds, Mapping, advice=advice)
     if not thresholds:
-        raise ValueError("thresholds must hold at least one label, got none")
+        raise ValueError(f"thresholds must hold at least one label, got {{}}. {advice}")
     for label, value in thresholds.items():
-        check_threshold(f"thresholds[{label!r}]", value)
+        check_threshold(f"thresholds[{shown(label)}]", value)
     names = list(thresholds)
 
     def rule(params: Any, groups: Groups, step: jax.Array) -> ClipRule:
@@ -266,7 +273,8 @@ def clip_automatic(
     and Stronger", equation 5.5 (AUTO-S).
     """
     check_threshold("threshold", threshold)
-    checked("stability", stability)
+    checked_number("stability", stability)
+    check_bool("per_layer", per_layer, advice="Leave it out for one norm over all leaves.")
 
     def normalise(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
         return thresholds / (norms + stability)
@@ -366,11 +374,13 @@ def clip_adaptive(
     equation 1 and section 2.2, theorem 1.
     """
     check_threshold("initial_threshold", initial_threshold)
+    checked_number("initial_threshold", initial_threshold)
     checked("count_noise_multiplier", count_noise_multiplier, zero=True)
-    checked("expected_batch_size", expected_batch_size)
+    checked_number("expected_batch_size", expected_batch_size)
     checked("learning_rate", learning_rate)
-    if not 0 <= quantile <= 1:
-        raise ValueError(f"quantile must be in [0, 1], got {quantile}")
+    advice = "Pass the share of samples that are not to be clipped."
+    quantile = check_real("quantile", quantile, minimum=0, maximum=1, advice=advice)
+    per_layer = check_bool("per_layer", per_layer, advice="Leave it out for one threshold.")
 
     def init(params: optax.Params) -> ClipAdaptiveState:
         shape = (len(jax.tree.leaves(params)),) if per_layer else ()

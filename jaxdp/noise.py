@@ -27,6 +27,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_sequence, shown
 from jaxdp.bounded import Bounded, is_zero, root_sum_squares
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import accumulation_dtype
@@ -39,7 +40,7 @@ from jaxdp.randomness import (
     own_key,
     step_key,
 )
-from jaxdp.schedules import FloatOrSchedule, checked, value_at
+from jaxdp.schedules import FloatOrSchedule, checked, checked_number, value_at
 from jaxdp.varying import devices_along, varying_axes
 
 
@@ -275,14 +276,15 @@ def _allocation(allocation: str | Sequence[float]) -> _Allocation:
     if isinstance(allocation, str):
         if allocation not in _NAMED:
             raise ValueError(
-                f"allocation must be one of {sorted(_NAMED)} or a sequence of coefficients, one "
-                f"for each group, got {allocation!r}"
+                f"allocation must be one of {sorted(_NAMED)} or a sequence of coefficients, got "
+                f"{shown(allocation)}. Pass one of these strings, or one number for each group."
             )
         return _NAMED[allocation]
 
-    coefficients = tuple(allocation)
+    advice = f"Pass one of {sorted(_NAMED)}, or one number for each group."
+    coefficients = check_sequence("allocation", allocation, minimum=1, advice=advice)
     for k, coefficient in enumerate(coefficients):
-        checked(f"allocation[{k}]", coefficient)
+        checked_number(f"allocation[{k}]", coefficient)
 
     def scaled(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
         if len(coefficients) != sensitivity.size:

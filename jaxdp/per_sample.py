@@ -14,6 +14,7 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_bool, check_choice, check_integer
 from jaxdp.bounded import Bounded, Groups
 from jaxdp.engine import batches, lowerings
 from jaxdp.engine.dense import Given
@@ -341,12 +342,12 @@ class Options(NamedTuple):
     def check(self) -> None:
         """Raises on an argument that no batch could make sense of."""
         check_function(self.loss_fn)
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        check_choice("method", self.method, METHODS)
+        check_bool("has_aux", self.has_aux, advice="Say whether loss_fn returns (loss, aux).")
         for name in ("microbatch_size", "memory_budget"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None:
+                check_integer(name, value, minimum=1, advice="Leave it out to let jaxdp choose.")
 
     def problem(
         self, params: Any, batch: Any, mask: jax.Array | None, kwargs: dict[str, Any]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdp.accounting.checks import check_array, check_callable
 from jaxdp.bounded import Groups
 from jaxdp.coupling import refuse_batch_statistics
 from jaxdp.engine.reduction import Batch
@@ -115,8 +116,7 @@ def taken_apart(
 
 def check_function(loss_fn: LossFn) -> None:
     """Raises TypeError unless it can be called."""
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of (params, example), got {loss_fn!r}")
+    check_callable("loss_fn", loss_fn, advice="Pass the loss of one example: (params, example).")
 
 
 def with_gradient(leaves: list[Any], groups: Groups) -> list[Any]:
@@ -158,7 +158,9 @@ def check_arrays(params: Any, trainable: Any = True) -> None:
                 "close over it (with Equinox: params, static = eqx.partition(model, "
                 "eqx.is_inexact_array)), or make it an array and freeze it with trainable="
             )
-        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        if not (is_key := jnp.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.prng_key)):
+            check_array(f"params ({name})", leaf, advice="Make it an array, or close over it.")
+        if is_key:
             raise TypeError(
                 f"parameters must hold no random keys, got one for {name}: no optimizer can take "
                 "it. Close over it, or make a key for each sample part of the batch"

@@ -16,6 +16,8 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental import multihost_utils
 
+from jaxdp.accounting.checks import shown
+
 # Purposes. The same key given by mistake to the noise and to an adaptive clip still gives
 # independent draws.
 GRADIENT_NOISE = "gradient noise"
@@ -63,8 +65,12 @@ def own_key(key: jax.Array, purpose: str, tree: Any) -> jax.Array:
       tree: the parameters; leaves may be abstract, and only their paths are looked at.
 
     Raises:
+      TypeError: `key` is no key.
       ValueError: a generator whose derived keys are not known to be independent.
     """
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key must be a JAX key, got {shown(key)}. Pass jaxdp.random_key().")
     if (impl := str(jax.random.key_impl(key))) not in _INDEPENDENT:
         raise ValueError(
             f"a noise key must be of one of {sorted(_INDEPENDENT)}, got {impl}, of which keys that "

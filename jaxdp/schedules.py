@@ -13,31 +13,53 @@ from jaxdp.accounting.checks import check_real
 FloatOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 NUMBER_OR_SCHEDULE = "Pass one number, or a schedule: a function of the step."
+"""What to do next, where neither was given."""
 
 # A step computes in float32.
 _SMALLEST, _LARGEST = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
 
 
 def checked(name: str, value: FloatOrSchedule, *, zero: bool = False) -> None:
-    """Raises unless `value` is a schedule, a traced scalar, or a finite number above zero.
+    """Raises unless `value` is a schedule, or passes `checked_number`.
 
     Args:
       name: of the argument, for the message.
-      value: a Python or NumPy number, an array of no axes, or a function of the step.
+      value: a number, or a function of the step.
       zero: whether zero is allowed, too.
 
     Raises:
       TypeError: it is neither a number nor a function; an array with axes, text, a bool.
       ValueError: it is negative, zero where that is not allowed, or no normal float32.
     """
-    if callable(value) or isinstance(value, Tracer):
-        return
+    if not callable(value):
+        checked_number(name, value, zero=zero, advice=NUMBER_OR_SCHEDULE)
+
+
+def checked_number(
+    name: str, value: ArrayLike, *, zero: bool = False, advice: str = "Pass one number."
+) -> float | Tracer:
+    """Returns `value` as a float, or as the traced scalar that it is; raises unless it is finite
+    and above zero.
+
+    Args:
+      name: of the argument, for the message.
+      value: a Python or NumPy number, or an array of no axes.
+      zero: whether zero is allowed, too.
+      advice: one sentence on what to do next.
+
+    Raises:
+      TypeError: it is no number; an array with axes, text, a bool, a function.
+      ValueError: it is negative, zero where that is not allowed, or no normal float32.
+    """
+    if isinstance(value, Tracer) and value.ndim == 0:
+        return value
     if zero:
-        number = check_real(name, value, minimum=0, advice=NUMBER_OR_SCHEDULE)
+        number = check_real(name, value, minimum=0, advice=advice)
     else:
-        number = check_real(name, value, above=0, advice=NUMBER_OR_SCHEDULE)
+        number = check_real(name, value, above=0, advice=advice)
     if number > 0:  # beyond these it would be infinite at a step, or zero
-        check_real(name, number, minimum=_SMALLEST, maximum=_LARGEST, advice=NUMBER_OR_SCHEDULE)
+        check_real(name, number, minimum=_SMALLEST, maximum=_LARGEST, advice=advice)
+    return number
 
 
 def value_at(value: FloatOrSchedule, step: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdp.accounting.checks import check_callable
 from jaxdp.coupling import BatchStatisticsError, refuse_batch_statistics
 from jaxdp.engine import walker
 from jaxdp.engine.batch_of_one import own_statistics
@@ -100,6 +101,8 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
       >>> validate(lambda params, x: params["w"] @ x, {"w": jnp.ones(3)}, jnp.ones(3)).ok
       True
     """
+    advice = "Pass a function of parameters and one example."
+    check_callable("model_fn", model_fn, advice=advice)
     leaves, treedef = jax.tree.flatten(params)
     inputs, structure = jax.tree.flatten(example)
 

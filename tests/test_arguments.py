@@ -2,7 +2,7 @@
 
 A table of public functions, each with arguments that are fine; one argument at a time is replaced
 by every value that is wrong somewhere. Allowed is a result, or a TypeError or ValueError that says
-which argument must be what; no other exception, and no answer that takes longer than ten seconds.
+which argument must be what; no other exception, and no answer that takes more than ten seconds of CPU.
 """
 
 import functools
@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import jaxdp
-from jaxdp import accounting, lipschitz, nn, training
+from jaxdp import accounting, distributed, lipschitz, nn, training
 from jaxdp.accounting import PoissonSampling, PureRelease
 from jaxdp.accounting.checks import shown
 from jaxdp.schedules import checked
@@ -30,8 +30,8 @@ VALUES: list[Any] = [
     1e-300, 1e300, -0.5, 10**9, 10**18, 10**30, 10**5000, 1j, [], {}, (), object(), [1.0], ["a"],
     {"a": 1}, {1, 2}, range(3), lambda x: x, np.array(1), np.array(0.5), np.array([0.5, 1.0]),
     np.ones((2, 2)), np.array("x"), np.array([], object), np.float32(2), np.int64(3),
-    np.bool_(True), jnp.array(0.5), jnp.array([1.0, 2.0]), jnp.ones((2, 2)), jax.random.key(0), type,
-    Exception("x"),
+    np.bool_(True), jnp.array(0.5), jnp.array([1.0, 2.0]), jnp.ones((2, 2)), jax.random.key(0),
+    type, Exception("x"),
 ]  # fmt: skip
 
 Case = tuple[Callable[..., Any], dict[str, Any]]
@@ -58,6 +58,44 @@ def sampler(make: Callable[..., Any], **options: Any) -> Any:
     made = make(**options)
     return made.to_dict(), made.scheme, made.expected_batch_size
 
+
+def loss(params: Any, example: Any) -> Any:
+    return jnp.tanh(params @ example)
+
+
+def pooled(make: Callable[..., nn.Layer], **options: Any) -> Any:
+    return make(**options).apply({}, jnp.ones((6, 6, 2)))
+
+
+def joined_one(devices: Any) -> Any:
+    """`join`, which would set the number of devices of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.config, "update", lambda name, value: None)
+        return distributed.join(devices=devices)
+
+
+def fitted(**options: Any) -> Any:
+    tx = optax.chain(
+        jaxdp.clip_flat(1.0), jaxdp.add_noise(1.0, jax.random.key(0)), optax.scale(0.1)
+    )
+    draws = jaxdp.FixedSizeSampler(10, batch_size=2, seed=1)
+    start = training.init(jnp.ones(2), tx)
+    told: dict[str, Any] = {
+        "sampler": draws, "state": start, "step": stepped(), "data": np.ones((10, 2), np.float32),
+    }  # fmt: skip
+    return training.fit(**told | {"progress": False} | options)
+
+
+@functools.cache
+def stepped() -> training.Step:
+    tx = optax.chain(
+        jaxdp.clip_flat(1.0), jaxdp.add_noise(1.0, jax.random.key(0)), optax.scale(0.1)
+    )
+    return training.make_step(jaxdp.per_sample_grads(loss), tx)
+
+
+LOGITS = {"logits": jnp.array([1.0, 0.0]), "label": 1}
+PAIR = {"prediction": jnp.array([1.0, 0.0]), "target": jnp.array([1.0, 1.0])}
 
 # name -> (function, arguments that are fine)
 FUNCTIONS: dict[str, Case] = {
@@ -149,10 +187,6 @@ FUNCTIONS: dict[str, Case] = {
             "add_zero_attn": False, "kdim": 4, "vdim": 4,
         },
     ),  # fmt: skip
-}
-
-# Of rooms above: listed here, so that one table covers all that is public.
-OTHER_FUNCTIONS: dict[str, Case] = {
     "charge": (
         accounting.Ledger().charge,
         {"noise_multiplier": 1.0, "sampling": PoissonSampling(0.1), "steps": 3},
@@ -195,13 +229,163 @@ OTHER_FUNCTIONS: dict[str, Case] = {
     "random_key": (jaxdp.random_key, {}),
     "per_sample_grads": (
         jaxdp.per_sample_grads,
-        {"loss_fn": lambda p, x: p @ x, "method": "auto", "has_aux": False},
+        {
+            "loss_fn": loss, "method": "auto", "has_aux": False, "memory_budget": None,
+            "microbatch_size": None,
+        },
+    ),  # fmt: skip
+    "explain": (
+        functools.partial(jaxdp.explain, params=jnp.ones(2), batch=jnp.ones((3, 2))),
+        {
+            "loss_fn": loss, "method": "auto", "has_aux": False, "memory_budget": None,
+            "microbatch_size": None,
+        },
+    ),  # fmt: skip
+    "validate": (
+        functools.partial(jaxdp.validate, params=jnp.ones(2), example=jnp.ones(2)),
+        {"model_fn": loss},
     ),
-    "lipschitz linear": (lipschitz.linear, {"in_features": 2, "out_features": 3}),
+    "Draws": (
+        accounting.Draws, {"purpose": "noise", "fingerprint": "ab", "first": 0, "count": 3}
+    ),
+    "max_pool": (
+        functools.partial(pooled, nn.max_pool),
+        {"kernel_size": 2, "stride": 2, "padding": 0, "dilation": 1},
+    ),
+    "avg_pool": (
+        functools.partial(pooled, nn.avg_pool),
+        {"kernel_size": 2, "stride": 2, "padding": 0, "count_include_pad": True},
+    ),
+    "adaptive_avg_pool": (functools.partial(pooled, nn.adaptive_avg_pool), {"output_size": 2}),
+    "sequential": (lambda layer: nn.sequential(nn.tanh, layer), {"layer": nn.tanh}),
+    "from_torch_state_dict": (
+        nn.from_torch_state_dict, {"layer": nn.flatten(), "state_dict": {}, "prefix": ""}
+    ),
+    "lipschitz linear": (
+        lipschitz.linear,
+        {"in_features": 2, "out_features": 3, "bias": False, "constraint": "spectral"},
+    ),
+    "lipschitz conv2d": (
+        lipschitz.conv2d,
+        {
+            "in_channels": 2, "out_channels": 4, "kernel_size": 3, "stride": 1, "padding": 0,
+            "constraint": "spectral", "bias": False,
+        },
+    ),  # fmt: skip
     "lipschitz bias": (lipschitz.bias, {"features": 3, "max_norm": 1.0}),
+    "lipschitz residual": (
+        lipschitz.residual, {"layer": nn.tanh, "shortcut": nn.tanh, "merge": "add"}
+    ),
+    "lipschitz bounded_input": (lipschitz.bounded_input, {"bound": 1.0}),
+    "group_sort": (lipschitz.group_sort, {"group_size": 2}),
+    "householder": (lipschitz.householder, {"features": 2}),
+    "l2_norm_pool": (functools.partial(pooled, lipschitz.l2_norm_pool), {"window": 2}),
+    "scaled_avg_pool": (functools.partial(pooled, lipschitz.scaled_avg_pool), {"window": 2}),
+    "gradient_norm_preserving": (lipschitz.gradient_norm_preserving, {"fun": jnp.tanh}),
     "lipschitz clip_gradient": (
         lipschitz.clip_gradient, {"x": jnp.ones(3), "clip_value": 1.0}
     ),
+    "gradient_clip": (lipschitz.gradient_clip, {"clip_value": 1.0}),
+    "adaptive_gradient_clip": (lipschitz.adaptive_gradient_clip, {"initial": 1.0}),
+    "track_quantile": (
+        lipschitz.track_quantile,
+        {"quantile": 0.5, "learning_rate": 0.2, "expected_batch_size": 10},
+    ),
+    "bounded_grads": (
+        lipschitz.bounded_grads,
+        {"loss_fn": loss, "input_bound": 1.0, "enforce_input_bound": True, "with_losses": False},
+    ),
+    "bounded_grads called": (
+        lambda **options: lipschitz.bounded_grads(loss, **options)(
+            jnp.ones(2), jnp.ones((3, 2))
+        ),
+        {"input_bound": 1.0, "thresholds": 1.0},
+    ),
+    "bounds": (
+        functools.partial(lipschitz.bounds, params=jnp.ones(2), example=jnp.ones(2)),
+        {"loss_fn": loss, "input_bound": 1.0},
+    ),
+    "falsify": (
+        functools.partial(
+            lipschitz.falsify, params=jnp.ones(2), example=jnp.ones(2), key=jax.random.key(0)
+        ),
+        {"loss_fn": loss, "input_bound": 1.0, "classes": 2, "count": 2, "steps": 1},
+    ),
+    "signal_to_noise_average": (
+        functools.partial(
+            lipschitz.signal_to_noise_average, params=jnp.ones(2), batch=jnp.ones((3, 2))
+        ),
+        {"loss_fn": loss, "input_bound": 1.0},
+    ),
+    "signal_to_noise_elementwise": (
+        functools.partial(
+            lipschitz.signal_to_noise_elementwise, params=jnp.ones(2), batch=jnp.ones((3, 2))
+        ),
+        {"loss_fn": loss, "input_bound": 1.0},
+    ),
+    "unclipped_counts": (
+        lipschitz.unclipped_counts,
+        {"loss_fn": loss, "input_bound": 1.0, "candidates": [0.1, 0.5], "leaf": "clip_value"},
+    ),
+    "select_clip_value": (
+        lipschitz.select_clip_value,
+        {
+            "counts": jnp.array([3, 5]), "candidates": [0.1, 0.5], "quantile": 0.5,
+            "expected_count": 5, "epsilon": 1.0, "key": jax.random.key(0), "step": 0,
+        },
+    ),  # fmt: skip
+    "selection_draws": (lipschitz.selection_draws, {"key": jax.random.key(0), "step": 0}),
+    "declare": (lipschitz.declare, {"fun": jnp.tanh, "rule": lambda eqn, values: ([], None)}),
+    "project": (lipschitz.project, {"projection": lambda params: params}),
+    "onto_ball": (lipschitz.onto_ball, {"array": jnp.ones(2), "norm": 1.0}),
+    "onto_spectral_ball": (lipschitz.onto_spectral_ball, {"matrix": jnp.eye(2), "norm": 1.0}),
+    "softmax_cross_entropy": (
+        lipschitz.softmax_cross_entropy, {**LOGITS, "temperature": 1.0}
+    ),
+    "binary_cross_entropy": (
+        lipschitz.binary_cross_entropy,
+        {"logits": jnp.ones(2), "targets": jnp.ones(2), "temperature": 1.0},
+    ),
+    "multiclass_hinge": (lipschitz.multiclass_hinge, {**LOGITS, "margin": 1.0}),
+    "cosine_similarity": (lipschitz.cosine_similarity, {**PAIR, "least_norm": 1.0}),
+    "mean_absolute_error": (lipschitz.mean_absolute_error, PAIR),
+    "kantorovich_rubinstein": (
+        lipschitz.kantorovich_rubinstein, {**LOGITS, "proportions": (0.5, 0.5)}
+    ),
+    "hinge_kantorovich_rubinstein": (
+        lipschitz.hinge_kantorovich_rubinstein,
+        {**LOGITS, "proportions": (0.5, 0.5), "alpha": 10.0, "margin": 1.0},
+    ),
+    "fit": (
+        fitted,
+        {
+            "steps": 0, "delta": 1e-5, "budget": 1.0, "accountant": "rdp",
+            "neighboring_relation": "replace_one", "ledger": accounting.Ledger(),
+            "evaluate": None, "report_every": 1, "log_fn": None, "checkpoints": None,
+            "progress": False, "sharding": None, "data_parts": 1,
+        },
+    ),  # fmt: skip
+    "fit objects": (
+        functools.partial(
+            fitted, steps=0, delta=1e-5, accountant="rdp", neighboring_relation="replace_one"
+        ),
+        {
+            "state": training.init(jnp.ones(2), optax.sgd(0.1)), "step": stepped(),
+            "sampler": jaxdp.FixedSizeSampler(10, batch_size=2, seed=1),
+            "data": np.ones((10, 2), np.float32),
+        },
+    ),  # fmt: skip
+    "make_step": (
+        training.make_step,
+        {
+            "grads_fn": jaxdp.per_sample_grads(loss), "tx": optax.sgd(0.1), "example_keys": False,
+        },
+    ),  # fmt: skip
+    "init": (training.init, {"params": jnp.ones(2), "tx": optax.sgd(0.1)}),
+    "run_of": (training.run_of, {"error": ValueError("x")}),
+    "data_parallel": (distributed.data_parallel, {"devices": 1}),
+    "join": (joined_one, {"devices": 1}),
+    "all_reduce": (lambda axis: distributed.all_reduce(axis), {"axis": "data"}),
     "Checkpoints": (training.Checkpoints, {"directory": "/nonexistent/place", "keep": 3}),
 }
 
@@ -215,12 +399,21 @@ def told(error: Exception, argument: str, function: str) -> bool:
     return named and " must " in text and "got " in text
 
 
+# Functions that are called at once: what a wrong one raises is its own error.
+CALLED = {("explain", "loss_fn"), ("validate", "model_fn"), ("bounds", "loss_fn"),
+    ("falsify", "loss_fn"), ("signal_to_noise_average", "loss_fn"),
+    ("signal_to_noise_elementwise", "loss_fn"), ("fit objects", "data")}
+
 # Where a message speaks of the argument by another name.
 SPOKEN = {
     ("combined_noise_multiplier", "noise_multipliers"): ("noise_multiplier",),
     ("scheme_from_dict", "data"): ("sampling kind", "sampling scheme"),
     ("sampler_from_dict", "data"): ("sampler kind", "sampler"),
     ("residual", "shortcut"): ("layer",),
+    ("lipschitz residual", "shortcut"): ("layer",),
+    ("max_pool", "kernel_size"): ("window",),
+    ("max_pool", "dilation"): ("window",),
+    ("avg_pool", "kernel_size"): ("window",),
     ("embedding", "num_embeddings"): ("padding_idx",),
     ("group_norm", "num_groups"): ("num_channels",),
     ("multi_head_attention", "num_heads"): ("embed_dim",),
@@ -235,7 +428,9 @@ def faults(cases: dict[str, Case], name: str, argument: str) -> list[str]:
     function, fine = cases[name]
     found = []
     for value in VALUES:
-        start = time.perf_counter()
+        if callable(value) and (name, argument) in CALLED:
+            continue
+        start = time.process_time()
         try:
             function(**{**fine, argument: value})
         except (TypeError, ValueError) as error:
@@ -243,7 +438,7 @@ def faults(cases: dict[str, Case], name: str, argument: str) -> list[str]:
                 found.append(f"{argument}={shown(value)}: {type(error).__name__}: {error}"[:300])
         except Exception as error:
             found.append(f"{argument}={shown(value)}: {type(error).__name__}: {error}"[:300])
-        if (seconds := time.perf_counter() - start) > SECONDS:
+        if (seconds := time.process_time() - start) > SECONDS:
             found.append(f"{argument}={shown(value)}: {seconds:.0f} s")
     return found
 
@@ -268,9 +463,9 @@ def test_a_wrong_argument_is_told_in_one_sentence(name: str, argument: str) -> N
     assert faults(FUNCTIONS, name, argument) == []
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS | OTHER_FUNCTIONS))
+@pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_the_arguments_of_the_table_are_fine(name: str) -> None:
-    function, fine = (FUNCTIONS | OTHER_FUNCTIONS)[name]
+    function, fine = FUNCTIONS[name]
     assert function(**fine) is not NotImplemented
 
 

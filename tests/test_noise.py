@@ -361,7 +361,7 @@ MISUSES: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown allocation": (
         lambda: jaxdp.add_noise(1.0, KEY, "best"),
         ValueError,
-        r"allocation must be one of \['global', 'optimal', 'per_layer'\] or .* got 'best'",
+        r"allocation must be one of .*, got 'best'",
     ),
     "too few coefficients": (
         lambda: noise_of(Bounded([jnp.ones(1)] * 2, jnp.ones(2), (0, 1)), (1.0,)),

@@ -20,8 +20,8 @@ from jaxdp.accounting.composition import (
     TooManyStepsError,
     as_question,
     check_delta,
-    epsilon_bound_of,
     epsilon_of,
+    rough_epsilon_of,
 )
 from jaxdp.accounting.mechanisms import Mechanism, Release, mechanisms_of
 from jaxdp.accounting.run import sampling_of
@@ -33,7 +33,7 @@ from jaxdp.accounting.schemes import (
 )
 
 _LOG_TOLERANCE = 8e-4
-# Enough for an upper bound that is off by as much.
+# Enough for a rough answer that is off by as much.
 _LOG_ROUGH = 5e-3
 _SMALLEST_SIGMA, _LARGEST_SIGMA = 2.0**-4, 2.0**19
 _SMALLEST_RATE = 2.0**-40
@@ -117,13 +117,16 @@ def _narrowed(
     return good
 
 
-def largest_count(ask: Callable[[int], float], target: float, at_most: int) -> int:
+def largest_count(
+    ask: Callable[[int], float], target: float, at_most: int, near: int = 1
+) -> int:
     """The largest n with `epsilon_at(n) <= target`, for an increasing function.
 
     Args:
         ask: ε after n steps; cached by the caller, it may be asked twice.
         target: the ε to stay within.
         at_most: where to stop looking, ≥ 0.
+        near: where to look first, ≥ 1.
 
     Returns:
         n in [0, at_most] such that n fits and n + 1 does not, or `at_most` if that fits; 0 also if
@@ -147,8 +150,13 @@ def largest_count(ask: Callable[[int], float], target: float, at_most: int) -> i
 
     if at_most == 0 or epsilon_at(1) > target:
         return 0
-    good, bad = 1, at_most + 1
-    while good < at_most:
+    good, bad, trial, stride = 1, at_most + 1, min(near, at_most), 1.01
+    while trial > good:
+        if epsilon_at(trial) <= target:
+            good = trial
+        else:
+            bad, trial, stride = trial, min(trial - 1, math.floor(trial / stride)), stride**2
+    while good < at_most and bad > at_most:
         # ε grows between √n and n; quadrupling would overshoot the first and crawl on the second.
         step = 2.0 if epsilon_at(good) <= 0 else min(target / epsilon_at(good), 64.0) ** 2
         trial = min(max(good + 1, math.ceil(good * max(step, 1.05))), at_most)
@@ -201,10 +209,9 @@ class _Search(NamedTuple):
         """The accountant's answer."""
         return epsilon_of(self.mechanisms_at(x), self.delta, self.question)
 
-    def bound_at(self, x: float) -> float:
-        """Not below it, and several times faster."""
-        mechanisms = self.mechanisms_at(x)
-        return epsilon_bound_of(mechanisms, self.delta, self.question, rounded=False)
+    def roughly_at(self, x: float) -> float:
+        """About that, and several times faster."""
+        return rough_epsilon_of(self.mechanisms_at(x), self.delta, self.question)
 
     def bracket(
         self, at: Callable[[float], float], start: float, step: float
@@ -230,13 +237,12 @@ class _Search(NamedTuple):
     def solve(self) -> float | None:
         """The boldest x that fits, within 0.1%; None if not even the safest does."""
         start, step = self.start, self.step
-        good, bad = self.bracket(self.bound_at, start, step)
-        if good == bad == self.ends[1]:
-            return good
+        good, bad = self.bracket(self.roughly_at, start, step)
         if good != bad:
-            # The answer is a little bolder than what the bound tells.
-            start = _narrowed(self.bound_at, self.target, good, bad, _LOG_ROUGH)
+            start = _narrowed(self.roughly_at, self.target, good, bad, _LOG_ROUGH)
             step = 1 + 0.02 * math.copysign(1, step - 1)
+        elif good == self.ends[1]:
+            start = good
         elif self.epsilon_at(self.ends[0]) > self.target:
             return None
         good, bad = self.bracket(self.epsilon_at, start, step)
@@ -357,7 +363,14 @@ def calibrate_steps(
     def epsilon_after(steps: int) -> float:
         return epsilon_of(mechanisms_of([[Release(sigma, scheme, steps)]]), delta, question)
 
-    return largest_count(epsilon_after, target, at_most)
+    def roughly_after(steps: int) -> float:
+        return rough_epsilon_of(mechanisms_of([[Release(sigma, scheme, steps)]]), delta, question)
+
+    try:
+        near = max(largest_count(roughly_after, target, at_most), 1)
+    except TooManyStepsError:
+        near = 1
+    return largest_count(epsilon_after, target, at_most, near)
 
 
 def calibrate_sampling_rate(

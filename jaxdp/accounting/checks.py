@@ -18,6 +18,7 @@ check_choice     one of some strings
 check_callable   a function
 check_instance   an object of a class
 check_sequence   a list, a tuple or another sequence that is no text
+check_array      a number, or an array of numbers
 check_keys       a mapping with exactly the given keys
 ================ =================================================================
 
@@ -342,6 +343,38 @@ def check_sequence(name: str, value: object, *, minimum: int = 0, advice: str) -
             f"{name} must have at least {minimum} entries, got {shown(value)}. {advice}"
         )
     return entries
+
+
+def check_array(name: str, value: T, *, advice: str) -> T:
+    """Returns `value` if it is a number or an array of numbers, NumPy's or JAX's, traced or not.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed; lists are refused, and so are random keys.
+        advice: one sentence on what to do next.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: `value` is no array of numbers.
+        ValueError: `value` is a Python integer that an int32 does not hold.
+
+    Example:
+        >>> check_array("logits", "3", advice="Pass the output of the model.")
+        Traceback (most recent call last):
+        TypeError: logits must be an array of numbers, got '3'. Pass the output of the model.
+    """
+    if isinstance(value, int) and not -(2**31) <= value < 2**31:
+        raise ValueError(f"{name} must be within int32, got {shown(value)}. {advice}")
+    dtype = getattr(value, "dtype", None)
+    is_array = isinstance(dtype, np.dtype) and (
+        # bfloat16 and its like are of a kind of their own.
+        dtype.kind in "biufc" or dtype.name.startswith(("bfloat", "float", "int", "uint"))
+    )
+    if not (is_array or isinstance(value, int | float | complex)):
+        raise TypeError(f"{name} must be an array of numbers, got {shown(value)}. {advice}")
+    return value
 
 
 def check_keys(name: str, value: object, keys: Collection[str]) -> Mapping[str, object]:

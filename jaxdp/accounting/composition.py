@@ -408,6 +408,41 @@ def epsilon_bound_of(
 
 
 @lru_cache(maxsize=4096)
+def rough_epsilon_of(mechanisms: tuple[Mechanism, ...], delta: float, question: Question) -> float:
+    """About `epsilon_of`, for "pld" in a tenth of the time: to search with, never to answer with.
+
+    It differs from `epsilon_bound_of` by not allowing for what tails a composition cuts off, and so
+    tells something of every δ.
+
+    Args:
+        mechanisms: from `mechanisms_of`.
+        delta: δ in (0, 1).
+        question: accountant and neighbouring relation.
+
+    Returns:
+        ε ≥ 0, or `math.inf`.
+
+    Raises:
+        ValueError: dp-accounting does not support the combination, or it is more than can be
+            composed.
+
+    Example:
+        >>> step = GaussianMechanism(PoissonSampling(0.04), 1.1, repeats=250)
+        >>> question = Question("pld", "add_or_remove_one")
+        >>> rough = rough_epsilon_of((step,), 1e-5, question)
+        >>> abs(rough / epsilon_of((step,), 1e-5, question) - 1) < 0.01
+        True
+    """
+    if not mechanisms:
+        return 0.0
+    _check_supported(mechanisms, question)
+    mechanisms = coarsened(mechanisms)
+    if any(map(_is_bare, mechanisms)):
+        return math.inf
+    return _epsilon(mechanisms, delta, question, _BOUND_COARSENING)
+
+
+@lru_cache(maxsize=4096)
 def delta_of(mechanisms: tuple[Mechanism, ...], epsilon: float, question: Question) -> float:
     """The δ at which the composed mechanisms are (ε, δ) differentially private.
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxdp.accounting.checks import check_instance
 from jaxdp.bounded import Bounded
 from jaxdp.varying import untracked_axes, varying_axes
 
@@ -51,6 +52,8 @@ def all_reduce(*axis_names: str) -> optax.GradientTransformation:
     """
     if not axis_names:
         raise ValueError("all_reduce needs the axis along which samples are spread, got none")
+    for name in axis_names:
+        check_instance("axis_names", name, str, advice="Pass the names of the axes, one by one.")
     axes = frozenset(axis_names)
 
     def update(updates: Any, params: Any) -> Any:

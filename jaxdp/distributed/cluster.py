@@ -4,6 +4,8 @@ import os
 
 import jax
 
+from jaxdp.accounting.checks import check_integer
+
 # JAX makes them one after the other: a thousand take a second, and a typing error would take days.
 _MOST_DEVICES = 1024
 _VIRTUAL = "xla_force_host_platform_device_count"
@@ -38,10 +40,9 @@ def join(
             f"num_processes={num_processes} and process_id={process_id} need a coordinator: pass "
             "host:port of process 0, or 'auto'"
         )
-    if devices is not None and devices < 1:
-        raise ValueError(f"devices must be at least 1, got {devices}")
-    if devices is not None and devices > _MOST_DEVICES:
-        raise ValueError(f"devices must be at most {_MOST_DEVICES} a process, got {devices}")
+    if devices is not None:
+        advice = "Pass the devices of this process."
+        check_integer("devices", devices, minimum=1, maximum=_MOST_DEVICES, advice=advice)
     # JAX refuses to be told twice.
     if devices is not None and _VIRTUAL not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)

@@ -9,6 +9,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxdp.accounting.checks import check_integer
+
 
 def data_parallel(devices: int | None = None) -> NamedSharding:
     """The rows of a batch spread over devices, of all processes together.
@@ -31,10 +33,8 @@ def data_parallel(devices: int | None = None) -> NamedSharding:
     """
     available = jax.local_device_count()
     count = available if devices is None else devices
-    if not 1 <= count <= available:
-        raise ValueError(
-            f"devices must be in 1..{available}, the devices of this process, got {devices}"
-        )
+    advice = "Take no more than this process has."
+    count = check_integer("devices", count, minimum=1, maximum=available, advice=advice)
     chosen: dict[int, list[Any]] = {}
     for device in jax.devices():
         of_process = chosen.setdefault(device.process_index, [])

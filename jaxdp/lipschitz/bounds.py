@@ -8,7 +8,6 @@ a constraint for a bound to be true. Constraints (`lipschitz.project`) keep the 
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxdp.accounting.checks import check_real
 from jaxdp.engine import effects, walker
 from jaxdp.engine.rounding import roundings
 from jaxdp.lipschitz.propagation import Cotangents, Step, Tape, culprit, propagate, pull_back
@@ -283,9 +283,8 @@ def _numbered(input_bound: Any) -> Any:
 
 def _limit(value: Any) -> float:
     advice = "Pass the L2 norm that each example is held to, or math.inf for none."
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"input_bound must hold real numbers, got {value!r}. {advice}")
-    limit = float(value)
+    infinite = isinstance(value, float) and value == math.inf
+    limit = math.inf if infinite else check_real("input_bound", value, minimum=0, advice=advice)
     if not (limit == 0 or limit >= SHORTEST):
         raise ValueError(
             f"input_bound must hold norms that are 0 or at least {SHORTEST:g}, got {limit}. "

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdp.accounting.checks import check_integer
 from jaxdp.lipschitz.bounds import input_limits, is_float, leaf_bounds, pose_one
 from jaxdp.lipschitz.gradients import admitted
 from jaxdp.per_sample import per_sample_grads
@@ -22,6 +23,10 @@ _UNBOUNDED = 1000.0
 
 TOLERANCE = 1e-5
 """What a ratio may exceed one by: norms are rounded, too."""
+
+
+# Of classes, examples and steps: what int32 counts of them are computed in.
+_MOST = 2**31 - 1
 
 
 class Attack(NamedTuple):
@@ -114,6 +119,10 @@ def falsify(
       >>> print(found.survived, round(found.attacks[""].ratio, 2))
       True 1.0
     """
+    advice = "A few dozen are usual."
+    for name, number in (("classes", classes), ("count", count)):
+        check_integer(name, number, minimum=1, maximum=_MOST, advice=advice)
+    check_integer("steps", steps, minimum=0, maximum=_MOST, advice=advice)
     limits = input_limits(input_bound, example)
     names = pose_one(loss_fn, params, example, kwargs, trainable).names
     grads_fn = per_sample_grads(loss_fn, trainable=trainable)

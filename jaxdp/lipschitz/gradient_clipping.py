@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_array, check_real, shown
 from jaxdp.clipping import adaptive_limits
 from jaxdp.engine.numerics import square_sums
 from jaxdp.engine.rounding import roundings
@@ -24,7 +25,7 @@ from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import SHARED, Cotangent, Range, Value
 from jaxdp.nn.composition import function
 from jaxdp.nn.layer import Layer, Params
-from jaxdp.schedules import checked
+from jaxdp.schedules import checked_number
 
 
 def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
@@ -51,12 +52,11 @@ def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
     Source: Béthune et al. 2023, "DP-SGD Without Clipping: The Lipschitz Neural Network Way", with
     C per sample.
     """
-    if jnp.ndim(clip_value) != 0:
-        raise ValueError(
-            f"clip_value must be a scalar, got shape {jnp.shape(clip_value)}. Pass one threshold; "
-            "clip parts of x one by one."
-        )
-    checked("clip_value", clip_value, zero=True)
+    advice = "Clip an array that the loss is differentiated through."
+    if not jnp.issubdtype(jnp.result_type(check_array("x", x, advice=advice)), jnp.floating):
+        raise TypeError(f"x must be of floating-point numbers, got {shown(x)}. {advice}")
+    x = jnp.asarray(x)
+    checked_number("clip_value", clip_value, zero=True)
     return _clip_gradient(x, jnp.asarray(clip_value, x.dtype))
 
 
@@ -76,7 +76,7 @@ def gradient_clip(clip_value: float) -> Layer:
       >>> print(gradient_clip(1.0).apply({}, jnp.ones(2)))
       [1. 1.]
     """
-    checked("clip_value", clip_value)
+    checked_number("clip_value", clip_value)
     return function(lambda x: clip_gradient(x, clip_value))
 
 
@@ -108,7 +108,7 @@ def adaptive_gradient_clip(initial: float = 1.0) -> Layer:
     Source: Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", for the
     count, here of cotangents.
     """
-    checked("initial", initial)
+    checked_number("initial", initial)
 
     def apply(params: Params, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         return _counted_clip(x, params["clip_value"])
@@ -164,10 +164,10 @@ def track_quantile(
 
     Source: as `adaptive_gradient_clip`, algorithm 1.
     """
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile must be in (0, 1), got {quantile}")
-    checked("learning_rate", learning_rate)
-    checked("expected_batch_size", expected_batch_size)
+    advice = "Pass the share of samples that are not to be clipped."
+    quantile = check_real("quantile", quantile, above=0, below=1, advice=advice)
+    checked_number("learning_rate", learning_rate)
+    checked_number("expected_batch_size", expected_batch_size)
 
     def init(params: Any) -> TrackQuantileState:
         limits = [adaptive_limits(leaf) for leaf in jax.tree.leaves(params)]

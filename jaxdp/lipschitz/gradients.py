@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jaxdp.accounting.checks import check_bool
 from jaxdp.bounded import Bounded
 from jaxdp.clipping import SMALLEST_THRESHOLD, check_threshold, clip_per_layer
 from jaxdp.engine.numerics import select_rows, square_sums, widened
@@ -29,6 +30,7 @@ from jaxdp.lipschitz.bounds import (
 from jaxdp.lipschitz.rounding import once
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, Problem, check_function, pose, taken_apart, with_gradient
+from jaxdp.schedules import checked_number
 from jaxdp.trees import prefix_leaves
 from jaxdp.varying import sample_axes
 
@@ -92,6 +94,8 @@ def bounded_grads(
     Source: as `bounds`.
     """
     check_function(loss_fn)
+    check_bool("enforce_input_bound", enforce_input_bound, advice="Leave it out to be safe.")
+    check_bool("with_losses", with_losses, advice="Say whether losses are returned, too.")
 
     def posed(params: Any, batch: Any, mask: jax.Array | None, kwargs: dict[str, Any]) -> Problem:
         return pose(loss_fn, params, batch, mask, kwargs, has_aux=False, trainable=trainable)
@@ -185,7 +189,7 @@ def admitted(examples: Any, mask: jax.Array, limits: Sequence[float]) -> tuple[A
             return jnp.zeros_like(leaf)
         if limit == math.inf:
             return select_rows(counted, leaf)
-        longer = squared > limit**2
+        longer = squared > limit * limit
         factors = jnp.where(longer, limit / jnp.sqrt(squared), jnp.ones_like(squared))
         return select_rows(counted, _shrunk(leaf, factors))
 
@@ -240,7 +244,13 @@ def _clipped(
 
 def _caps(thresholds: Any, params: Any) -> list[float]:
     caps = prefix_leaves("thresholds", thresholds, params)
-    for cap in caps:
-        if cap != math.inf:
-            check_threshold("thresholds", cap)
-    return caps
+    return [cap if _is_infinite(cap) else _threshold(cap) for cap in caps]
+
+
+def _is_infinite(cap: Any) -> bool:
+    return isinstance(cap, float) and cap == math.inf
+
+
+def _threshold(cap: Any) -> Any:
+    check_threshold("thresholds", cap)
+    return checked_number("thresholds", cap)

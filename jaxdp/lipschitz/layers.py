@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxdp.accounting.checks import check_choice
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
 from jaxdp.lipschitz.operator_norm import convolution_norm, patch_multiplicity
@@ -31,7 +32,7 @@ from jaxdp.nn.convolution import conv2d as nn_conv2d
 from jaxdp.nn.layer import Layer, Params, add_bias, check_input, check_sizes
 from jaxdp.nn.linear import linear as nn_linear
 from jaxdp.nn.sizes import Size, sizes
-from jaxdp.schedules import checked
+from jaxdp.schedules import checked_number
 
 KERNEL_CONSTRAINTS = ("orthogonal", "spectral", "frobenius")
 
@@ -55,7 +56,7 @@ def bounded_input(bound: float) -> Layer:
       >>> print(bounded_input(1.0).apply({}, jnp.array([3.0, 4.0])))
       [0.6 0.8]
     """
-    checked("bound", bound)
+    checked_number("bound", bound)
     return function(_bounded_input(float(bound)))
 
 
@@ -158,7 +159,7 @@ def bias(features: int, *, max_norm: float = 1.0) -> Layer:
       {'bias': Array([0.6, 0.8, 0. ], dtype=float32)}
     """
     check_sizes(features=features)
-    checked("max_norm", max_norm)
+    checked_number("max_norm", max_norm)
 
     def apply(params: Params, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         check_input("bias", x, last=features)
@@ -193,8 +194,7 @@ def residual(
       >>> print(block.apply({}, jnp.ones(2)))
       [2. 2.]
     """
-    if merge not in ("add", "1-lip-add"):
-        raise ValueError(f"merge must be 'add' or '1-lip-add', got {merge!r}")
+    check_choice("merge", merge, ("add", "1-lip-add"))
     weight = 1.0 if merge == "add" else 0.5
 
     def merged(functions: list[Callable[[Any], Any]], x: Any) -> Any:
@@ -290,7 +290,7 @@ def l2_norm_pool(window: Size) -> Layer:
 
     Source: Boureau et al. 2010, "A Theoretical Analysis of Feature Pooling in Visual Recognition".
     """
-    sizes("window", window, 1 if isinstance(window, int) else len(window))
+    sizes("window", window, len(window) if isinstance(window, Sequence) else 1)
     return function(lambda x: _l2_norm_pool(sizes("window", window, x.ndim - 1))(x))
 
 
@@ -311,7 +311,7 @@ def scaled_avg_pool(window: Size) -> Layer:
       >>> print(scaled_avg_pool(4).apply({}, jnp.ones((4, 1))))
       [[2.]]
     """
-    sizes("window", window, 1 if isinstance(window, int) else len(window))
+    sizes("window", window, len(window) if isinstance(window, Sequence) else 1)
 
     def apply(x: jax.Array) -> jax.Array:
         blocks, inner = _blocks(x, sizes("window", window, x.ndim - 1))
@@ -355,10 +355,7 @@ def _constrained(layer: Layer, projection: Callable[[jax.Array], jax.Array]) -> 
 
 
 def _check_constraint(constraint: str) -> None:
-    if constraint not in KERNEL_CONSTRAINTS:
-        raise ValueError(
-            f"constraint must be one of {', '.join(KERNEL_CONSTRAINTS)}, got {constraint!r}"
-        )
+    check_choice("constraint", constraint, KERNEL_CONSTRAINTS)
 
 
 def _matrix_projection(constraint: str) -> Callable[[jax.Array], jax.Array]:

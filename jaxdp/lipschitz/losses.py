@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_real
+from jaxdp.accounting.checks import check_array, check_real, check_sequence
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
 from jaxdp.lipschitz.rounding import divisor, gamma, once, times
@@ -255,11 +255,12 @@ def _scale(name: str, value: object) -> float:
 
 
 _LEAST = 1e-12
+_OF_ONE_EXAMPLE = "Give the values of one example, as an array."
 
 
 def _check_logits(loss: str, logits: Any) -> int:
     """How many classes there are."""
-    shape = tuple(jnp.shape(logits))
+    shape = tuple(jnp.shape(check_array("logits", logits, advice=_OF_ONE_EXAMPLE)))
     if len(shape) != 1 or shape[0] < 2:
         raise ValueError(
             f"logits must be the [K] of one example, K at least 2, in {loss}, got shape {shape}. "
@@ -279,6 +280,7 @@ def _check_floating(name: str, array: Any) -> None:
 
 def _checked_label(label: Any, classes: int) -> jax.Array:
     """The label as int32, -1 for every one that is no class."""
+    check_array("label", label, advice="Give the class of one example, an integer.")
     dtype, shape = jnp.result_type(label), tuple(jnp.shape(label))
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(
@@ -310,7 +312,8 @@ def _or_nan(loss: jax.Array, label: jax.Array) -> jax.Array:
 
 def _checked_target(loss: str, name: str, array: Any, target_name: str, target: Any) -> jax.Array:
     """The target in the dtype of the prediction."""
-    _check_floating(name, array)
+    _check_floating(name, check_array(name, array, advice=_OF_ONE_EXAMPLE))
+    check_array(target_name, target, advice=_OF_ONE_EXAMPLE)
     shape, other = tuple(jnp.shape(array)), tuple(jnp.shape(target))
     if shape != other:
         raise ValueError(
@@ -459,13 +462,13 @@ def _kantorovich_rubinstein(proportions: tuple[float, ...]) -> Callable[..., jax
 
 
 def _public(proportions: Sequence[float], classes: int) -> tuple[float, ...]:
-    shares = tuple(proportions)
+    advice = "Give the share of each class in the data, as public numbers."
+    shares = check_sequence("proportions", proportions, advice=advice)
     if len(shares) != classes:
         raise ValueError(
             f"proportions must hold one number for each of the {classes} classes, got "
             f"{len(shares)}. Give the share of each class in the data."
         )
-    advice = "Give the share of each class in the data, as public numbers."
     return tuple(
         check_real("proportions", share, minimum=1e-6, maximum=1 - 1e-6, advice=advice)
         for share in shares

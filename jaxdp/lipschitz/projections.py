@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxdp.accounting.checks import check_array, check_callable, shown
 from jaxdp.lipschitz.operator_norm import matrix_norm
-from jaxdp.schedules import checked
+from jaxdp.schedules import checked_number
 
 _BJORCK_STEPS = 12
+
+_MATRIX = "Pass one matrix: map over trees of them."
 
 
 def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
@@ -24,7 +27,8 @@ def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
       >>> print(onto_ball(jnp.array([3.0, 4.0])))
       [0.6 0.8]
     """
-    checked("norm", norm)
+    norm = checked_number("norm", norm)
+    check_array("array", array, advice="Pass one array: map over trees of them.")
     size = jnp.sqrt(jnp.sum(jnp.square(array)))
     return array * jnp.where(size > norm, norm / size, jnp.ones_like(size))
 
@@ -37,7 +41,10 @@ def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
       [[1.   0.  ]
        [0.   0.25]]
     """
-    checked("norm", norm)
+    norm = checked_number("norm", norm)
+    check_array("matrix", matrix, advice=_MATRIX)
+    if jnp.ndim(matrix) != 2:
+        raise ValueError(f"matrix must have two axes, got {shown(matrix)}. {_MATRIX}")
     size = matrix_norm(matrix)
     return matrix * jnp.where(size > norm, norm / size, jnp.ones_like(size))
 
@@ -91,6 +98,7 @@ def project(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
       >>> print(optax.apply_updates(params, updates))
       [0.6 0.8]
     """
+    check_callable("projection", projection, advice="Pass a function of the parameters.")
 
     def update(updates: Any, params: Any) -> Any:
         if params is None:

@@ -16,15 +16,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_real
+from jaxdp.accounting.checks import (
+    check_array,
+    check_integer,
+    check_real,
+    check_reals,
+    shown,
+)
 from jaxdp.distributions import laplace
 from jaxdp.lipschitz.bounds import input_limits
 from jaxdp.lipschitz.gradients import admitted
 from jaxdp.problem import LossFn, Problem, check_function, pose
 from jaxdp.randomness import SELECTION_NOISE, drawn_alone, fingerprint, own_key, step_key
-from jaxdp.schedules import checked
+from jaxdp.schedules import checked_number
 
 # Below, the noise would exceed the integers that it is compared in.
 _SMALLEST_EPSILON = 1e-7
@@ -162,7 +169,7 @@ def select_clip_value(
     scales for monotonic queries are twice these. The constants here are derived below.
     """
     thresholds = _ascending(candidates)
-    counts = jnp.asarray(counts)
+    counts = jnp.asarray(check_array("counts", counts, advice="Pass sums of unclipped_counts."))
     if not jnp.issubdtype(counts.dtype, jnp.integer):
         raise TypeError(
             f"counts must be integers, got {counts.dtype}: pass sums of unclipped_counts"
@@ -172,12 +179,12 @@ def select_clip_value(
             f"counts must have one entry for each of the {thresholds.size} candidates, got shape "
             f"{counts.shape}"
         )
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile must be in (0, 1), got {quantile}")
-    checked("expected_count", expected_count)
+    advice = "Pass the share of samples that are not to be clipped."
+    quantile = check_real("quantile", quantile, above=0, below=1, advice=advice)
+    expected_count = checked_number("expected_count", expected_count)
     advice = "Count a Poisson draw of the data, which costs less privacy, too."
     check_real("expected_count", expected_count, maximum=_LARGEST_COUNT, advice=advice)
-    checked("epsilon", epsilon)
+    epsilon = checked_number("epsilon", epsilon)
     advice = "Less is a choice at random: make it without looking at the data."
     check_real("epsilon", epsilon, minimum=_SMALLEST_EPSILON, advice=advice)
     # Why Lap(1/ε) is enough. Let D' be D with one example more. It counts from some candidate a
@@ -194,7 +201,7 @@ def select_clip_value(
     # for an i < j, as where one example replaces another, the first would pay for both; were both
     # signs possible, too, twice for the second scale. To answer "none" by the last candidate is
     # post-processing.
-    draw = step_key(own_key(key, SELECTION_NOISE, ()), jnp.asarray(step))
+    draw = step_key(own_key(key, SELECTION_NOISE, ()), _step(step))
     alone = drawn_alone(draw, counts)
     noise = laplace(draw, (thresholds.size + 1,)) / epsilon
     rho, nu = noise[0], noise[1:]
@@ -220,14 +227,23 @@ def selection_draws(key: jax.Array, step: int) -> tuple[tuple[str, str, int], ..
       >>> purpose, len(name), step
       ('selection noise', 64, 3)
     """
-    return ((SELECTION_NOISE, fingerprint(own_key(key, SELECTION_NOISE, ())), int(step)),)
+    return ((SELECTION_NOISE, fingerprint(own_key(key, SELECTION_NOISE, ())), int(_step(step))),)
+
+
+def _step(step: Any) -> jax.Array:
+    """The number of a selection, traced or not."""
+    if isinstance(step, Tracer) and not step.ndim and jnp.issubdtype(step.dtype, jnp.integer):
+        return step
+    advice = "Count the selections with this key from zero."
+    return jnp.asarray(check_integer("step", step, minimum=0, maximum=2**31 - 1, advice=advice))
 
 
 def _ascending(candidates: Candidates) -> np.ndarray:
     """The candidates, float32 `[J]`."""
-    values = np.asarray(candidates, np.float32)
-    if values.ndim != 1 or not values.size:
-        raise ValueError(f"candidates must be a sequence of numbers, got shape {values.shape}")
+    advice = "Pass thresholds in ascending order."
+    values = np.asarray(check_reals("candidates", candidates, above=0, advice=advice), np.float64)
+    with np.errstate(over="ignore"):  # told below
+        values = values.astype(np.float32)
     if not (np.all(np.isfinite(values)) and values[0] > 0 and np.all(np.diff(values) > 0)):
         raise ValueError(
             f"candidates must be finite, above 0 and ascending in float32, got {values.tolist()}"
@@ -243,6 +259,6 @@ def _place(leaf: str, problem: Problem) -> int:
     if leaf not in scalars:
         raise ValueError(
             f"leaf must name a scalar parameter, the threshold of an adaptive_gradient_clip, got "
-            f"{leaf!r}: the scalars here are {scalars}"
+            f"{shown(leaf)}: the scalars here are {scalars}"
         )
     return problem.names.index(leaf)

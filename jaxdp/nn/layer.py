@@ -152,8 +152,8 @@ def check_output(layer: str, x: jax.Array, y: jax.Array) -> None:
     """Raises if windows do not fit into x anywhere, so that y is empty."""
     if y.size == 0 and x.size > 0:
         raise ValueError(
-            f"{layer} needs an input as large as its window, padding included, got "
-            f"{tuple(x.shape)}, which leaves an output of {tuple(y.shape)}"
+            f"{layer}: the window must be at most as large as the input, padding included, got an "
+            f"input of shape {tuple(x.shape)}, which leaves an output of {tuple(y.shape)}"
         )
 
 

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxdp.accounting.checks import check_integer, shown
 from jaxdp.nn.composition import function
-from jaxdp.nn.layer import Layer, check_output
+from jaxdp.nn.layer import Layer, check_flags, check_output
 from jaxdp.nn.sizes import Size, sizes
+
+# Of an adaptive pooling along an axis, which holds a row of weights for each.
+_MOST_WINDOWS = 2**16
 
 
 def max_pool(
@@ -64,6 +68,8 @@ def avg_pool(
       [0.5, 2.5]
     """
 
+    check_flags(count_include_pad=count_include_pad)
+
     def pool(x: jax.Array) -> jax.Array:
         total = _reduce(x, 0, lax.add, kernel_size, stride, padding, 1)
         if count_include_pad:
@@ -96,6 +102,8 @@ def adaptive_avg_pool(output_size: Size) -> Layer:
 
     def pool(x: jax.Array) -> jax.Array:
         for axis, count in enumerate(sizes("output_size", output_size, x.ndim - 1)):
+            advice = "An output of more windows than that repeats its input."
+            check_integer("output_size", count, maximum=_MOST_WINDOWS, advice=advice)
             shares = _shares(x.shape[axis], count, x.dtype)
             x = jnp.moveaxis(jnp.tensordot(shares, x, (1, axis)), 0, axis)
         return x
@@ -116,7 +124,9 @@ def _reduce(
     window = sizes("kernel_size", kernel_size, rank)
     pads = sizes("padding", padding, rank, least=0)
     if any(2 * pad > size for pad, size in zip(pads, window, strict=True)):
-        raise ValueError(f"padding must be at most half of kernel_size={window}, got {padding}")
+        raise ValueError(
+            f"padding must be at most half of kernel_size={window}, got {shown(padding)}"
+        )
     y = lax.reduce_window(
         x,
         np.asarray(start, x.dtype),

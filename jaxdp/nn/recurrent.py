@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdp.accounting.checks import check_choice
+from jaxdp.accounting.checks import check_choice, check_integer
 from jaxdp.nn.layer import (
     Layer,
     Params,
@@ -24,6 +24,8 @@ from jaxdp.nn.layer import (
     uniform,
 )
 from jaxdp.varying import vary, varying_axes
+
+_MOST_LAYERS = 1000
 
 
 def lstm(
@@ -203,7 +205,9 @@ def _recurrent(
     dropout: float,
     bidirectional: bool,
 ) -> Layer:
-    check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+    check_sizes(input_size=input_size, hidden_size=hidden_size)
+    advice = "Each layer is compiled on its own."
+    check_integer("num_layers", num_layers, minimum=1, maximum=_MOST_LAYERS, advice=advice)
     check_rate("dropout", dropout)
     check_flags(bias=bias, bidirectional=bidirectional)
     directions = ("", "_reverse") if bidirectional else ("",)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdp.accounting.checks import check_instance
 from jaxdp.nn.layer import Layer, Params, TorchName
 
 
@@ -41,6 +42,10 @@ def from_torch_state_dict(
       >>> nn.from_torch_state_dict(model, weights)["0"]["kernel"].shape
       (2, 3)
     """
+    check_instance("layer", layer, Layer, advice="Pass what a factory of jaxdp.nn returns.")
+    advice = "Pass the state_dict() of a torch module."
+    check_instance("state_dict", state_dict, Mapping, advice=advice)
+    check_instance("prefix", prefix, str, advice="Pass what the names begin with.")
     given = {
         name.removeprefix(prefix): array
         for name, array in state_dict.items()

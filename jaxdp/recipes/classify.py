@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import hmac
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jaxdp import accounting, lipschitz, training
+from jaxdp.accounting.checks import check_choice
 from jaxdp.accumulation import accumulate
 from jaxdp.clipping import clip_adaptive, clip_automatic, clip_flat, clip_per_layer
 from jaxdp.distributed import check_agreement, data_parallel, shared_seed
@@ -25,7 +26,7 @@ from jaxdp.randomness import random_key
 from jaxdp.recipes.data import Dataset
 from jaxdp.recipes.models import LIPSCHITZ_MODELS, Model, build
 from jaxdp.sampling import PoissonSampler
-from jaxdp.schedules import checked
+from jaxdp.schedules import checked_number
 from jaxdp.training.logs import LogFn
 
 CLIP_NAMES = ("flat", "per-layer", "automatic", "adaptive", "none")
@@ -82,14 +83,14 @@ class Config:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        checked("epochs", self.epochs)
-        checked("learning_rate", self.learning_rate)
+        checked_number("epochs", self.epochs)
+        checked_number("learning_rate", self.learning_rate)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
-        _check_name("clip", self.clip, CLIP_NAMES)
-        _check_name("schedule", self.schedule, SCHEDULE_NAMES)
+        check_choice("clip", self.clip, CLIP_NAMES)
+        check_choice("schedule", self.schedule, SCHEDULE_NAMES)
         if self.clip != "none" and self.threshold is None:
             raise ValueError(f"threshold must be a clip norm for clip {self.clip!r}, got None")
         for field in ("threshold", "microbatch_size"):
@@ -350,11 +351,6 @@ def _chain(
     if model.project is not None:
         behind.append(lipschitz.project(model.project))
     return optax.chain(clip, accumulate(optax.chain(*behind)))
-
-
-def _check_name(field: str, value: str, names: Sequence[str]) -> None:
-    if value not in names:
-        raise ValueError(f"{field} must be one of {', '.join(names)}, got {value!r}")
 
 
 def _learning_rate(config: Config, steps: int) -> optax.ScalarOrSchedule:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxdp import lipschitz
 from jaxdp import nn as jaxdp_nn
+from jaxdp.accounting.checks import check_choice
 from jaxdp.recipes.data import names
 
 
@@ -147,8 +148,7 @@ def build(name: str, shape: Sequence[int], num_classes: int) -> Model:
       >>> model.apply(params, jax.numpy.zeros((28, 28, 1))).shape
       (10,)
     """
-    if name not in MODEL_NAMES:
-        raise ValueError(f"model must be one of {', '.join(MODEL_NAMES)}, got {name!r}")
+    check_choice("model", name, MODEL_NAMES)
     wanted, rank = ("texts", 1) if name in TEXT_MODELS else ("images", 3)
     if len(shape) != rank:
         raise ValueError(

@@ -6,6 +6,7 @@ from jax.sharding import NamedSharding
 
 from jaxdp.accounting import AccountantName, Ledger, RelationName
 from jaxdp.accounting.checks import (
+    LARGEST_COUNT,
     check_bool,
     check_callable,
     check_instance,
@@ -75,10 +76,18 @@ def check_plan(
         question.accountant,
         question.relation,
         check_integer(
-            "report_every", report_every, minimum=1, advice="Pass steps, or None for an epoch."
+            "report_every",
+            report_every,
+            minimum=1,
+            maximum=LARGEST_COUNT,
+            advice="Pass steps, or None for an epoch.",
         ),
         check_integer(
-            "data_parts", data_parts, minimum=1, advice="Pass 1, or the number of processes."
+            "data_parts",
+            data_parts,
+            minimum=1,
+            maximum=LARGEST_COUNT,
+            advice="Pass 1, or the number of processes.",
         ),
     )
 

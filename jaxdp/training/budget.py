@@ -26,6 +26,13 @@ _HORIZON = 1000
 # The same for the last percent of a budget.
 _NEAR = 64
 
+# More new values of `rounded_down` than this end what a bound without known noise has granted: the
+# ledger's own answer is composed on a grid that grows with the number of its mechanisms, and must
+# stay on a finer one than the bound was. The bound, of m ≥ 1 mechanisms, has sixteen times the
+# interval that m need, 16 · 2^⌈log₂ max(1, m/8)⌉; the ledger holds at most m + 32 of before (m when
+# rounded, 32 when not) and 64 more, whose 2^⌈log₂((m + 96)/8)⌉ is at most that for every m.
+_MOST_NEW = 64
+
 # A first question covers noise that is weaker by this factor than what was seen, so that it serves
 # a schedule for a while.
 _MARGIN = 2**0.5
@@ -43,6 +50,7 @@ class _Grant(NamedTuple):
       after: the ledger that they begin from: what else it is charged with ends the grant.
       draws: of the step before them, with which they go on: another sampler, or another place in
         an epoch, ends it, too.
+      new: the noise multipliers that they had so far, rounded down; of any above the floor.
     """
 
     steps: int
@@ -51,6 +59,7 @@ class _Grant(NamedTuple):
     sampling: SamplingScheme
     after: Ledger
     draws: tuple[Draws, ...]
+    new: frozenset[float] = frozenset()
 
     def covers(
         self, ledger: Ledger, sigma: float, sampling: SamplingScheme, draws: tuple[Draws, ...]
@@ -59,7 +68,16 @@ class _Grant(NamedTuple):
         seen = self.known is None or sigma in self.known
         same = sampling == self.sampling and ledger == self.after
         goes_on = continued(self.draws, draws) is not None
-        return self.steps > 0 and sigma >= self.floor and seen and same and goes_on
+        few = self.known is not None or len(self._with(sigma)) <= _MOST_NEW
+        return self.steps > 0 and sigma >= self.floor and seen and same and goes_on and few
+
+    def used(self, sigma: float, after: Ledger, draws: tuple[Draws, ...]) -> "_Grant":
+        """What is left of it behind a step."""
+        new = self.new if self.known is not None else self._with(sigma)
+        return self._replace(steps=self.steps - 1, after=after, draws=draws, new=new)
+
+    def _with(self, sigma: float) -> frozenset[float]:
+        return self.new | {rounded_down(sigma)} if sigma > 0 else self.new
 
 
 @dataclass
@@ -164,7 +182,7 @@ class Budget:
             self._least = math.inf
         self._least = min(self._least, sigma)
         after = ledger.charge(noise_multipliers, sampling, draws=drawn)
-        self._grant = grant._replace(steps=grant.steps - 1, after=after, draws=drawn)
+        self._grant = grant.used(sigma, after, drawn)
         return grant.steps > 0
 
     def _surely(

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxdp.accounting import Ledger
-from jaxdp.accounting.checks import check_integer, check_keys
+from jaxdp.accounting.checks import check_integer, check_keys, shown
 from jaxdp.accounting.strict_json import parse
 from jaxdp.sampling import Sampler, sampler_from_dict
 from jaxdp.training.files import check_seal, seal, sync_folder, write_file
@@ -87,7 +87,9 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2, configuration: Any = None):
         if not isinstance(directory, str | os.PathLike):
-            raise TypeError(f"directory must be a path, got {directory!r}. Pass a str or a Path.")
+            raise TypeError(
+                f"directory must be a path, got {shown(directory)}. Pass a str or a Path."
+            )
         self.directory = Path(directory).absolute()
         self._keep = check_integer("keep", keep, minimum=1, advice="The newest is always kept.")
         self._configuration = _as_json("configuration", configuration)

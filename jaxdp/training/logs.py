@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxdp.accounting.checks import shown
+
 LogFn = Callable[[Mapping[str, Any]], None]
 
 NOT_PRIVATE = ("loss", "nonfinite", "samples_per_second")
@@ -59,7 +61,7 @@ def log_function(log_fn: str | LogFn | None) -> LogFn:
         return lambda metrics: None
     if callable(log_fn):
         return log_fn
-    if log_fn == "all":
+    if isinstance(log_fn, str) and log_fn == "all":
         functions = [make() for make in makers.values()]
 
         def log_all(metrics: Mapping[str, Any]) -> None:
@@ -69,7 +71,10 @@ def log_function(log_fn: str | LogFn | None) -> LogFn:
         return log_all
     if not isinstance(log_fn, str) or log_fn not in makers:
         kind = ValueError if isinstance(log_fn, str) else TypeError
-        raise kind(f"log_fn must be one of {[*makers, 'all']}, a callable or None, got {log_fn!r}")
+        raise kind(
+            f"log_fn must be one of {[*makers, 'all']}, a function or None, got {shown(log_fn)}. "
+            "Leave it out to log nothing."
+        )
     return makers[log_fn]()
 
 

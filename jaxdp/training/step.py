@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxdp.accounting.checks import check_bool, check_callable, check_instance
 from jaxdp.bounded import Bounded, Groups
 from jaxdp.noise import executed_noise_multipliers
 from jaxdp.per_sample import PerSampleGrads
@@ -59,6 +60,9 @@ class Step(NamedTuple):
     noise_multipliers: Callable[[TrainState, Any], jax.Array]
 
 
+_CHAIN = "Pass the optax chain: a clip, jaxdp.add_noise, an optimizer."
+
+
 def init(
     params: optax.Params, tx: optax.GradientTransformation, key: jax.Array | None = None
 ) -> TrainState:
@@ -81,6 +85,7 @@ def init(
       0
     """
     check_arrays(params)
+    check_instance("tx", tx, optax.GradientTransformation, advice=_CHAIN)
     key = jax.random.key(0, impl="threefry2x32") if key is None else key
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
     return jax.tree.map(jnp.copy, state)
@@ -126,6 +131,9 @@ def make_step(
       >>> int(state.step), int(metrics.samples), float(metrics.loss_sum)
       (1, 2, 8.0)
     """
+    check_callable("grads_fn", grads_fn, advice="Pass jaxdp.per_sample_grads(loss_fn).")
+    check_instance("tx", tx, optax.GradientTransformation, advice=_CHAIN)
+    check_bool("example_keys", example_keys, advice="Say whether examples come with a key.")
     chain = optax.with_extra_args_support(tx)
 
     def with_keys(batch: Any, key: jax.Array) -> Any:

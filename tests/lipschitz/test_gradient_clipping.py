@@ -163,7 +163,7 @@ def test_a_clip_may_stand_in_a_loop_over_the_example() -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="initial must be"):
         lipschitz.adaptive_gradient_clip(0.0)
-    with pytest.raises(ValueError, match="quantile must be in"):
+    with pytest.raises(ValueError, match="quantile must be finite"):
         lipschitz.track_quantile(1.0, expected_batch_size=1.0)
     with pytest.raises(ValueError, match="expected_batch_size"):
         lipschitz.track_quantile(0.5, expected_batch_size=0.0)

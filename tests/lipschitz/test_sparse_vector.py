@@ -377,7 +377,7 @@ def selecting(**changes: Any) -> Any:
         (selecting(candidates=[1.0, 2.0, np.inf]), ValueError, "candidates must be finite"),
         (selecting(candidates=1.0), ValueError, "candidates must be a sequence of numbers"),
         (selecting(candidates=[]), ValueError, "candidates must be a sequence of numbers"),
-        (selecting(quantile=1.0), ValueError, "quantile must be in .0, 1., got 1.0"),
+        (selecting(quantile=1.0), ValueError, "quantile must be finite, > 0, < 1, got 1.0"),
         (selecting(expected_count=0.0), ValueError, "expected_count must be finite, > 0"),
         (selecting(epsilon=0.0), ValueError, "epsilon must be finite, > 0"),
         (selecting(epsilon=1e-8), ValueError, "epsilon must be finite, >= 1e-07, got 1e-08"),

@@ -172,15 +172,15 @@ def test_the_accuracy_is_that_of_all_test_images() -> None:
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"model": "resnet"}, "model must be one of .*'resnet'"),
+        ({"model": "resnet"}, "model must be .*got 'resnet'"),
         ({"model": "tanh-cnn"}, "at least 16x16"),
-        ({"clip": "soft"}, "clip must be one of flat, per-layer, automatic, adaptive, none, got"),
+        ({"clip": "soft"}, "clip must be 'flat' or 'per-layer' or 'automatic' or .*got 'soft'"),
         ({"clip": "none"}, "threshold must be left out where nothing is clipped .*, got 1.0"),
         ({"threshold": None}, "threshold must be a clip norm for clip 'flat', got None"),
         ({**CLIPLESS, "microbatch_size": 8}, "microbatch_size must be left out .*, got 8"),
         ({**CLIPLESS, "model": "linear"}, "needs a model .*one of lipschitz-mlp, got 'linear'"),
         ({**CLIPLESS, "model": "tanh-mlp"}, "choose such a model, or a clip"),
-        ({"schedule": "steep"}, "schedule must be one of .*'steep'"),
+        ({"schedule": "steep"}, "schedule must be .*got 'steep'"),
         ({"epsilon": 0.0}, "epsilon must be finite, > 0"),
         ({"epsilon": -1.0}, "epsilon must be finite, > 0"),
         ({"delta": 0.0}, "delta must be finite, > 0"),

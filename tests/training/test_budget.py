@@ -14,8 +14,11 @@ from jaxdp.accounting import (
     SamplingScheme,
     ShuffledEpochs,
 )
+from jaxdp.accounting.composition import _grid_interval
+from jaxdp.accounting.mechanisms import GaussianMechanism
 from jaxdp.sampling import ShuffledSampler
 from jaxdp.training import Budget
+from jaxdp.training import budget as module
 
 DELTA = 1e-5
 POISSON = PoissonSampling(0.04)
@@ -210,3 +213,35 @@ def test_a_grant_ends_where_another_place_in_an_epoch_begins() -> None:
     while budget.allows(ledger, [2.0], scheme, samplers[0].draws(ledger.steps)):
         ledger = ledger.charge(2.0, scheme, draws=samplers[0].draws(ledger.steps))
     assert ledger.steps == 12
+
+
+def test_a_bound_holds_for_a_number_of_new_noise_multipliers_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The grid of the ledger's answer grows coarser with the number of its mechanisms."""
+    asked: list[int] = []
+    seen = module.surely_fits
+
+    def counting(ledger: Ledger, **question: Any) -> bool:
+        asked.append(ledger.steps)
+        return seen(ledger, **question)
+
+    monkeypatch.setattr(module, "surely_fits", counting)
+    scheme, ledger, budget = PoissonSampling(0.001), Ledger(), Budget(8.0, 1e-5)
+    for step in range(200):
+        sigma = 2.0 * 2 ** ((step + 0.5) / 32)
+        assert budget.allows(ledger, [sigma], scheme)
+        ledger = ledger.charge(sigma, scheme)
+        # Equal ones are no new ones.
+        assert budget.allows(ledger, [sigma], scheme)
+        ledger = ledger.charge(sigma, scheme)
+    assert len(asked) == 4  # of the steps with new noise multipliers 0, 64, 128 and 192
+
+
+def test_the_grid_of_a_bound_is_no_finer_than_that_of_what_it_grants() -> None:
+    """As the note at `_MOST_NEW` says, for every number of mechanisms in the bound."""
+    for few in range(1, 1025):
+        steps = [GaussianMechanism(PoissonSampling(0.01), 1.0, 1)]
+        bound = 16 * _grid_interval(steps * few, "add_or_remove_one")
+        answer = _grid_interval(steps * (few + 32 + module._MOST_NEW), "add_or_remove_one")
+        assert answer <= bound
