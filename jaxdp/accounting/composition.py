@@ -477,4 +477,5 @@ def delta_of(mechanisms: tuple[Mechanism, ...], epsilon: float, question: Questi
     if math.isinf(interval):
         return 1.0
     pld = _composed_pld(mechanisms, question.relation, interval)
-    return min(float(pld.get_delta_for_epsilon(epsilon)) * (1 + _ROUNDING), 1.0)
+    found = float(pld.get_delta_for_epsilon(epsilon)) * (1 + _ROUNDING)
+    return min(max(found, 0.0), 1.0)  # a sum of masses may end below zero

@@ -194,9 +194,10 @@ class Checkpoints:
             are known.
 
         Raises:
-          ValueError: the checkpoint belongs to another configuration, sampler, model, clip or
+          ValueError: an array of the state has no entries; the checkpoint belongs to another configuration, sampler, model, clip or
             optimizer, or to other data; it is damaged.
         """
+        _check_can_be_saved(like)
         newest = self._newest()
         if newest is None:
             return None
@@ -391,6 +392,16 @@ def _differences(saved: Any, given: Any, name: str = "configuration") -> list[st
         return []
     there, here = (text if len(text) <= 80 else f"{text[:77]}..." for text in texts)
     return [f"{name} is {there} there and {here} here"]
+
+
+def _check_can_be_saved(state: TrainState) -> None:
+    """Before anything is spent: Orbax saves no arrays without entries."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if leaf.size == 0:
+            raise ValueError(
+                f"a state with checkpoints must have entries in all of its arrays, got shape "
+                f"{leaf.shape} for {jax.tree_util.keystr(path)}: leave that parameter out"
+            )
 
 
 def _structure(state: TrainState) -> list[str]:

@@ -219,3 +219,39 @@ def test_the_digest_of_data_tells_nothing_without_the_seed() -> None:
     assert data_digest(jnp.asarray(small.DATA), poisson(1)) == one
     keys = jax.random.split(jax.random.key(0), 24)
     assert data_digest(keys, poisson()) != data_digest(keys[::-1], poisson())
+
+
+def test_a_step_that_somebody_saw_is_not_executed_again(tmp_path: Path) -> None:
+    """An exception lets the run escape: with another chain the same noise would show the data."""
+
+    def evaluate(params: Any) -> dict[str, float]:
+        if evaluate.calls == 1:
+            raise RuntimeError("a typing error")
+        evaluate.calls += 1
+        return {}
+
+    evaluate.calls = 0
+    with pytest.raises(RuntimeError, match="a typing error") as caught:
+        going_on(tmp_path, steps=4, report_every=2, evaluate=evaluate)
+    seen = training.run_of(caught.value)
+    assert seen is not None and int(seen.state.step) == 4
+    again = going_on(tmp_path, steps=4)
+    np.testing.assert_array_equal(again.state.params, seen.state.params)
+    assert again.ledger == seen.ledger
+
+
+def test_data_that_differs_in_one_entry_is_refused(tmp_path: Path) -> None:
+    going_on(tmp_path, steps=2)
+    other = np.array(small.DATA)
+    other[len(other) // 3 + 1, -1] += 1e-3
+    with pytest.raises(ValueError, match="was trained on other data"):
+        going_on(tmp_path, steps=4, data=other)
+
+
+def test_a_state_that_cannot_be_saved_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    store = training.Checkpoints(tmp_path)
+    tx = chain()
+    state = training.init({"w": jnp.ones(3), "none": jnp.zeros((0, 2))}, tx)
+    with pytest.raises(ValueError, match=r"must have entries in all .* got shape \(0, 2\)"):
+        store.restore(state, poisson())
+    store.close()
