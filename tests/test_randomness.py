@@ -166,3 +166,16 @@ def test_the_key_in_the_state_continues_the_noise_exactly() -> None:
     restored = jax.tree.map(jnp.copy, state)
     second, _ = steps(restored, 2)
     helpers.assert_trees_equal(first + second, whole)
+
+
+def test_a_generator_whose_derived_keys_meet_is_refused() -> None:
+    """Folding in is an exclusive or in unsafe_rbg: in any order it gives the same key."""
+    key = jax.random.key(3, impl="unsafe_rbg")
+    one, other = (jax.random.fold_in(jax.random.fold_in(key, a), b) for a, b in ((1, 2), (2, 1)))
+    assert words(one) == words(other)
+    with pytest.raises(ValueError, match="a noise key must be of one of .* got unsafe_rbg"):
+        jaxdp.add_noise(1.0, key).init(jnp.zeros(2))
+    with jax.default_prng_impl("unsafe_rbg"):
+        jaxdp.add_noise(1.0, jaxdp.random_key()).init(jnp.zeros(2))
+        with pytest.raises(ValueError, match="got unsafe_rbg"):
+            jaxdp.add_noise(1.0, jax.random.PRNGKey(0)).init(jnp.zeros(2))
