@@ -201,11 +201,11 @@ def test_no_per_sample_gradient_is_materialised() -> None:
 
 
 WRONG = {
-    "a bound below zero": (lambda: (PARAMS, BATCH, -1.0), ValueError, "at least 1e-12, got -1"),
-    "a bound that is NaN": (lambda: (PARAMS, BATCH, np.nan), ValueError, "1e-12, got nan"),
+    "a bound below zero": (lambda: (PARAMS, BATCH, -1.0), ValueError, "finite, >= 0, got -1"),
+    "a bound that is NaN": (lambda: (PARAMS, BATCH, np.nan), ValueError, ">= 0, got nan"),
     "a bound whose square vanishes": (lambda: (PARAMS, BATCH, 1e-20), ValueError, "got 1e-20"),
-    "a bound that is no number": (lambda: (PARAMS, BATCH, "1"), TypeError, "real numbers, got '1'"),
-    "a flag for a bound": (lambda: (PARAMS, BATCH, True), TypeError, "real numbers, got True"),
+    "a bound that is no number": (lambda: (PARAMS, BATCH, "1"), TypeError, "real number, got '1'"),
+    "a flag for a bound": (lambda: (PARAMS, BATCH, True), TypeError, "real number, got True"),
     "a bound of none": (lambda: (PARAMS, BATCH, (1.0, None)), ValueError, "prefix of the example"),
     "one bound for input and target": (
         lambda: (PARAMS, (BATCH[0], BATCH[1].astype(jnp.float32)), 1.0),
