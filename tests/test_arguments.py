@@ -2,7 +2,8 @@
 
 A table of public functions, each with arguments that are fine; one argument at a time is replaced
 by every value that is wrong somewhere. Allowed is a result, or a TypeError or ValueError that says
-which argument must be what; no other exception, and no answer that takes more than ten seconds of CPU.
+which argument must be what; no other exception, and no answer that takes more than ten seconds of
+CPU.
 """
 
 import functools

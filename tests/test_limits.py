@@ -154,6 +154,23 @@ def test_calibration_takes_seconds_at_the_ends(epsilon: float) -> None:
     assert accounting.epsilon(sigma, steps=1000, delta=DELTA, sampling_rate=0.01) <= epsilon
 
 
+@pytest.mark.parametrize(
+    ("search", "answer"),
+    [
+        (lambda: accounting.calibrate_sampling_rate(
+            1e-9, noise_multiplier=0.01, steps=10, delta=DELTA
+        ), 1e-6),
+        pytest.param(lambda: accounting.calibrate_steps(
+            1.0, noise_multiplier=0.06, delta=0.5, sampling_rate=1e-4
+        ), 6931, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_search_at_little_noise_takes_seconds(search: Callable[[], Any], answer: float) -> None:
+    start = time.process_time()
+    assert search() == pytest.approx(answer, rel=2e-3)
+    assert time.process_time() - start < 10
+
+
 def test_hundreds_of_different_mechanisms_take_seconds() -> None:
     ledger = Ledger()
     for index in range(300):

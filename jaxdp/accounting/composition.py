@@ -205,7 +205,7 @@ def _pure_epsilon(release: PureRelease, relation: RelationName) -> float:
 
 
 def _grid_interval(mechanisms: Sequence[Mechanism], relation: RelationName) -> float:
-    """The PLD grid's step: dp-accounting's 1e-4, coarser once epsilon may reach a hundred or where
+    """The PLD grid's step: dp-accounting's 1e-4, coarser once epsilon may reach 25 or where
     many mechanisms are composed; infinite where epsilon may be beyond what is resolved.
 
     A step is rounded pessimistically, so this choice bounds memory and time and never the truth: at
@@ -231,7 +231,7 @@ def _grid_interval(mechanisms: Sequence[Mechanism], relation: RelationName) -> f
     reach = mean + 10 * math.sqrt(2 * mean) + widest
     if reach > _LARGEST_RESOLVED:
         return math.inf
-    coarsening = max(1.0, reach / 100, len(mechanisms) / _FINE_MECHANISMS)
+    coarsening = max(1.0, reach / 25, len(mechanisms) / _FINE_MECHANISMS)
     # Powers of two: points of the coarse grid are points of the fine one, so the pessimistic
     # rounding of the coarse one dominates.
     return 1e-4 * 2 ** math.ceil(math.log2(coarsening))
