@@ -22,6 +22,7 @@ import jaxdp
 from jaxdp import accounting, distributed, lipschitz, nn, training
 from jaxdp.accounting import PoissonSampling, PureRelease
 from jaxdp.accounting.checks import shown
+from jaxdp.sampling import sampler_from_dict
 from jaxdp.schedules import checked
 
 SECONDS = 10.0
@@ -84,7 +85,8 @@ def fitted(**options: Any) -> Any:
     told: dict[str, Any] = {
         "sampler": draws, "state": start, "step": stepped(), "data": np.ones((10, 2), np.float32),
     }  # fmt: skip
-    return training.fit(**told | {"progress": False} | options)
+    given: dict[str, Any] = told | {"progress": False} | options
+    return training.fit(**given)
 
 
 @functools.cache
@@ -148,7 +150,7 @@ FUNCTIONS: dict[str, Case] = {
     "part": (jaxdp.FixedSizeSampler(**SIZED).part, {"index": 1, "parts": 2}),
     "batches": (jaxdp.FixedSizeSampler(**SIZED).batches, {"start": 3}),
     "sampler_from_dict": (
-        jaxdp.sampling.sampler_from_dict,
+        sampler_from_dict,
         {"data": jaxdp.FixedSizeSampler(**SIZED).to_dict()},
     ),
     "schedules": (functools.partial(checked, "value"), {"value": 0.5}),

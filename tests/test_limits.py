@@ -40,7 +40,7 @@ def test_one_step_is_that_of_dp_accounting(rate: float, replace_one: bool) -> No
             value_discretization_interval=interval,
             neighboring_relation=RELATIONS[replace_one],
         )
-        at = np.linspace(-1, 8, 50)
+        at: Any = np.linspace(-1, 8, 50)
         np.testing.assert_allclose(
             ours.get_delta_for_epsilon(at), theirs.get_delta_for_epsilon(at), rtol=1e-9, atol=1e-14
         )

@@ -123,7 +123,7 @@ def test_a_fingerprint_is_of_the_seed_alone():
             PoissonSampler(101, sampling_rate=0.1, seed=5),
             PoissonSampler(99, sampling_rate=0.2, physical_batch_size=8, seed=5),
             FixedSizeSampler(101, batch_size=7, seed=5),
-            ShuffledSampler(101, batch_size=20, seed=np.int64(5)),
+            ShuffledSampler(101, batch_size=20, seed=np.int64(5)),  # pyright: ignore[reportArgumentType]
             sampling.sampler_from_dict(FixedSizeSampler(9, batch_size=2, seed=5).to_dict()),
         )
     }
@@ -423,7 +423,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: S(5, batch_size=1.0), TypeError, "batch_size must be an integer, got 1.0"),
     (lambda: S(5, batch_size=1, seed=1).draw(-1), ValueError, "step must be at least 0, got -1"),
     (lambda: F(5, batch_size=1, seed=1).draw(0.0), TypeError, "step must be an integer, got 0.0"),
-    (lambda: F(5, batch_size=1, seed=1).batches(-2), ValueError, "start must be at least 0, got -2"),
+    (lambda: F(5, batch_size=1, seed=1).batches(-2), ValueError, "must be at least 0, got -2"),
     (lambda: sampling.sampler_from_dict(None), TypeError, "sampler kind must be 'poisson' or"),
     (lambda: sampling.sampler_from_dict({"kind": "sobol"}), ValueError, "got 'sobol'"),
     (lambda: sampling.sampler_from_dict({"kind": []}), TypeError, "sampler kind must be"),

@@ -57,7 +57,7 @@ def pld_of_gaussian(
         assert ends.epsilon_lower is not None and ends.epsilon_upper is not None
         lower = math.floor(ends.epsilon_lower / interval)
         grid = np.arange(lower, math.ceil(ends.epsilon_upper / interval) + 1) * interval
-        return _connected(lower, deltas(grid, sigma, sampling_rate), interval)
+        return _connected(lower, deltas(grid.astype(np.float64), sigma, sampling_rate), interval)
 
     if replace_one:
         return PrivacyLossDistribution(pmf(AdjacencyType.REPLACE, _replaced))

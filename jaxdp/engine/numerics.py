@@ -24,8 +24,18 @@ def select_rows(keep: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def widened(array: jax.Array) -> jax.Array:
-    """In the precision in which norms and sums accumulate."""
-    return array.astype(accumulation_dtype(array.dtype))
+    """In the precision in which norms and sums accumulate.
+
+    What was rounded to less stays so: XLA may leave out the rounding of a half-precision value on
+    its way to float32, and norms then be of other numbers than sums.
+    """
+    wide = array.astype(accumulation_dtype(array.dtype))
+    if wide.dtype == array.dtype:
+        return wide
+    kept = jnp.finfo(array.dtype)
+    # Formats without infinities have larger numbers than as many bits of exponent hold.
+    exponent = kept.nexp if float(kept.max) < 2.0 ** 2 ** (kept.nexp - 1) else kept.nexp + 1
+    return jax.lax.reduce_precision(wide, int(exponent), int(kept.nmant))
 
 
 def scale_rows(weights: jax.Array, rows: jax.Array) -> jax.Array:

@@ -365,10 +365,20 @@ def _is_label(logits: jax.Array, label: jax.Array) -> jax.Array:
     return jnp.arange(logits.shape[-1]) == label
 
 
+def _log_softmax(logits: jax.Array) -> jax.Array:
+    """That of `jax.nn`, finite for finite logits also where a compiler rounds these in one way for
+    their maximum and in another for the difference: no difference is above zero, and no sum of the
+    exponentials below one."""
+    below = logits - jax.lax.stop_gradient(jnp.max(logits))
+    below = jnp.where(below > 0, 0, below)
+    total = jnp.sum(jnp.exp(below))
+    return below - jnp.log(jnp.where(total < 1, 1, total))
+
+
 @functools.cache
 def _softmax_cross_entropy(temperature: float, classes: int) -> Callable[..., jax.Array]:
     def softmax_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-        log_shares = jax.nn.log_softmax(once(temperature * logits))
+        log_shares = _log_softmax(once(temperature * logits))
         # A sum, not a look-up, which gives NaN for a label that is no class.
         return -jnp.sum(log_shares, where=_is_label(logits, label)) / temperature
 

@@ -17,6 +17,7 @@ from jaxdp.schedules import checked_number
 
 _BJORCK_STEPS = 12
 
+_ARRAY = "Pass one array of floats: map over trees of them."
 _MATRIX = "Pass one matrix: map over trees of them."
 
 
@@ -27,8 +28,10 @@ def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
       >>> print(onto_ball(jnp.array([3.0, 4.0])))
       [0.6 0.8]
     """
-    norm = checked_number("norm", norm)
-    check_array("array", array, advice="Pass one array: map over trees of them.")
+    checked_number("norm", norm)
+    check_array("array", array, advice=_ARRAY)
+    if not jnp.issubdtype(jnp.result_type(array), jnp.inexact):
+        raise TypeError(f"array must be of a float dtype, got {shown(array)}. {_ARRAY}")
     size = jnp.sqrt(jnp.sum(jnp.square(array)))
     return array * jnp.where(size > norm, norm / size, jnp.ones_like(size))
 
@@ -41,7 +44,7 @@ def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
       [[1.   0.  ]
        [0.   0.25]]
     """
-    norm = checked_number("norm", norm)
+    checked_number("norm", norm)
     check_array("matrix", matrix, advice=_MATRIX)
     if jnp.ndim(matrix) != 2:
         raise ValueError(f"matrix must have two axes, got {shown(matrix)}. {_MATRIX}")

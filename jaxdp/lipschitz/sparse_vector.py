@@ -181,12 +181,14 @@ def select_clip_value(
         )
     advice = "Pass the share of samples that are not to be clipped."
     quantile = check_real("quantile", quantile, above=0, below=1, advice=advice)
-    expected_count = checked_number("expected_count", expected_count)
+    checked_number("expected_count", expected_count)
     advice = "Count a Poisson draw of the data, which costs less privacy, too."
-    check_real("expected_count", expected_count, maximum=_LARGEST_COUNT, advice=advice)
-    epsilon = checked_number("epsilon", epsilon)
+    expected_count = check_real(
+        "expected_count", expected_count, maximum=_LARGEST_COUNT, advice=advice
+    )
+    checked_number("epsilon", epsilon)
     advice = "Less is a choice at random: make it without looking at the data."
-    check_real("epsilon", epsilon, minimum=_SMALLEST_EPSILON, advice=advice)
+    epsilon = check_real("epsilon", epsilon, minimum=_SMALLEST_EPSILON, advice=advice)
     # Why Lap(1/ε) is enough. Let D' be D with one example more. It counts from some candidate a
     # on: q'_i = q_i for i < a and q'_i = q_i + 1 for i ≥ a. Let x = γn + ρ, with density p, and
     #     P[j] = ∫ p(x) Π_{i<j} P[ν_i < x - q_i] P[ν_j ≥ x - q_j] dx.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -203,11 +203,9 @@ def batch_norm(*args: object, **kwargs: object) -> NoReturn:
 def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     advice = "Pass the lengths of the last axes, or of the last one."
     several = isinstance(normalized_shape, Sequence) or np.ndim(normalized_shape) > 0
-    shape = (
-        check_sequence("normalized_shape", normalized_shape, minimum=1, advice=advice)
-        if several
-        else (normalized_shape,)
-    )
+    shape: tuple[Any, ...] = (normalized_shape,)
+    if several:
+        shape = check_sequence("normalized_shape", normalized_shape, minimum=1, advice=advice)
     for size in shape:
         check_sizes(normalized_shape=size)
     return shape

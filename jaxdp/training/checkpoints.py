@@ -194,8 +194,8 @@ class Checkpoints:
             are known.
 
         Raises:
-          ValueError: an array of the state has no entries; the checkpoint belongs to another configuration, sampler, model, clip or
-            optimizer, or to other data; it is damaged.
+          ValueError: an array of the state has no entries; the checkpoint belongs to another
+            configuration, sampler, model, clip or optimizer, or to other data; it is damaged.
         """
         _check_can_be_saved(like)
         newest = self._newest()

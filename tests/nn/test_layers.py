@@ -234,8 +234,8 @@ MISFITS: list[tuple[nn.Layer, Any, dict[str, Any], type[Exception], str]] = [
     ),
     (nn.max_pool(2, padding=2), jnp.ones((4, 1)), {}, ValueError, "at most half"),
     (nn.avg_pool((2, 2)), jnp.ones((4, 1)), {}, ValueError, r"kernel_size .* got \(2, 2\)"),
-    (nn.max_pool(5), jnp.ones((3, 1)), {}, ValueError, r"pooling .* got \(3, 1\)"),
-    (nn.conv2d(1, 2, 5), jnp.ones((3, 3, 1)), {}, ValueError, r"conv2d .* got \(3, 3, 1\)"),
+    (nn.max_pool(5), jnp.ones((3, 1)), {}, ValueError, r"pooling.* got an input of shape \(3, 1\)"),
+    (nn.conv2d(1, 2, 5), jnp.ones((3, 3, 1)), {}, ValueError, r"conv2d.* of shape \(3, 3, 1\)"),
     (nn.conv_transpose1d(1, 1, 2, padding=3), jnp.ones((2, 1)), {}, ValueError, "transpose1d"),
     (
         nn.conv1d(1, 1, 2, padding=3, padding_mode="reflect"),

@@ -224,13 +224,13 @@ def test_the_digest_of_data_tells_nothing_without_the_seed() -> None:
 def test_a_step_that_somebody_saw_is_not_executed_again(tmp_path: Path) -> None:
     """An exception lets the run escape: with another chain the same noise would show the data."""
 
-    def evaluate(params: Any) -> dict[str, float]:
-        if evaluate.calls == 1:
-            raise RuntimeError("a typing error")
-        evaluate.calls += 1
-        return {}
+    reports = iter([{}])
 
-    evaluate.calls = 0
+    def evaluate(params: Any) -> dict[str, float]:
+        if (report := next(reports, None)) is None:
+            raise RuntimeError("a typing error")
+        return report
+
     with pytest.raises(RuntimeError, match="a typing error") as caught:
         going_on(tmp_path, steps=4, report_every=2, evaluate=evaluate)
     seen = training.run_of(caught.value)
