@@ -648,7 +648,7 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
         lambda d: ["epsilon", "--noise-multiplier", "-1", *RUN],
         "noise_multiplier must be",
     ),
-    "train: devices": (lambda d: [*SMALL, "--devices", "9"], "devices must be in 1..8"),
+    "train: devices": (lambda d: [*SMALL, "--devices", "9"], "devices must be at most 8"),
     "train: no device": (lambda d: [*SMALL, "--devices", "0"], "devices must be at least 1"),
     "train: processes alone": (
         lambda d: [*SMALL, "--num-processes", "2"],

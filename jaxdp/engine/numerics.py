@@ -26,16 +26,13 @@ def select_rows(keep: jax.Array, rows: jax.Array) -> jax.Array:
 def widened(array: jax.Array) -> jax.Array:
     """In the precision in which norms and sums accumulate.
 
-    What was rounded to less stays so: XLA may leave out the rounding of a half-precision value on
-    its way to float32, and norms then be of other numbers than sums.
+    What was rounded to bfloat16 stays so: XLA may leave out that rounding on the way to float32,
+    and norms would then be of other numbers than sums.
     """
     wide = array.astype(accumulation_dtype(array.dtype))
-    if wide.dtype == array.dtype:
+    if array.dtype != jnp.bfloat16:
         return wide
-    kept = jnp.finfo(array.dtype)
-    # Formats without infinities have larger numbers than as many bits of exponent hold.
-    exponent = kept.nexp if float(kept.max) < 2.0 ** 2 ** (kept.nexp - 1) else kept.nexp + 1
-    return jax.lax.reduce_precision(wide, int(exponent), int(kept.nmant))
+    return jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
 
 
 def scale_rows(weights: jax.Array, rows: jax.Array) -> jax.Array:

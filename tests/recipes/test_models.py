@@ -67,7 +67,7 @@ def test_initialisation_follows_the_key(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="linear, lipschitz-mlp, char-lstm, got 'resnet'"):
+    with pytest.raises(ValueError, match="'lipschitz-mlp' or 'char-lstm', got 'resnet'"):
         build("resnet", (28, 28, 1), 10)
 
 
