@@ -235,6 +235,10 @@ def test_a_step_that_somebody_saw_is_not_executed_again(tmp_path: Path) -> None:
         going_on(tmp_path, steps=4, report_every=2, evaluate=evaluate)
     seen = training.run_of(caught.value)
     assert seen is not None and int(seen.state.step) == 4
+    store = training.Checkpoints(tmp_path)
+    saved = store.restore(start(chain()), poisson())
+    store.close()
+    assert saved is not None and int(saved.state.step) == 4
     again = going_on(tmp_path, steps=4)
     np.testing.assert_array_equal(again.state.params, seen.state.params)
     assert again.ledger == seen.ledger
