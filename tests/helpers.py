@@ -1,5 +1,6 @@
 """What several test files need: clips, parameter trees, models, and norms in float64."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -47,6 +48,19 @@ CLIPS: Mapping[str, Callable[[Any], Transformation]] = {
 
 # Those that fit any tree; between them one group and many, with state and without.
 ANY_TREE = ("flat", "adaptive_per_layer")
+
+
+def strict_json(text: str) -> Any:
+    """JSON as its standard has it: no NaN, no Infinity, no name twice."""
+
+    def forbidden(name: str) -> Any:
+        raise AssertionError(f"{name} is no JSON")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len(dict(pairs)) == len(pairs), pairs
+        return dict(pairs)
+
+    return json.loads(text, parse_constant=forbidden, object_pairs_hook=once)
 
 
 def adaptive(threshold: Any, **options: Any) -> Transformation:

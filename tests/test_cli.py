@@ -17,13 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdp import accounting, training
 from jaxdp.cli import main
 from jaxdp.recipes import data, report
 from jaxdp.recipes.classify import CLIP_NAMES
+from tests.helpers import strict_json
 
 ROOT = Path(__file__).parents[1]
 SECRET = 987_654_321
@@ -65,19 +66,6 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert err.startswith(f"jaxdp {arguments[0]}: error: ") and err.count("\n") == 1, err
     assert err.endswith("\n") and "Traceback" not in err
     return err
-
-
-def strict(text: str) -> Any:
-    """JSON as its standard has it: no NaN, no Infinity, no name twice."""
-
-    def forbidden(name: str) -> Any:
-        raise AssertionError(f"{name} is no JSON")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        assert len(dict(pairs)) == len(pairs), pairs
-        return dict(pairs)
-
-    return json.loads(text, parse_constant=forbidden, object_pairs_hook=once)
 
 
 # epsilon and calibrate.
@@ -135,7 +123,7 @@ def test_train_writes_metrics_and_a_plot_and_prints_a_table(
     printed = call(capsys, *SMALL, *options)
 
     text = (out / "metrics.json").read_text()
-    metrics = strict(text)
+    metrics = strict_json(text)
     assert str(SECRET) not in text
     assert 0 <= metrics["test_accuracy"] <= 1
     assert 1.96 < metrics["epsilon"] <= 2 and metrics["delta"] == 1e-5
@@ -165,7 +153,7 @@ def test_a_text_model_trains_on_names(capsys: pytest.CaptureFixture[str], tmp_pa
     options += ["--accountant", "rdp"]
     printed = call(capsys, "train", "--quiet", *options)
     assert printed["data"].startswith("names, 4,395")
-    metrics = strict((tmp_path / "metrics.json").read_text())
+    metrics = strict_json((tmp_path / "metrics.json").read_text())
     assert metrics["test_accuracy"] > 0.79
     assert 7.8 < metrics["epsilon"] <= 8
 
@@ -175,7 +163,7 @@ def test_a_lipschitz_model_trains_without_a_clip(
 ) -> None:
     options = [*CLIPLESS, "--epochs", "3", "--seed", "0", "--out", str(tmp_path)]
     printed = call(capsys, *SMALL, *options)
-    metrics = strict((tmp_path / "metrics.json").read_text())
+    metrics = strict_json((tmp_path / "metrics.json").read_text())
     assert metrics["test_accuracy"] > 0.7
     assert 7.8 < metrics["epsilon"] <= 8
     assert metrics["config"]["threshold"] is None and metrics["config"]["learning_rate"] == 0.2
@@ -189,7 +177,7 @@ def test_train_on_several_devices_trains_the_same(
 ) -> None:
     def trained(*options: str) -> Any:
         call(capsys, *SMALL, "--seed", "0", "--out", str(tmp_path), *options)
-        return strict((tmp_path / "metrics.json").read_text())
+        return strict_json((tmp_path / "metrics.json").read_text())
 
     one, three = trained(), trained("--devices", "3")
     assert one["epsilon"] == three["epsilon"]
@@ -204,7 +192,7 @@ def test_train_knows_every_clip(
     arguments = [*SMALL, "--clip", clip, "--out", str(tmp_path), "--epsilon", "2"]
     model = ["--model", "linear", "--microbatch-size", "50"]
     call(capsys, *arguments, *(CLIPLESS if clip == "none" else model))
-    metrics = strict((tmp_path / "metrics.json").read_text())
+    metrics = strict_json((tmp_path / "metrics.json").read_text())
     assert metrics["config"]["clip"] == clip
     assert 1.96 < metrics["epsilon"] <= 2
 
@@ -216,12 +204,12 @@ def test_train_resumes_from_its_checkpoints(
     arguments += ["--checkpoints", str(tmp_path / "checkpoints")]
     # Without a seed: it is in the checkpoint, and nowhere else.
     first = call(capsys, *arguments)
-    before = strict((tmp_path / "out" / "metrics.json").read_text())
+    before = strict_json((tmp_path / "out" / "metrics.json").read_text())
     assert before["assumptions"]["randomness"] == "operating system"
     saved = sorted((tmp_path / "checkpoints").glob("[!.]*"))
     assert [path.name for path in saved] == ["3"]
     assert call(capsys, *arguments) == first
-    assert strict((tmp_path / "out" / "metrics.json").read_text()) == before
+    assert strict_json((tmp_path / "out" / "metrics.json").read_text()) == before
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +304,7 @@ def test_what_is_stated_after_a_resume_is_what_was_executed(
         return [*SMALL, "--model", "linear", "--seed", "5", "--epochs", "3", *to]
 
     whole = call(capsys, *run("whole"))
-    expected = strict((tmp_path / "out" / "metrics.json").read_text())
+    expected = strict_json((tmp_path / "out" / "metrics.json").read_text())
     (tmp_path / "out" / "metrics.json").unlink()
 
     with monkeypatch.context() as patch:
@@ -340,7 +328,7 @@ def test_what_is_stated_after_a_resume_is_what_was_executed(
     assert not (tmp_path / "out" / "metrics.json").exists()
 
     assert call(capsys, *run("cut")) == whole
-    assert strict((tmp_path / "out" / "metrics.json").read_text()) == expected
+    assert strict_json((tmp_path / "out" / "metrics.json").read_text()) == expected
     assert expected["steps"] == 34 and whole["steps"] == "34 (all of them)"
     assert expected["stopped_by"] == "steps"
     assert expected["assumptions"]["randomness"].startswith("a given seed")
@@ -386,7 +374,7 @@ def test_a_run_that_diverges_keeps_its_metrics(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     call(capsys, *SMALL, "--learning-rate", "1e30", "--out", str(tmp_path))
-    metrics = strict((tmp_path / "metrics.json").read_text())
+    metrics = strict_json((tmp_path / "metrics.json").read_text())
     assert metrics["steps"] == 3 and 7.8 < metrics["epsilon"] <= 8
 
 
@@ -498,41 +486,25 @@ lines = st.dictionaries(
 )
 
 
-def check_line(
+@pytest.mark.parametrize("count", [25, pytest.param(300, marks=pytest.mark.slow)])
+def test_no_command_line_ends_in_a_traceback(
     capsys: pytest.CaptureFixture[str],
-    out: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    line: dict[str, str],
+    count: int,
 ) -> None:
     def begun(*arguments: Any, **options: Any) -> None:
         raise ValueError("it would train")
 
     monkeypatch.setattr(training, "fit", begun)
-    options = [part for option in line.items() for part in option]
-    refuse(capsys, *SMALL, "--out", str(out), *options)
 
+    @settings(max_examples=count)
+    @given(line=lines)
+    def search(line: dict[str, str]) -> None:
+        options = [part for option in line.items() for part in option]
+        refuse(capsys, *SMALL, "--out", str(tmp_path), *options)
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(line=lines)
-def test_no_command_line_ends_in_a_traceback(
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    line: dict[str, str],
-) -> None:
-    check_line(capsys, tmp_path, monkeypatch, line)
-
-
-@pytest.mark.slow
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(line=lines)
-def test_no_command_line_of_many_ends_in_a_traceback(
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    line: dict[str, str],
-) -> None:
-    check_line(capsys, tmp_path, monkeypatch, line)
+    search()
 
 
 def test_the_module_runs_as_a_command(tmp_path: Path) -> None:

@@ -322,8 +322,23 @@ def _composed_rdp(
 
 
 def _epsilon(
-    mechanisms: tuple[Mechanism, ...], delta: float, question: Question, coarsening: int
+    mechanisms: tuple[Mechanism, ...],
+    delta: float,
+    question: Question,
+    coarsening: int = 1,
+    *,
+    rounded: bool = False,
 ) -> float:
+    """Of all three below: on a grid that is so many times coarser, with noise multipliers that may
+    be `rounded` however few they are."""
+    if not mechanisms:
+        return 0.0
+    _check_supported(mechanisms, question)
+    if delta <= 0 or any(map(_is_bare, mechanisms)):
+        return math.inf
+    mechanisms = coarsened(mechanisms, always=rounded)
+    if any(map(_is_bare, mechanisms)):  # rounding may take the last of the noise
+        return math.inf
     if question.accountant == "rdp":
         return float(compute_epsilon(*_composed_rdp(mechanisms, question), delta)[0])
     interval = coarsening * _grid_interval(mechanisms, question.relation)
@@ -355,13 +370,7 @@ def epsilon_of(mechanisms: tuple[Mechanism, ...], delta: float, question: Questi
         >>> epsilon_of((), 1e-5, Question("pld", "replace_one"))
         0.0
     """
-    if not mechanisms:
-        return 0.0
-    _check_supported(mechanisms, question)
-    if any(map(_is_bare, mechanisms)):
-        return math.inf
-    mechanisms = coarsened(mechanisms)
-    return math.inf if any(map(_is_bare, mechanisms)) else _epsilon(mechanisms, delta, question, 1)
+    return _epsilon(mechanisms, delta, question)
 
 
 @lru_cache(maxsize=4096)
@@ -397,14 +406,8 @@ def epsilon_bound_of(
         >>> 1 <= bound / epsilon_of((step,), 1e-5, question) < 1.01
         True
     """
-    if not mechanisms:
-        return 0.0
-    _check_supported(mechanisms, question)
     smaller = 0.999 * delta - 1e-12
-    mechanisms = coarsened(mechanisms, always=rounded)
-    if smaller <= 0 or any(map(_is_bare, mechanisms)):
-        return math.inf
-    return _epsilon(mechanisms, smaller, question, _BOUND_COARSENING)
+    return _epsilon(mechanisms, smaller, question, _BOUND_COARSENING, rounded=rounded)
 
 
 @lru_cache(maxsize=4096)
@@ -433,12 +436,6 @@ def rough_epsilon_of(mechanisms: tuple[Mechanism, ...], delta: float, question: 
         >>> abs(rough / epsilon_of((step,), 1e-5, question) - 1) < 0.01
         True
     """
-    if not mechanisms:
-        return 0.0
-    _check_supported(mechanisms, question)
-    mechanisms = coarsened(mechanisms)
-    if any(map(_is_bare, mechanisms)):
-        return math.inf
     return _epsilon(mechanisms, delta, question, _BOUND_COARSENING)
 
 

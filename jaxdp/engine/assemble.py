@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxdp.engine import views, walker
 from jaxdp.engine.instrument import Captures, Slots
 from jaxdp.engine.kinds.base import Factored, Materialized, Site, Target, factored, static
-from jaxdp.engine.numerics import accumulation_dtype, fixed
+from jaxdp.engine.numerics import accumulation_dtype, once
 from jaxdp.engine.rounding import joint_norm, rounded_up
 from jaxdp.engine.sites import Use, by_path
 from jaxdp.engine.views import Part
@@ -69,7 +69,7 @@ def assemble(
     cotangents: Slots,
 ) -> list[LeafGradients]:
     """The gradients of every leaf, from what a batch left at the uses."""
-    captures, cotangents = fixed((captures, cotangents))
+    captures, cotangents = once((captures, cotangents))
     sources = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     owner: dict[int, int] = {}  # of uses that are no views: the source that stands for the operand
     for number, use in uses.items():
@@ -118,7 +118,7 @@ def _pieces(factors: list[Factored]) -> tuple[Factored, ...]:
             by_box[at] = first.join(factor) or factor.join(first)
     overlap = any(not views.disjoint(a, b) for a, b in combinations(by_box, 2))
     prepared = [factor.prepared() for factor in by_box.values() if factor is not None]
-    joined = tuple(fixed(each) if isinstance(each, Materialized) else each for each in prepared)
+    joined = tuple(once(each) if isinstance(each, Materialized) else each for each in prepared)
     if overlap or len(joined) < len(by_box):
         return (_materialized([factor.rows() for factor in factors]),)
     return joined
@@ -128,7 +128,7 @@ def _materialized(rows: Sequence[jax.Array]) -> Materialized:
     """The sum of materialised gradients `[B, *leaf.shape]` of a whole leaf."""
     shape = rows[0].shape[1:]
     (part,) = views.whole(0, shape)
-    total = fixed(reduce(jnp.add, rows))
+    total = once(reduce(jnp.add, rows))
     return Materialized(total, part.dims, Target.whole(shape), "materialized")
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from jaxdp.engine.kinds.base import row_norms
-from jaxdp.engine.numerics import fixed, select_rows
+from jaxdp.engine.numerics import once, select_rows
 from jaxdp.engine.reduction import Batch, LeafLoss, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.sums import weighted_sum
 
@@ -30,7 +30,7 @@ def weighted_sums(grads: list[jax.Array], weights: jax.Array) -> list[jax.Array]
 
 def reduce_rows(rows: Rows, part: Batch, weigh: Weigh | None) -> Reduction:
     """Norms, then weights, then weighted sums (none without `weigh`) of materialised rows."""
-    grads = fixed(rows.grads)
+    grads = once(rows.grads)
     norms = certified_norms(grads, part.mask)
     sums = []
     if weigh is not None:

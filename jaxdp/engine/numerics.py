@@ -47,7 +47,7 @@ def held(weights: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(weights) < least_weight(weights.dtype), 0, weights)
 
 
-def fixed(tree: Any) -> Any:
+def once(tree: Any) -> Any:
     """The same arrays, as numbers that are computed once.
 
     A compiler may compute a cheap value anew for each of its uses, and round it in another way each

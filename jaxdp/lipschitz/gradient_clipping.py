@@ -16,11 +16,11 @@ from jax.typing import ArrayLike
 
 from jaxdp.accounting.checks import check_array, check_real, shown
 from jaxdp.clipping import adaptive_limits
-from jaxdp.engine.numerics import square_sums
+from jaxdp.engine.numerics import once, square_sums
 from jaxdp.engine.rounding import roundings
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
-from jaxdp.lipschitz.rounding import divisor, once, up
+from jaxdp.lipschitz.rounding import divisor, up
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import SHARED, Cotangent, Range, Value
 from jaxdp.nn.composition import function

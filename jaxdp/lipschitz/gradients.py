@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jaxdp.accounting.checks import check_bool
 from jaxdp.bounded import Bounded
 from jaxdp.clipping import SMALLEST_THRESHOLD, check_threshold, clip_per_layer
-from jaxdp.engine.numerics import select_rows, square_sums, widened
+from jaxdp.engine.numerics import once, select_rows, square_sums, widened
 from jaxdp.engine.reduction import Batch, zero_sum
 from jaxdp.engine.sharded import on_each_device, row_sharding
 from jaxdp.lipschitz.bounds import (
@@ -27,7 +27,6 @@ from jaxdp.lipschitz.bounds import (
     known_infinite,
     leaf_bounds,
 )
-from jaxdp.lipschitz.rounding import once
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, Problem, check_function, pose, taken_apart, with_gradient
 from jaxdp.schedules import checked_number

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.accounting.checks import check_choice
+from jaxdp.engine.numerics import once
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
 from jaxdp.lipschitz.operator_norm import convolution_norm, patch_multiplicity
 from jaxdp.lipschitz.projections import onto_ball, onto_spectral_ball, orthogonal
-from jaxdp.lipschitz.rounding import divisor, gamma, once, times
+from jaxdp.lipschitz.rounding import divisor, gamma, times
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
 from jaxdp.nn.composition import LayerLike, combined, function

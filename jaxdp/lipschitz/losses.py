@@ -29,9 +29,10 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxdp.accounting.checks import check_array, check_real, check_sequence
+from jaxdp.engine.numerics import once
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
-from jaxdp.lipschitz.rounding import divisor, gamma, once, times
+from jaxdp.lipschitz.rounding import divisor, gamma, times
 from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import Range, Value, scaled
 

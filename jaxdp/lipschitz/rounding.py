@@ -52,11 +52,6 @@ _OPERANDS = {"gpu": 2.0**-10, "cuda": 2.0**-10, "rocm": 2.0**-10, "tpu": 2.0**-7
 (NVIDIA 2020, "A100 Tensor Core GPU Architecture"), or to bfloat16."""
 
 
-def once(array: jax.Array) -> jax.Array:
-    """The array, computed and rounded once for all that is made of it."""
-    return jax.lax.optimization_barrier(array)
-
-
 def gamma(count: int, unit: float = UNIT) -> float:
     """γ_k, of a sum of so many terms; infinite where it says nothing."""
     share = count * unit

@@ -18,6 +18,7 @@ from rich.console import Console
 from jaxdp.recipes import report
 from jaxdp.recipes.classify import Config, Result
 from jaxdp.recipes.data import Dataset
+from tests.helpers import strict_json
 
 SECRET = 123_456_789
 
@@ -53,22 +54,9 @@ RESULT = Result(
 )
 
 
-def strict(text: str) -> Any:
-    """JSON as its standard has it: no NaN, no Infinity, no name twice."""
-
-    def forbidden(name: str) -> Any:
-        raise AssertionError(f"{name} is no JSON")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        assert len(dict(pairs)) == len(pairs), pairs
-        return dict(pairs)
-
-    return json.loads(text, parse_constant=forbidden, object_pairs_hook=once)
-
-
 def written(path: Path, result: Result) -> Any:
     report.write_metrics(path, CONFIG, DATASET, result)
-    return strict(path.read_text())
+    return strict_json(path.read_text())
 
 
 def test_the_summary_holds_the_result_and_what_it_rests_on() -> None:
@@ -147,7 +135,7 @@ def test_files_are_written_whole_or_not_at_all(
             report.write_metrics(path, CONFIG, DATASET, RESULT._replace(steps=1))
         with pytest.raises(OSError, match="No space left"):
             report.write_plot(plot, CONFIG, DATASET, RESULT)
-    assert strict(path.read_text()) == before and plot.read_bytes() == b"a plot of before"
+    assert strict_json(path.read_text()) == before and plot.read_bytes() == b"a plot of before"
     assert {*tmp_path.iterdir()} == {path, plot}
 
 
