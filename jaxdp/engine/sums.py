@@ -2,7 +2,7 @@ r"""Sums over samples, to which one sample adds hardly more than its own contrib
 
 In floating point, taking one sample away can change how the sum of all the others is rounded. In
 one running total of n samples of norm at most C that grows like n²: data made for it reach 1.25 C
-with 4,096 samples and 49 C with 65,536. So samples are added up in blocks of m, and blocks in
+with 4,096 samples and 65 C with 65,536. So samples are added up in blocks of m, and blocks in
 pairs; where the blocks come one after the other, by compensated summation.
 
 **Theorem.** Let x_1 … x_n be contributions of norm at most C, added up in blocks of at most m (in
