@@ -158,13 +158,12 @@ def check_arrays(params: Any, trainable: Any = True) -> None:
                 "close over it (with Equinox: params, static = eqx.partition(model, "
                 "eqx.is_inexact_array)), or make it an array and freeze it with trainable="
             )
-        if not (is_key := jnp.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.prng_key)):
-            check_array(f"params ({name})", leaf, advice="Make it an array, or close over it.")
-        if is_key:
+        if jnp.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.prng_key):
             raise TypeError(
                 f"parameters must hold no random keys, got one for {name}: no optimizer can take "
                 "it. Close over it, or make a key for each sample part of the batch"
             )
+        check_array(f"params ({name})", leaf, advice="Make it an array, or close over it.")
 
 
 def trainable_groups(params: Any, trainable: Any) -> Groups:

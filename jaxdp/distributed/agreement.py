@@ -4,14 +4,15 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.extend import core
+
+from jaxdp.engine import walker
 
 
 def shared_seed() -> int:
@@ -76,28 +77,13 @@ def program_digest(fun: Callable[..., Any], *arguments: Any) -> str:
       >>> program_digest(lambda x: 0.1 * x, 1.0) == program_digest(lambda x: 0.2 * x, 1.0)
       False
     """
-    closed = jax.make_jaxpr(fun)(*arguments)
+    program, _ = walker.trace(fun, *arguments)
     # Where a closure lies in memory is no part of what it computes.
-    found = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(closed)).encode())
-    for constant in _constants(closed):
+    found = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(program)).encode())
+    # As text, a long array is cut.
+    for constant in (*walker.closed_over(program), *walker.literals(program)):
         found.update(_digest(constant).tobytes())
     return found.hexdigest()
-
-
-def _constants(program: Any) -> Iterator[Any]:
-    """What a program and those in it close over, in the order of the program."""
-    yield from getattr(program, "consts", ())
-    for eqn in program.eqns:
-        # As text, a long array is cut.
-        yield from (atom.val for atom in eqn.invars if isinstance(atom, core.Literal))
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
-            if _is_program(value):
-                yield from _constants(value)
-
-
-def _is_program(value: Any) -> bool:
-    # Closed or not: which of them is a class of its own differs between versions of JAX.
-    return hasattr(value, "eqns")
 
 
 def _digest(value: Any) -> np.ndarray:

@@ -108,6 +108,11 @@ class Equation:
         return frozenset(self.params["mesh"].axis_names if axes is None else axes)
 
     @property
+    def literals(self) -> list[Any]:
+        """Operands that are constants of the equation itself."""
+        return [atom.val for atom in self._eqn.invars if isinstance(atom, core.Literal)]
+
+    @property
     def bodies(self) -> list[Program]:
         """The functions, loops and branches that it holds."""
         leaves = jax.tree.leaves(list(self.params.values()), is_leaf=_is_program)
@@ -296,6 +301,12 @@ def closed_over(program: Program) -> list[Any]:
     """The constant arrays of a program and of all programs inside."""
     bodies = [body for equation in equations(program) for body in equation.bodies]
     return [constant for nested in (program, *bodies) for constant in _constants(nested)]
+
+
+def literals(program: Program) -> list[Any]:
+    """The constants that the equations of a program, and of all programs inside, have as operands:
+    numbers, and from JAX 0.11 small arrays."""
+    return [literal for equation in equations(program) for literal in equation.literals]
 
 
 def is_ref(value: Any) -> bool:

@@ -12,15 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from jaxdp.accounting.checks import check_real
 from jaxdp.engine import effects, walker
 from jaxdp.engine.rounding import roundings
 from jaxdp.lipschitz.propagation import Cotangents, Step, Tape, culprit, propagate, pull_back
 from jaxdp.lipschitz.rounding import root_of_squares, up
-from jaxdp.lipschitz.value import UNKNOWN, Cotangent, Range, Value
+from jaxdp.lipschitz.value import UNKNOWN, Cotangent, Range, Value, known_infinite
 from jaxdp.problem import LossFn, Problem, pose
 from jaxdp.tables import aligned
 from jaxdp.trees import prefix_leaves
@@ -184,11 +182,6 @@ class LeafBounds(NamedTuple):
         if not any(known_infinite(bound) for bound in self.bounds):
             return ""
         return culprit(self.tape, self.cotangents) or "of a branch or a derivative of its own"
-
-
-def known_infinite(bound: Cotangent) -> bool:
-    """Whether it is infinite, as far as that is known outside of compiled code."""
-    return not isinstance(bound, Tracer) and not np.isfinite(np.asarray(bound))
 
 
 def leaf_bounds(problem: Problem, limits: list[float]) -> LeafBounds:

@@ -20,13 +20,8 @@ from jaxdp.clipping import SMALLEST_THRESHOLD, check_threshold, clip_per_layer
 from jaxdp.engine.numerics import once, select_rows, square_sums, widened
 from jaxdp.engine.reduction import Batch, zero_sum
 from jaxdp.engine.sharded import on_each_device, row_sharding
-from jaxdp.lipschitz.bounds import (
-    LeafBounds,
-    input_limits,
-    is_float,
-    known_infinite,
-    leaf_bounds,
-)
+from jaxdp.lipschitz.bounds import LeafBounds, input_limits, is_float, leaf_bounds
+from jaxdp.lipschitz.value import known_infinite
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, Problem, check_function, pose, taken_apart, with_gradient
 from jaxdp.schedules import checked_number

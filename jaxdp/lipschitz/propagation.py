@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from jaxdp.engine import walker
 from jaxdp.engine.walker import Equation, Program
@@ -24,6 +22,7 @@ from jaxdp.lipschitz.value import (
     added,
     is_infinite,
     jointly,
+    known_infinite,
     largest,
 )
 
@@ -60,9 +59,8 @@ class Cotangents:
     def add(self, value: Value, bound: Cotangent) -> None:
         """A value that is used twice has the sum of two cotangents."""
         total = added([self[value], bound])
-        if total is not None:
-            if not is_infinite(total):
-                total = jnp.where(jnp.isnan(total), jnp.inf, total)  # 0 · ∞ says nothing
+        if total is not None and not is_infinite(total):
+            total = jnp.where(jnp.isnan(total), jnp.inf, total)  # 0 · ∞ says nothing
         # The value is kept, so that no other one can get its id.
         self._found[id(value)] = (value, total)
 
@@ -98,9 +96,9 @@ def culprit(tape: Tape, cotangents: Cotangents) -> str:
     "" where the bounds are traced."""
     makers = {id(output): step for step in tape for output in step.outputs}
     for step in reversed(tape):
-        if any(_infinite(cotangents[value]) for value in step.outputs):
+        if any(known_infinite(cotangents[value]) for value in step.outputs):
             continue
-        if not any(_infinite(cotangents[value]) for value in step.operands):
+        if not any(known_infinite(cotangents[value]) for value in step.operands):
             continue
         suspects = [value for value in step.operands if _endless(value)]
         if not suspects:
@@ -117,14 +115,8 @@ def culprit(tape: Tape, cotangents: Cotangents) -> str:
     return ""
 
 
-def _infinite(bound: Cotangent) -> bool:
-    """As far as it is known outside of compiled code."""
-    traced = bound is None or isinstance(bound, Tracer)
-    return not traced and not np.isfinite(np.asarray(bound))
-
-
 def _endless(value: Value) -> bool:
-    return value.unknown or _infinite(value.norm)
+    return value.unknown or known_infinite(value.norm)
 
 
 def _evaluate(

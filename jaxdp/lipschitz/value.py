@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxdp.lipschitz import rounding
@@ -189,6 +190,12 @@ def _all_of(dtype: Any) -> Range:
 def is_infinite(bound: Cotangent) -> bool:
     """Whether it is `INFINITE`, which is known while the program of a bound is traced."""
     return isinstance(bound, float) and bound == INFINITE
+
+
+def known_infinite(bound: Cotangent) -> bool:
+    """Whether it is infinite, as far as that is known outside of compiled code."""
+    unknown = bound is None or isinstance(bound, Tracer)
+    return not unknown and not np.isfinite(np.asarray(bound))
 
 
 def added(bounds: Sequence[Cotangent]) -> Cotangent:

@@ -27,6 +27,7 @@ from jaxdp.recipes.data import Dataset
 from jaxdp.recipes.models import LIPSCHITZ_MODELS, Model, build
 from jaxdp.sampling import PoissonSampler
 from jaxdp.schedules import checked_number
+from jaxdp.training.arguments import LARGEST_STEPS
 from jaxdp.training.logs import LogFn
 
 CLIP_NAMES = ("flat", "per-layer", "automatic", "adaptive", "none")
@@ -34,9 +35,6 @@ SCHEDULE_NAMES = ("cosine", "constant")
 
 # Of the count of an adaptive clip, relative to the batch size: costs next to nothing.
 _COUNT_NOISE = 0.05
-
-# What the int32 that counts them in a state can hold.
-_MOST_STEPS = 2**31 - 1
 
 # Any input may come: a Lipschitz model bounds it itself.
 _INPUT_BOUND = math.inf
@@ -282,9 +280,9 @@ def _randomness(config: Config) -> str:
 def _steps(config: Config, count: int) -> int:
     """How many logical steps the epochs take, at least one."""
     steps = config.epochs * count / config.batch_size
-    if not steps < _MOST_STEPS:
+    if not steps < LARGEST_STEPS:
         raise ValueError(
-            f"epochs must be fewer than make {_MOST_STEPS:,} steps, which is as far as steps are "
+            f"epochs must be fewer than make {LARGEST_STEPS:,} steps, which is as far as steps are "
             f"counted, got {config.epochs:g} of {count / config.batch_size:g} steps each. Take "
             "fewer, or a larger batch_size."
         )

@@ -18,8 +18,8 @@ from jaxdp.sampling import Sampler
 from jaxdp.training.checkpoints import Checkpoints
 from jaxdp.training.step import Step, TrainState
 
-# The counters of a state are of int32.
-_MOST_STEPS = 2**31 - 1
+LARGEST_STEPS = 2**31 - 1
+"""The most logical steps of a run: the counters of a state are of int32."""
 
 
 class Plan(NamedTuple):
@@ -67,7 +67,7 @@ def check_plan(
         report_every = max(round(sampler.num_examples / sampler.expected_batch_size), 1)
     return Plan(
         check_integer(
-            "steps", steps, minimum=0, maximum=_MOST_STEPS, advice="Pass logical steps in total."
+            "steps", steps, minimum=0, maximum=LARGEST_STEPS, advice="Pass logical steps in total."
         ),
         check_delta(delta),
         None
