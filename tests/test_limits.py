@@ -82,13 +82,13 @@ Beyond = tuple[Callable[[], Any], str]
 BEYOND: dict[str, Beyond] = {
     "steps of pld": (
         lambda: accounting.epsilon(1e3, steps=10**12, delta=DELTA, sampling_rate=1e-3),
-        'steps must be at most 100000000 for accountant="pld", got 1000000000000.*"rdp"',
+        'steps must be at most 10000000 for accountant="pld", got 1000000000000.*"rdp"',
     ),
     "steps to be found": (
         lambda: accounting.calibrate_steps(
             3.0, noise_multiplier=1e6, delta=DELTA, sampling_rate=1e-6, at_most=10**18
         ),
-        'steps must be at most 100000000 for accountant="pld"',
+        'steps must be at most 10000000 for accountant="pld"',
     ),
     "steps": (
         lambda: accounting.epsilon(1.0, steps=10**30, delta=DELTA, sampling_rate=0.1),

@@ -61,7 +61,7 @@ _FINE_MECHANISMS = 8
 # How much coarser the grid of a bound is. A power of two, as `_grid_interval` needs.
 _BOUND_COARSENING = 16
 
-MOST_SAMPLED_STEPS = 100_000_000
+MOST_SAMPLED_STEPS = 10_000_000
 """More equal sampled steps than this are not composed with "pld"."""
 
 
@@ -265,7 +265,9 @@ def _pld_of(
             f'steps must be at most {MOST_SAMPLED_STEPS} for accountant="pld", got {repeats} of '
             'one kind: the rounding errors of as many would show. Use accountant="rdp".'
         )
-    return _pld_of_step(sampling.sampling_rate, sigma, relation, interval).self_compose(repeats)
+    step = _pld_of_step(sampling.sampling_rate, sigma, relation, interval)
+    # To look for the tails of one step takes far longer than to compose it.
+    return step if repeats == 1 else step.self_compose(repeats)
 
 
 # What was composed last, the least recently used first.
