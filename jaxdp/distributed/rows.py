@@ -9,7 +9,15 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdp.accounting.checks import check_integer
+from jaxdp.accounting.checks import (
+    check_array,
+    check_callable,
+    check_instance,
+    check_integer,
+    shown,
+)
+
+_INDICES = "Pass those of the rows of the whole batch."
 
 
 def data_parallel(devices: int | None = None) -> NamedSharding:
@@ -58,11 +66,22 @@ def spread_rows(
     Returns:
       Pytree of `[P, ...]`, row i on the device that the sharding says.
 
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: the indices are no integers along one axis; the rows are not one for each.
+
     Example:
       >>> batch = spread_rows(lambda index: 10.0 * index, np.arange(4), data_parallel(1))
       >>> print(batch)
       [ 0. 10. 20. 30.]
     """
+    check_callable("rows_of", rows_of, advice="Pass a function of indices.")
+    check_instance("sharding", sharding, NamedSharding, advice="data_parallel() makes one.")
+    check_array("indices", indices, advice=_INDICES)
+    if np.ndim(indices) != 1 or not np.issubdtype(np.asarray(indices).dtype, np.integer):
+        raise ValueError(
+            f"indices must be integers along one axis, got {shown(indices)}. {_INDICES}"
+        )
     count = len(indices)
     places = sharding.addressable_devices_indices_map((count,)).values()
     spans = {place[0].indices(count)[:2] for place in places if place is not None}
@@ -70,6 +89,11 @@ def spread_rows(
 
     def placed(leaf: Any) -> jax.Array:
         local = np.asarray(leaf)
+        if local.shape[:1] != own.shape:
+            raise ValueError(
+                f"rows_of must return one row for each of {len(own)} indices, got "
+                f"{shown(local)}. Index the first axis of every array."
+            )
         shape = (count, *local.shape[1:])
         return jax.make_array_from_process_local_data(sharding, local, shape)
 
@@ -80,11 +104,24 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The same state on all devices of a mesh. What lies there already, as parameters that are
     spread over it, stays as it is.
 
+    Args:
+      state: pytree of JAX's arrays, keys included.
+      mesh: of devices, as `data_parallel().mesh`; an abstract one names none, and is refused.
+
+    Returns:
+      The state, replicated over the mesh where it was not on it.
+
+    Raises:
+      TypeError: the mesh is none, or a leaf is no array of JAX.
+
     Example:
       >>> state = spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)
       >>> tuple(state["w"].sharding.spec)
       ()
     """
+    check_instance("mesh", mesh, Mesh, advice="Pass data_parallel().mesh, or jax.make_mesh(...).")
+    for leaf in jax.tree.leaves(state):
+        check_instance("state", leaf, jax.Array, advice="Convert its leaves with jnp.asarray.")
 
     def everywhere(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
