@@ -68,7 +68,7 @@ def spread_rows(
 
     Raises:
       TypeError: an argument has the wrong type.
-      ValueError: the indices are no integers along one axis; the rows are not one for each.
+      ValueError: the indices have not one axis; the rows are not one for each.
 
     Example:
       >>> batch = spread_rows(lambda index: 10.0 * index, np.arange(4), data_parallel(1))
@@ -78,10 +78,8 @@ def spread_rows(
     check_callable("rows_of", rows_of, advice="Pass a function of indices.")
     check_instance("sharding", sharding, NamedSharding, advice="data_parallel() makes one.")
     check_array("indices", indices, advice=_INDICES)
-    if np.ndim(indices) != 1 or not np.issubdtype(np.asarray(indices).dtype, np.integer):
-        raise ValueError(
-            f"indices must be integers along one axis, got {shown(indices)}. {_INDICES}"
-        )
+    if np.ndim(indices) != 1:
+        raise ValueError(f"indices must have one axis, got {shown(indices)}. {_INDICES}")
     count = len(indices)
     places = sharding.addressable_devices_indices_map((count,)).values()
     spans = {place[0].indices(count)[:2] for place in places if place is not None}

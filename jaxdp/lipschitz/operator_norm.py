@@ -63,8 +63,8 @@ def check_matrix(name: str, value: jax.Array, *, minimum_axes: int = 2, advice: 
     Example:
       >>> check_matrix("matrix", jnp.ones(3), advice="Pass a matrix.")
       Traceback (most recent call last):
-      ValueError: matrix must have at least 2 axes, got an array of shape (3,) and dtype float32.
-      Pass a matrix.
+      ValueError: matrix must have at least 2 axes, got Array([1., 1., 1.], dtype=float32). Pass a
+      matrix.
     """
     check_array(name, value, advice=advice)
     if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
