@@ -41,7 +41,7 @@ from jaxdp.accounting.checks import check_bool, check_instance, check_real, show
 from jaxdp.bounded import Bounded, Groups
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import select_rows
-from jaxdp.engine.rule import ClipRule
+from jaxdp.engine.weighting import ClipRule
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.randomness import COUNT_NOISE, drawn_alone, own_key, step_key
 from jaxdp.schedules import (

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxdp.engine.explanation import LeafExplanation, explain_leaves
+from jaxdp.engine.explanation import LeafExplanation
 from jaxdp.per_sample import LossFn, Options
 from jaxdp.tables import aligned
 
@@ -18,9 +18,9 @@ class Explanation(NamedTuple):
     """What `jaxdp.explain` found; printing it gives a table.
 
     Attributes:
-      method: the lowering: "slots", "taps", "fused" or "dense".
+      method: its name: "slots", "taps", "fused" or "dense".
       microbatch_size: how many samples at a time; None for all.
-      reason: why this lowering.
+      reason: why this method.
       leaves: one row for each leaf that has a gradient.
     """
 
@@ -62,7 +62,7 @@ def explain(
       **kwargs: for the loss.
 
     Returns:
-      The lowering, and for each leaf its sites, the method for its norms, floating-point
+      The method, and for each leaf its sites, the method for its norms, floating-point
       operations and bytes beyond the ordinary gradient of the whole batch, and the reason if it
       is materialised.
 
@@ -85,7 +85,7 @@ def explain(
     options.check()
     problem = options.problem(params, batch, mask, kwargs)
     choice = options.choice(problem)
-    leaves = explain_leaves(choice, problem.names, problem.leaves, problem.batch)
+    leaves = choice.method.explained(problem.names, problem.batch)
     return Explanation(choice.name, choice.microbatch_size, choice.reason, tuple(leaves))
 
 

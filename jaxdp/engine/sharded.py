@@ -1,6 +1,6 @@
 """A batch whose rows lie on several devices, under `jit`.
 
-Every device runs the lowering on its own rows, inside `jax.shard_map` over the axes of the mesh
+Every device runs the method on its own rows, inside `jax.shard_map` over the axes of the mesh
 along which rows are spread; sums are added up over the devices, once. XLA alone would give the same
 numbers, but for loops over samples it gathers all rows on every device first. The other axes of the
 mesh are left to XLA.
@@ -14,7 +14,9 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdp.engine.reduction import Batch, Handle, Reduction, Rows, Weigh
+from jaxdp.engine.methods.base import Reducer
+from jaxdp.engine.reduction import Batch, Reduction, Rows
+from jaxdp.engine.weighting import Weighting
 
 
 class RowSharding(NamedTuple):
@@ -137,37 +139,35 @@ class Sharded(NamedTuple):
     """The whole batch, each device its own rows.
 
     Attributes:
-      handle_of: `(arrays, rows) -> handle` on the rows of one device.
+      reducer_of: `(arrays, rows) -> reducer` of the rows of one device.
       arrays: parameters and other arrays of the loss.
       leaves: parameters that have a gradient.
-      batch: all rows.
-      rows_at: where they lie.
+      rows_at: where the rows lie.
     """
 
-    handle_of: Callable[[Any, Batch], Handle]
+    reducer_of: Callable[[Any, Batch], Reducer]
     arrays: Any
     leaves: list[Any]
-    batch: Batch
     rows_at: RowSharding
 
-    def reduce(self, weigh: Weigh | None) -> Reduction:
-        """Norms, and weighted sums if `weigh` is given, added up over devices."""
+    def reduce(self, batch: Batch, weighting: Weighting | None) -> Reduction:
+        """Norms, and weighted sums if `weighting` is given, added up over devices."""
 
-        def on_one(common: Any, part: Batch) -> tuple[list[jax.Array], Reduction]:
-            arrays, constants = common
-            own = weigh and weigh._replace(constants=constants)
-            found = self.handle_of(arrays, part).reduce(own)
-            return found.sums, found._replace(sums=[])
+        def on_one(
+            common: tuple[Any, Weighting | None], rows: Batch
+        ) -> tuple[list[jax.Array], Reduction]:
+            arrays, weighting = common
+            reduction = self.reducer_of(arrays, rows).reduce(rows, weighting)
+            return reduction.sums, reduction._replace(sums=[])
 
-        like = [] if weigh is None else self.leaves
-        common = (self.arrays, () if weigh is None else weigh.constants)
-        sums, found = on_each_device(on_one, self.rows_at, common, self.batch, like)
-        return found._replace(sums=sums)
+        like = [] if weighting is None else self.leaves
+        sums, by_row = on_each_device(on_one, self.rows_at, (self.arrays, weighting), batch, like)
+        return by_row._replace(sums=sums)
 
-    def rows(self) -> Rows:
+    def rows(self, batch: Batch) -> Rows:
         """The gradients of the whole batch, each where its row lies."""
 
-        def on_one(arrays: Any, part: Batch) -> tuple[tuple[()], Rows]:
-            return (), self.handle_of(arrays, part).rows()
+        def on_one(arrays: Any, rows: Batch) -> tuple[tuple[()], Rows]:
+            return (), self.reducer_of(arrays, rows).rows(rows)
 
-        return on_each_device(on_one, self.rows_at, self.arrays, self.batch, ())[1]
+        return on_each_device(on_one, self.rows_at, self.arrays, batch, ())[1]
