@@ -202,7 +202,7 @@ def test_the_search_finds_what_users_see() -> None:
         "jaxdp.per_sample.PerSampleGrads.norms",
         "jaxdp.per_sample.PerSampleGrads.losses",
         "jaxdp.per_sample.PerSampleGrads.from_arrays",
-        "jaxdp.clipping.ClipState",
+        "jaxdp.clipping.base.ClipState",
         "jaxdp.engine.weighting.ClipRule",
     } <= set(PUBLIC)
     assert len(PUBLIC) > 100
