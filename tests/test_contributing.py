@@ -48,8 +48,10 @@ def test_the_example_of_a_new_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "one_by_one", example("Adding a method")["OneByOne"])
     params, batch = arguments()
     mask = [True, True, False, True, True]
-    for options in ({}, {"microbatch_size": 2}):
-        check_against_oracle(loss, params, batch, method="one_by_one", mask=mask, **options)
+    for size in (None, 2):
+        check_against_oracle(
+            loss, params, batch, method="one_by_one", mask=mask, microbatch_size=size
+        )
     explanation = jaxdp.explain(loss, params, batch, method="one_by_one", memory_budget=100)
     assert [leaf.method for leaf in explanation.leaves] == ["one by one"] * 2
     # 16 numbers, whatever the size of the batch.

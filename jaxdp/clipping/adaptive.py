@@ -119,7 +119,17 @@ def clip_adaptive(
         shape = (len(jax.tree.leaves(params)),) if per_layer else ()
         own = own_key(key, COUNT_NOISE, params)
         drawn_alone(own, params)
-        return _first_state(jnp.asarray(initial_threshold, jnp.float32), shape, own)
+        initial = jnp.asarray(initial_threshold, jnp.float32)
+        lowest, highest = adaptive_limits(initial)
+        return ClipAdaptiveState(
+            step=jnp.zeros((), jnp.int32),
+            thresholds=jnp.full(shape, initial),
+            counts=jnp.zeros(shape, jnp.float32),
+            lowest=lowest,
+            highest=highest,
+            noise_multiplier=jnp.full((), jnp.nan, jnp.float32),
+            key=own,
+        )
 
     def update(
         updates: Any,
@@ -140,7 +150,9 @@ def clip_adaptive(
             groups, places, thresholds = grads.groups, ..., state.thresholds
         bounded = grads.clipped_sum(ClipRule(groups, thresholds, shrink))
 
-        counts = state.counts.at[places].add(_halves_below(grads, groups, thresholds))
+        counts = _halves_below(grads, groups, thresholds)
+        counts = state.counts.at[places].add(counts)
+
         draw = step_key(state.key, state.step)
         noise_multiplier = value_at(count_noise_multiplier, state.step)
         alone = drawn_alone(draw, (counts, state.thresholds, noise_multiplier))
@@ -165,22 +177,6 @@ def clip_adaptive(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _first_state(
-    initial_threshold: jax.Array, shape: tuple[int, ...], key: jax.Array
-) -> ClipAdaptiveState:
-    """Before any step, with thresholds of this shape."""
-    lowest, highest = adaptive_limits(initial_threshold)
-    return ClipAdaptiveState(
-        step=jnp.zeros((), jnp.int32),
-        thresholds=jnp.full(shape, initial_threshold),
-        counts=jnp.zeros(shape, jnp.float32),
-        lowest=lowest,
-        highest=highest,
-        noise_multiplier=jnp.full((), jnp.nan, jnp.float32),
-        key=key,
-    )
 
 
 def _refuse_unseen_devices() -> None:
