@@ -185,6 +185,12 @@ class Bounded(metaclass=_SpeakingType):
 
         Returns:
           The sum; it is still to be added up over the other axes that this one is.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> doubled = Bounded(jnp.ones(2), 1.0).with_value(2 * jnp.ones(2), jnp.float32(2.0))
+          >>> doubled.value.tolist(), float(doubled.sensitivity)
+          ([2.0, 2.0], 2.0)
         """
         return Bounded(value, sensitivity, self.groups, self.unsummed - summed_over)
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxdp.engine.explanation import LeafExplanation
-from jaxdp.per_sample import LossFn, Options
+from jaxdp.options import Options
+from jaxdp.problem import LossFn
 from jaxdp.tables import aligned
 
 _HEADER = ("leaf", "shape", "sites", "method", "MFLOP", "KiB", "reason")

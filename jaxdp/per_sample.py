@@ -7,7 +7,7 @@ updates, state = tx.update(grads, state)   # tx begins with one of jaxdp's clips
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,32 +15,19 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_bool, check_choice, check_integer
 from jaxdp.bounded import Bounded, Groups
 from jaxdp.engine.methods.base import Reducer
-from jaxdp.engine.methods.choice import Choice, choose, method_names
 from jaxdp.engine.methods.dense import GivenRows
-from jaxdp.engine.microbatches import Microbatched
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.reduction import Batch, Reduction, Rows, zero_sum
 from jaxdp.engine.rounding import joint_norm
-from jaxdp.engine.sharded import Sharded, row_sharding
-from jaxdp.engine.weighting import (
-    ClipRule,
-    GivenWeights,
-    Weighting,
-    finite_rows,
-    group_norms,
-)
+from jaxdp.engine.weighting import ClipRule, GivenWeights, Weighting, finite_rows, group_norms
+from jaxdp.options import Options
 from jaxdp.problem import (
     LossFn,
-    Problem,
     batch_size,
-    check_function,
     checked_mask,
     merged_tree,
-    pose,
-    taken_apart,
     trainable_groups,
     with_gradient,
 )
@@ -162,8 +149,8 @@ class PerSampleGrads:
         kept = replace(rule, groups=self._kept(rule.groups))
         sums = self._reduce(self._batch, kept)
         value = self._tree(sums, zero_sum)
-        spread = sample_axes(self.mask)
-        return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups, spread)
+        axes = sample_axes(self.mask)
+        return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups, axes)
 
     def weighted_sum(self, weights: ArrayLike) -> Any:
         """Σ_i w_i g_i for weights `[B]`: a pytree like the parameters. No bound is claimed.
@@ -202,9 +189,9 @@ class PerSampleGrads:
     def _reduction(self) -> Reduction:
         """Norms, losses and aux: of the last reduction if that ran in this very trace (a tracer
         of another one must not be used here), else computed."""
-        here = get_opaque_trace_state()
-        if self._seen is None or self._seen[0] != here:
-            self._seen = (here, self._reducer.reduce(self._batch, None))
+        trace = get_opaque_trace_state()
+        if self._seen is None or self._seen[0] != trace:
+            self._seen = (trace, self._reducer.reduce(self._batch, None))
         return self._seen[1]
 
     def _kept(self, groups: Groups) -> Groups:
@@ -327,62 +314,3 @@ def per_sample_grads(
         return PerSampleGrads(reducer, problem.batch, struct, problem.groups)
 
     return grads_fn
-
-
-class Options(NamedTuple):
-    """The arguments of `per_sample_grads`."""
-
-    loss_fn: LossFn
-    has_aux: bool
-    method: str
-    memory_budget: int | None
-    microbatch_size: int | None
-    trainable: Any
-    sharding: NamedSharding | None = None
-
-    def check(self) -> None:
-        """Raises on an argument that no batch could make sense of."""
-        check_function(self.loss_fn)
-        check_choice("method", self.method, method_names())
-        check_bool("has_aux", self.has_aux, advice="Say whether loss_fn returns (loss, aux).")
-        for name in ("microbatch_size", "memory_budget"):
-            value = getattr(self, name)
-            if value is not None:
-                check_integer(name, value, minimum=1, advice="Leave it out to let jaxdp choose.")
-
-    def problem(
-        self, params: Any, batch: Any, mask: jax.Array | None, kwargs: dict[str, Any]
-    ) -> Problem:
-        """The arguments of `grads_fn`, checked."""
-        options = {"has_aux": self.has_aux, "trainable": self.trainable}
-        return pose(self.loss_fn, params, batch, mask, kwargs, **options)
-
-    def choice(self, problem: Problem) -> Choice:
-        """The method, and how many samples at a time."""
-        return choose(
-            self.method,
-            problem.loss,
-            problem.leaves,
-            problem.batch,
-            microbatch_size=self.microbatch_size,
-            memory_budget=self.memory_budget,
-        )
-
-    def reducer(self, problem: Problem, kwargs: dict[str, Any]) -> Reducer:
-        """What computes, on each device where the rows of the batch lie on several."""
-        rows_at = row_sharding(problem.batch.examples, self.sharding)
-        if rows_at is None:
-            return self.local_reducer(problem)
-        arrays, problem_of = taken_apart(problem, kwargs, self.problem)
-
-        def reducer_of(arrays: Any, rows: Batch) -> Reducer:
-            return self.local_reducer(problem_of(arrays, rows))
-
-        return Sharded(reducer_of, arrays, problem.leaves, rows_at)
-
-    def local_reducer(self, problem: Problem) -> Reducer:
-        """The same on this device."""
-        choice = self.choice(problem)
-        if choice.microbatch_size is None:
-            return choice.method
-        return Microbatched(choice.method, problem.leaves, choice.microbatch_size)

@@ -106,11 +106,7 @@ def clip_adaptive(
     Source: Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping",
     equation 1 and section 2.2, theorem 1.
     """
-    check_threshold("initial_threshold", initial_threshold)
-    checked_number("initial_threshold", initial_threshold)
-    checked("count_noise_multiplier", count_noise_multiplier, zero=True)
-    checked_number("expected_batch_size", expected_batch_size)
-    checked("learning_rate", learning_rate)
+    _check(initial_threshold, count_noise_multiplier, expected_batch_size, learning_rate)
     advice = "Pass the share of samples that are not to be clipped."
     quantile = check_real("quantile", quantile, minimum=0, maximum=1, advice=advice)
     per_layer = check_bool("per_layer", per_layer, advice="Leave it out for one threshold.")
@@ -141,17 +137,11 @@ def clip_adaptive(
     ) -> tuple[Any, ClipAdaptiveState]:
         _refuse_unseen_devices()
         grads = per_sample_gradients(updates, params)
-        if per_layer:
-            groups = one_group_each(grads.groups)
-            # The state has a place for every leaf, since init cannot know which are frozen.
-            places = jnp.asarray(members(groups))
-            thresholds = state.thresholds[places]
-        else:
-            groups, places, thresholds = grads.groups, ..., state.thresholds
+        groups, places = _groups(grads.groups) if per_layer else (grads.groups, ...)
+        thresholds = state.thresholds[places]
         bounded = grads.clipped_sum(ClipRule(groups, thresholds, shrink))
 
-        counts = _halves_below(grads, groups, thresholds)
-        counts = state.counts.at[places].add(counts)
+        counts = state.counts.at[places].add(_halves_below(grads, groups, thresholds))
 
         draw = step_key(state.key, state.step)
         noise_multiplier = value_at(count_noise_multiplier, state.step)
@@ -179,12 +169,32 @@ def clip_adaptive(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
+def _check(
+    initial_threshold: float,
+    count_noise_multiplier: FloatOrSchedule,
+    expected_batch_size: float,
+    learning_rate: FloatOrSchedule,
+) -> None:
+    """Raises at what is out of its range."""
+    check_threshold("initial_threshold", initial_threshold)
+    checked_number("initial_threshold", initial_threshold)
+    checked("count_noise_multiplier", count_noise_multiplier, zero=True)
+    checked_number("expected_batch_size", expected_batch_size)
+    checked("learning_rate", learning_rate)
+
+
 def _refuse_unseen_devices() -> None:
     if axes := sorted(untracked_axes()):
         raise NotImplementedError(
             f"clip_adaptive counts the samples of all devices, which it cannot see along {axes}"
             ": use jit with a sharded batch, or jax.shard_map with check_vma=True"
         )
+
+
+def _groups(groups: Groups) -> tuple[Groups, jax.Array]:
+    """One group for each leaf that has a gradient, and its place in the state: that has one for
+    every leaf, since init cannot know which are frozen."""
+    return one_group_each(groups), jnp.asarray(members(groups))
 
 
 def _halves_below(grads: PerSampleGrads, groups: Groups, thresholds: jax.Array) -> jax.Array:

@@ -45,13 +45,13 @@ def row_sharding(batch: Any, sharding: NamedSharding | None) -> RowSharding | No
         not divide among the devices.
     """
     if sharding is None:
-        found = {rows for leaf in jax.tree.leaves(batch) if (rows := _typed(leaf)) is not None}
-        if len(found) > 1:
+        placements = {rows for leaf in jax.tree.leaves(batch) if (rows := _typed(leaf)) is not None}
+        if len(placements) > 1:
             raise ValueError(
                 "all leaves of batch must have their rows on the same devices, got "
-                f"{sorted(rows.axes for rows in found)}"
+                f"{sorted(rows.axes for rows in placements)}"
             )
-        return found.pop() if found else None
+        return placements.pop() if placements else None
     first, *others = sharding.spec or (None,)
     if any(axis is not None for axis in others):
         raise ValueError(
@@ -102,10 +102,10 @@ def on_each_device(
     """
 
     def on_one(common: Any, by_row: Any) -> tuple[Any, Any]:
-        sums, found = run(common, by_row)
-        return jax.lax.psum(sums, rows.axes), found
+        sums, results = run(common, by_row)
+        return jax.lax.psum(sums, rows.axes), results
 
-    spread = P(rows.axes)
+    split = P(rows.axes)
     explicit = tuple(
         name
         for name, kind in zip(rows.mesh.axis_names, rows.mesh.axis_types, strict=True)
@@ -114,8 +114,8 @@ def on_each_device(
     mapped = jax.shard_map(
         on_one,
         mesh=None if explicit else rows.mesh,
-        in_specs=(P(), spread),
-        out_specs=(P(), spread),
+        in_specs=(P(), split),
+        out_specs=(P(), split),
         axis_names=frozenset(rows.axes),
         # A loss is written for one device: with types that tell what varies, every loop in it that
         # begins with zeros would have to say that they do.
@@ -125,7 +125,7 @@ def on_each_device(
         # Within, the other axes are XLA's affair, too: few operations of a model can tell how
         # their results are to be spread.
         sums = jax.tree.map(lambda leaf: _spec(leaf, rows), like)
-        out = (sums, NamedSharding(rows.mesh, spread))
+        out = (sums, NamedSharding(rows.mesh, split))
         mapped = jax.sharding.auto_axes(mapped, axes=explicit, out_sharding=out)
     return jax.jit(mapped)(common, by_row)
 

@@ -191,7 +191,7 @@ def _certified_norms(
 ) -> list[jax.Array]:
     """`[B]` for every leaf, from its slots and its taps."""
     slotted = [leaf.certified_norms(count) for leaf in gradients]
-    found = [
+    columns = [
         [column] if leaf.pieces else [] for leaf, column in zip(gradients, slotted, strict=True)
     ]
     for number, use in tapped.items():
@@ -199,10 +199,10 @@ def _certified_norms(
         for column, part in enumerate(use.view or ()):
             # Squares of all steps of the loops, which the backward pass added up.
             norms = rounded_up(jnp.sqrt(seen[number][:, column]), steps // 2 + 1 + ROOT)
-            found[part.source].append(norms)
+            columns[part.source].append(norms)
     return [
         joined_norms(pieces, column.dtype) if pieces else column
-        for pieces, column in zip(found, slotted, strict=True)
+        for pieces, column in zip(columns, slotted, strict=True)
     ]
 
 
@@ -308,10 +308,10 @@ def _norms_of_one(use: Use, operands: list[Any], cotangent: jax.Array) -> jax.Ar
     @norms.def_vmap
     def _(size: int, batched: Any, operands: list[Any], cotangent: jax.Array) -> Any:
         # The kinds know best how to go through a batch.
-        def spread(array: jax.Array, is_batched: bool) -> jax.Array:
+        def for_all(array: jax.Array, is_batched: bool) -> jax.Array:
             return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
 
-        operands, cotangent = jax.tree.map(spread, (operands, cotangent), tuple(batched))
+        operands, cotangent = jax.tree.map(for_all, (operands, cotangent), tuple(batched))
         return _norms(use, operands, cotangent), True
 
     return norms(operands, cotangent)
