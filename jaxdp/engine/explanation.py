@@ -16,7 +16,7 @@ class LeafExplanation(NamedTuple):
       leaf: its path in the parameters.
       shape: its shape.
       sites: the operations where it meets the sample, with the loops that hold them.
-      method: how its norms are computed.
+      norms: how its norms are computed.
       flops: floating-point operations of that for the batch, beyond the ordinary gradient.
       bytes: kept for it until the norms are known, of the whole batch; what several leaves share
         counts for each.
@@ -26,7 +26,7 @@ class LeafExplanation(NamedTuple):
     leaf: str
     shape: tuple[int, ...]
     sites: str
-    method: str
+    norms: str
     flops: int
     bytes: int
     reason: str
@@ -46,7 +46,7 @@ def explain_leaf(
     pieces = gradients.pieces
     methods = list(dict.fromkeys(piece.method for piece in pieces)) or ["unused"]
     arrays = [] if tapped else jax.tree.leaves(pieces)
-    method = ", ".join(methods)
+    norms = ", ".join(methods)
     return LeafExplanation(
         leaf=name,
         shape=tuple(gradients.leaf.shape),
@@ -54,7 +54,7 @@ def explain_leaf(
             f"{site} ×{count}" if count > 1 else site
             for site, count in Counter(map(_site, uses)).items()
         ),
-        method=f"tap: {method}" if tapped else method,
+        norms=f"tap: {norms}" if tapped else norms,
         flops=sum(piece.flops for piece in pieces),
         bytes=sum(array.size * array.dtype.itemsize for array in arrays),
         reason=_reason(uses) if "materialized" in methods else "",

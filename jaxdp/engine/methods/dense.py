@@ -96,7 +96,7 @@ class Dense:
                 leaf=name,
                 shape=tuple(leaf.shape),
                 sites="",
-                method="materialized",
+                norms="materialized",
                 flops=2 * count * leaf.size,
                 bytes=count * leaf.size * leaf.dtype.itemsize,
                 reason="method is dense",
