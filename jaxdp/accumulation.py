@@ -104,7 +104,7 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
             )
         sums = state.sums.add(updates.value)
         sensitivities = jnp.maximum(state.sensitivities, _of_leaves(updates))
-        total: Any = updates._replace(sums.value, _of_groups(sensitivities, updates))
+        total: Any = updates.with_value(sums.value, _of_groups(sensitivities, updates))
 
         def end() -> tuple[Any, AccumulateState]:
             released, inner_state = behind.update(

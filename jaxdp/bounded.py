@@ -150,7 +150,7 @@ class Bounded(metaclass=_SpeakingType):
                 "jaxdp.distributed.all_reduce(...) behind both"
             )
         value = jax.tree.map(jnp.add, self.value, other.value)
-        return self._replace(value, jnp.maximum(self.sensitivity, other.sensitivity))
+        return self.with_value(value, jnp.maximum(self.sensitivity, other.sensitivity))
 
     def __mul__(self, factor: ArrayLike) -> "Bounded":
         """Scales value and sensitivity by a public constant (never by a function of the data)."""
@@ -169,14 +169,29 @@ class Bounded(metaclass=_SpeakingType):
         moved = ~(is_zero(self.sensitivity) | is_zero(factor))
         tiny = jnp.finfo(sensitivity.dtype).tiny
         sensitivity = jnp.where(moved & (sensitivity < tiny), tiny, sensitivity)
-        return self._replace(value, sensitivity)
+        return self.with_value(value, sensitivity)
 
     __rmul__ = __mul__
 
-    def _replace(
+    def with_value(
         self, value: Any, sensitivity: jax.Array, *, summed_over: frozenset[str] = frozenset()
     ) -> "Bounded":
-        """Another sum with the same groups, added up over these axes of devices."""
+        """Another sum over samples with the same groups. As building one, it is a claim.
+
+        Args:
+          value: the sum, a pytree like this one's.
+          sensitivity: L2 sensitivity of the sum, as this one's.
+          summed_over: axes of devices over which the sum has been added up.
+
+        Returns:
+          The sum; it is still to be added up over the other axes that this one is.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> doubled = Bounded(jnp.ones(2), 1.0).with_value(2 * jnp.ones(2), jnp.float32(2.0))
+          >>> doubled.value.tolist(), float(doubled.sensitivity)
+          ([2.0, 2.0], 2.0)
+        """
         return Bounded(value, sensitivity, self.groups, self.unsummed - summed_over)
 
     def moving_leaves(self) -> list[jax.Array]:

@@ -7,20 +7,21 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxdp.engine.explanation import LeafExplanation, explain_leaves
-from jaxdp.per_sample import LossFn, Options
+from jaxdp.engine.explanation import LeafExplanation
+from jaxdp.options import Options
+from jaxdp.problem import LossFn
 from jaxdp.tables import aligned
 
-_HEADER = ("leaf", "shape", "sites", "method", "MFLOP", "KiB", "reason")
+_HEADER = ("leaf", "shape", "sites", "norms", "MFLOP", "KiB", "reason")
 
 
 class Explanation(NamedTuple):
     """What `jaxdp.explain` found; printing it gives a table.
 
     Attributes:
-      method: the lowering: "slots", "taps", "fused" or "dense".
+      method: its name: "slots", "taps", "fused" or "dense".
       microbatch_size: how many samples at a time; None for all.
-      reason: why this lowering.
+      reason: why this method.
       leaves: one row for each leaf that has a gradient.
     """
 
@@ -62,7 +63,7 @@ def explain(
       **kwargs: for the loss.
 
     Returns:
-      The lowering, and for each leaf its sites, the method for its norms, floating-point
+      The method, and for each leaf its sites, how its norms are computed, floating-point
       operations and bytes beyond the ordinary gradient of the whole batch, and the reason if it
       is materialised.
 
@@ -75,21 +76,21 @@ def explain(
       >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
       >>> print(explain(loss_fn, params, jnp.ones((4, 3))))
       method slots (the fastest)
-      leaf  shape  sites        method         MFLOP   KiB   reason
+      leaf  shape  sites        norms          MFLOP   KiB   reason
       b     2      add          materialized   0.0000  0.03  promoted: add
       w     3×2    dot_general  outer product  0.0000  0.08
-      >>> explain(loss_fn, params, jnp.ones((4, 3))).leaves[1].method
+      >>> explain(loss_fn, params, jnp.ones((4, 3))).leaves[1].norms
       'outer product'
     """
     options = Options(loss_fn, has_aux, method, memory_budget, microbatch_size, trainable)
     options.check()
     problem = options.problem(params, batch, mask, kwargs)
     choice = options.choice(problem)
-    leaves = explain_leaves(choice, problem.names, problem.leaves, problem.batch)
+    leaves = choice.method.explained(problem.names, problem.batch)
     return Explanation(choice.name, choice.microbatch_size, choice.reason, tuple(leaves))
 
 
 def _cells(leaf: LeafExplanation) -> tuple[str, ...]:
     shape = "×".join(map(str, leaf.shape)) or "scalar"
     numbers = (f"{leaf.flops / 1e6:.4f}", f"{leaf.bytes / 1024:.2f}")
-    return (leaf.leaf, shape, leaf.sites, leaf.method, *numbers, leaf.reason)
+    return (leaf.leaf, shape, leaf.sites, leaf.norms, *numbers, leaf.reason)

@@ -6,7 +6,8 @@ updates, state = tx.update(grads, state)   # tx begins with one of jaxdp's clips
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +15,19 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_bool, check_choice, check_integer
 from jaxdp.bounded import Bounded, Groups
-from jaxdp.engine import batches, lowerings
-from jaxdp.engine.dense import Given
-from jaxdp.engine.lowerings import METHODS, Choice
+from jaxdp.engine.methods.base import Reducer
+from jaxdp.engine.methods.dense import GivenRows
 from jaxdp.engine.numerics import select_rows
-from jaxdp.engine.reduction import Batch, Handle, Reduction, Rows, Weigh, zero_sum
+from jaxdp.engine.reduction import Batch, Reduction, Rows, zero_sum
 from jaxdp.engine.rounding import joint_norm
-from jaxdp.engine.rule import ClipRule, finite_rows, group_norms, sample_weights
-from jaxdp.engine.sharded import Sharded, row_sharding
+from jaxdp.engine.weighting import ClipRule, GivenWeights, Weighting, finite_rows, group_norms
+from jaxdp.options import Options
 from jaxdp.problem import (
     LossFn,
-    Problem,
     batch_size,
-    check_function,
     checked_mask,
     merged_tree,
-    pose,
-    taken_apart,
     trainable_groups,
     with_gradient,
 )
@@ -49,15 +44,17 @@ class PerSampleGrads:
     Everything it returns is computed from raw data and NOT private.
     """
 
-    def __init__(self, handle: Handle, params: Any, groups: Groups):
+    def __init__(self, reducer: Reducer, batch: Batch, params: Any, groups: Groups):
         """For the engine; users call `jaxdp.per_sample_grads`.
 
         Args:
-          handle: computes over the leaves that have a gradient.
+          reducer: computes over the leaves that have a gradient.
+          batch: the rows.
           params: the parameters' structure, a pytree of `jax.ShapeDtypeStruct`.
           groups: 0 for each leaf of `params` that has a gradient, `None` for the others.
         """
-        self._handle = handle
+        self._reducer = reducer
+        self._batch = batch
         self._groups = groups
         self.params = params
         self._seen: tuple[Any, Reduction] | None = None
@@ -87,8 +84,7 @@ class PerSampleGrads:
                 "there, or of another part of the model: use jaxdp.per_sample_grads(loss_fn), or "
                 "PerSampleGrads.from_arrays(grads, mask) with a mask that differs along all of them"
             )
-        handle = batches.Whole(Given(rows), Batch((), checked, jnp.zeros(count)))
-        return cls(handle, params, groups)
+        return cls(GivenRows(), Batch(rows, checked), params, groups)
 
     @property
     def batch_size(self) -> int:
@@ -98,7 +94,7 @@ class PerSampleGrads:
     @property
     def mask(self) -> jax.Array:
         """Bool `[B]`: which rows hold a sample."""
-        return self._handle.batch.mask
+        return self._batch.mask
 
     @property
     def groups(self) -> Groups:
@@ -150,16 +146,11 @@ class PerSampleGrads:
 
     def clipped_sum(self, rule: ClipRule) -> Bounded:
         """Σ_i w_i g_i with the weights of the rule, as a `Bounded` of sensitivity C."""
-        kept = rule._replace(groups=self._kept(rule.groups))
-        groups = tuple(group for group in kept.groups if group is not None)
-
-        def weigh(norms: jax.Array, thresholds: jax.Array, _: jax.Array) -> jax.Array:
-            return sample_weights(kept._replace(thresholds=thresholds), norms)
-
-        sums = self._reduce(self._handle, Weigh(weigh, groups, rule.thresholds))
+        kept = replace(rule, groups=self._kept(rule.groups))
+        sums = self._reduce(self._batch, kept)
         value = self._tree(sums, zero_sum)
-        spread = sample_axes(self.mask)
-        return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups, spread)
+        axes = sample_axes(self.mask)
+        return Bounded(value, jnp.maximum(rule.thresholds, 0), rule.groups, axes)
 
     def weighted_sum(self, weights: ArrayLike) -> Any:
         """Σ_i w_i g_i for weights `[B]`: a pytree like the parameters. No bound is claimed.
@@ -170,20 +161,16 @@ class PerSampleGrads:
         if weights.shape != self.mask.shape:
             raise ValueError(f"weights must have shape {self.mask.shape}, got {weights.shape}")
 
-        def weigh(norms: jax.Array, _: Any, weights: jax.Array) -> jax.Array:
-            counted = select_rows(finite_rows(norms), weights)
-            return jnp.broadcast_to(counted[:, None], norms.shape)
-
         groups = (0,) * sum(group is not None for group in self._groups)
-        handle = self._handle._replace(batch=self._handle.batch._replace(given=weights))
-        return self._tree(self._reduce(handle, Weigh(weigh, groups)), zero_sum)
+        sums = self._reduce(self._batch._replace(weights=weights), GivenWeights(groups))
+        return self._tree(sums, zero_sum)
 
     def materialize(self) -> Any:
         """The per-sample gradients themselves: a pytree of `[B, *param.shape]`.
 
         Masked rows are zero; leaves without a gradient are zeros of the leaf's dtype.
         """
-        grads = self._handle.rows().grads
+        grads = self._reducer.rows(self._batch).grads
         rows = [select_rows(self.mask, grad) for grad in grads]
 
         def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -194,21 +181,21 @@ class PerSampleGrads:
     def __repr__(self) -> str:
         return f"PerSampleGrads(batch_size={self.batch_size})"
 
-    def _reduce(self, handle: Handle, weigh: Weigh) -> list[jax.Array]:
-        reduction = handle.reduce(weigh)
+    def _reduce(self, batch: Batch, weighting: Weighting) -> list[jax.Array]:
+        reduction = self._reducer.reduce(batch, weighting)
         self._seen = (get_opaque_trace_state(), reduction._replace(sums=[]))
         return reduction.sums
 
     def _reduction(self) -> Reduction:
         """Norms, losses and aux: of the last reduction if that ran in this very trace (a tracer
         of another one must not be used here), else computed."""
-        here = get_opaque_trace_state()
-        if self._seen is None or self._seen[0] != here:
-            self._seen = (here, self._handle.reduce(None))
+        trace = get_opaque_trace_state()
+        if self._seen is None or self._seen[0] != trace:
+            self._seen = (trace, self._reducer.reduce(self._batch, None))
         return self._seen[1]
 
     def _kept(self, groups: Groups) -> Groups:
-        """The groups of the leaves that the lowering computes."""
+        """The groups of the leaves that have a gradient."""
         if tuple(group is None for group in groups) != tuple(g is None for g in self._groups):
             raise ValueError(
                 f"groups must be None exactly where a leaf has no gradient, {self._groups}, "
@@ -323,66 +310,7 @@ def per_sample_grads(
     ) -> PerSampleGrads:
         problem = options.problem(params, batch, mask, kwargs)
         struct = jax.eval_shape(lambda params: params, problem.params)
-        return PerSampleGrads(options.handle(problem, kwargs), struct, problem.groups)
+        reducer = options.reducer(problem, kwargs)
+        return PerSampleGrads(reducer, problem.batch, struct, problem.groups)
 
     return grads_fn
-
-
-class Options(NamedTuple):
-    """The arguments of `per_sample_grads`."""
-
-    loss_fn: LossFn
-    has_aux: bool
-    method: str
-    memory_budget: int | None
-    microbatch_size: int | None
-    trainable: Any
-    sharding: NamedSharding | None = None
-
-    def check(self) -> None:
-        """Raises on an argument that no batch could make sense of."""
-        check_function(self.loss_fn)
-        check_choice("method", self.method, METHODS)
-        check_bool("has_aux", self.has_aux, advice="Say whether loss_fn returns (loss, aux).")
-        for name in ("microbatch_size", "memory_budget"):
-            value = getattr(self, name)
-            if value is not None:
-                check_integer(name, value, minimum=1, advice="Leave it out to let jaxdp choose.")
-
-    def problem(
-        self, params: Any, batch: Any, mask: jax.Array | None, kwargs: dict[str, Any]
-    ) -> Problem:
-        """The arguments of `grads_fn`, checked."""
-        options = {"has_aux": self.has_aux, "trainable": self.trainable}
-        return pose(self.loss_fn, params, batch, mask, kwargs, **options)
-
-    def choice(self, problem: Problem) -> Choice:
-        """The lowering."""
-        return lowerings.choose(
-            self.method,
-            problem.loss,
-            problem.leaves,
-            problem.batch,
-            microbatch_size=self.microbatch_size,
-            memory_budget=self.memory_budget,
-        )
-
-    def handle(self, problem: Problem, kwargs: dict[str, Any]) -> Handle:
-        """The lowering applied to the batch, on each device where its rows lie on several."""
-        rows_at = row_sharding(problem.batch.examples, self.sharding)
-        if rows_at is None:
-            return self.local_handle(problem)
-        arrays, problem_of = taken_apart(problem, kwargs, self.problem)
-
-        def handle_of(arrays: Any, part: Batch) -> Handle:
-            return self.local_handle(problem_of(arrays, part))
-
-        return Sharded(handle_of, arrays, problem.leaves, problem.batch, rows_at)
-
-    def local_handle(self, problem: Problem) -> Handle:
-        """The same on this device."""
-        choice = self.choice(problem)
-        if choice.microbatch_size is None:
-            return batches.Whole(choice.lowering, problem.batch)
-        size = choice.microbatch_size
-        return batches.Microbatched(choice.lowering, problem.batch, problem.leaves, size)

@@ -73,7 +73,7 @@ def pose(
     check_function(loss_fn)
     check_arrays(params, trainable)
     mask = checked_mask(mask, batch_size(batch, "batch"))
-    rows = Batch(jax.tree.map(jnp.asarray, batch), mask, jnp.zeros(mask.shape, jnp.float32))
+    rows = Batch(jax.tree.map(jnp.asarray, batch), mask)
     params = jax.tree.map(jnp.asarray, params)
     params, rows = vary((params, rows), varying_axes(rows))
     groups = trainable_groups(params, trainable)

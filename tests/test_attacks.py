@@ -19,8 +19,8 @@ import pytest
 import jaxdp
 from jaxdp.bounded import Bounded
 from jaxdp.clipping import SMALLEST_THRESHOLD
-from jaxdp.engine import dense
-from jaxdp.engine.rule import ClipRule
+from jaxdp.engine.methods import dense
+from jaxdp.engine.weighting import ClipRule
 from tests import helpers
 from tests.helpers import KEY, PARAMS
 

@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md does what its text says."""
+"""The worked examples of CONTRIBUTING.md do what their text says."""
 
 import re
 from pathlib import Path
@@ -10,10 +10,20 @@ import pytest
 
 import jaxdp
 from jaxdp.engine.kinds import KINDS
+from jaxdp.engine.methods import METHODS
 from tests.helpers import KEY
 from tests.oracle import check_against_oracle
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+
+
+def example(section: str) -> dict[str, Any]:
+    """What the program of a section defines."""
+    _, text = TEXT.split(f"## {section}\n")
+    (code,) = re.findall(r"```python\n(.*?)```", text.partition("\n## ")[0], re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names
 
 
 def loss(params: Any, x: jax.Array) -> jax.Array:
@@ -24,20 +34,37 @@ def loss(params: Any, x: jax.Array) -> jax.Array:
     return jnp.sum(h**2)
 
 
-def test_the_example_of_a_new_kind_of_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    monkeypatch.setitem(KINDS, "mul", names["Scale"]())
-
+def arguments() -> tuple[Any, jax.Array]:
     keys = jax.random.split(KEY, 3)
     params = {
         "first": jax.random.normal(keys[0], (4,)),
         "scales": jax.random.normal(keys[1], (3, 4)),
     }
-    batch = jax.random.normal(keys[2], (5, 2, 4))
+    return params, jax.random.normal(keys[2], (5, 2, 4))
+
+
+def test_the_example_of_a_new_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its registration is all that it needs: it is checked, explained, put into microbatches."""
+    monkeypatch.setitem(METHODS, "one_by_one", example("Adding a method")["OneByOne"])
+    params, batch = arguments()
+    mask = [True, True, False, True, True]
+    for size in (None, 2):
+        check_against_oracle(
+            loss, params, batch, method="one_by_one", mask=mask, microbatch_size=size
+        )
+    explanation = jaxdp.explain(loss, params, batch, method="one_by_one", memory_budget=100)
+    assert [leaf.norms for leaf in explanation.leaves] == ["one by one"] * 2
+    # 16 numbers, whatever the size of the batch.
+    assert (explanation.microbatch_size, explanation.reason) == (None, "keeps 64 B")
+    with pytest.raises(ValueError, match="one_by_two"):
+        jaxdp.per_sample_grads(loss, method="one_by_two")
+
+
+def test_the_example_of_a_new_kind_of_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "mul", example("Adding a kind of site")["Scale"]())
+    params, batch = arguments()
     explanation = jaxdp.explain(loss, params, batch)
-    assert [leaf.method for leaf in explanation.leaves] == ["summed products"] * 2
+    assert [leaf.norms for leaf in explanation.leaves] == ["summed products"] * 2
     assert explanation.leaves[1].sites == "mul in scan of 3"
     for method in ("slots", "taps", "fused"):
         check_against_oracle(loss, params, batch, method=method)

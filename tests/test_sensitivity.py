@@ -22,7 +22,7 @@ import pytest
 
 import jaxdp
 from jaxdp.bounded import Bounded
-from jaxdp.engine.rule import ClipRule
+from jaxdp.engine.weighting import ClipRule
 from tests import helpers
 from tests.helpers import CLIPS, PARAMS
 

@@ -71,7 +71,7 @@ def all_reduce(*axis_names: str) -> optax.GradientTransformation:
             for leaf, group in zip(leaves, updates.groups, strict=True)
         ]
         value = jax.tree.unflatten(treedef, added)
-        return updates._replace(value, _largest(updates.sensitivity, axes), summed_over=axes)
+        return updates.with_value(value, _largest(updates.sensitivity, axes), summed_over=axes)
 
     return optax.stateless(update)
 

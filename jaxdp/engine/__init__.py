@@ -11,10 +11,11 @@ loss:
 3. `kinds/` has one file per kind of site: how norms, sums and rows come from its factors; `gram`
    has the norms that come from Gram matrices.
 4. `instrument` runs the program with a slot or a tap at every use, and `assemble` makes the
-   gradients of each leaf from what was found there.
-5. The lowerings: `slots` (one pass), `taps` (two passes), `fused` (per-layer rules), `dense`
-   (`vmap(grad)`, which knows nothing of the above). `batches` applies one to a batch, `sharded`
-   to one that lies on several devices; `lowerings` chooses one, `explanation` tells what it does.
-6. `rule` turns norms into weights for all of them. `settle` and `numerics` keep samples that are
-   not finite, and rounding, out of the sums.
+   gradients of each leaf from what was found there; `explanation` tells how.
+5. `methods/` has one file per method: `slots` (one pass), `taps` (two passes), `fused` (per-layer
+   rules), `dense` (`vmap(grad)`, which knows nothing of the above), and `choice`, which takes one.
+   `microbatches` applies one to a few samples at a time, `sharded` to a batch that lies on several
+   devices.
+6. `weighting` turns norms into weights for all of them. `methods/settle` and `numerics` keep
+   samples that are not finite, and rounding, out of the sums.
 """

@@ -14,7 +14,7 @@ roundings at most. Then
 
     ‖G‖² ≤ f + γ_{i+j+k} S²
 
-and the sum over the positions that a lowering computes of the weighted vectors, in any order, with
+and the sum over the positions that a method computes of the weighted vectors, in any order, with
 n roundings of each term, has the norm w·N at most, with
 
     N = √(max(f, 0) + γ_{i+j+k} S²) + γ_n S.

@@ -1,5 +1,7 @@
 """The plan of a loss: its program, and where its parameters meet the sample."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ from jaxdp.varying import zeros
 
 
 class Plan(NamedTuple):
-    """What all lowerings work from.
+    """What the methods work from that compute from factors.
 
     Attributes:
       program: of the loss of one example.
@@ -25,18 +27,6 @@ class Plan(NamedTuple):
     structure: Any
     uses: dict[int, Use]
 
-    @classmethod
-    def of(cls, loss: LeafLoss, leaves: list[Any], example: Any) -> "Plan":
-        """Traces the loss of one example and finds the uses of the leaves."""
-        program, structure = trace(loss, leaves, example)
-        return cls.from_program(program, structure, leaves)
-
-    @classmethod
-    def from_program(cls, program: Program, structure: Any, leaves: list[Any]) -> "Plan":
-        """The same for a loss that is traced already."""
-        needed = [True] + [False] * (structure.num_leaves - 1)
-        return cls(program, structure, dict(enumerate(find_uses(program, leaves, needed))))
-
     def arguments(self, leaves: list[Any], example: Any) -> list[Any]:
         """The inputs of the program."""
         return [*leaves, *jax.tree.leaves(example), zeros((), jnp.float32, example)]
@@ -46,15 +36,42 @@ class Plan(NamedTuple):
         return jax.tree.unflatten(self.structure, outputs)
 
 
-def trace(loss: LeafLoss, leaves: list[Any], example: Any) -> tuple[Program, Any]:
-    """The program of the loss of one example, and the structure of what it returns."""
+@dataclass(frozen=True)
+class TracedLoss:
+    """The loss of one example, and its program.
 
-    def anchored(leaves: list[Any], example: Any, anchor: jax.Array) -> tuple[jax.Array, Any]:
-        value, aux = loss(leaves, example)
-        # So that a loss of the parameters alone meets the sample, too: in this sum.
-        return value + anchor.astype(value.dtype), aux
+    Attributes:
+      loss: the loss itself.
+      leaves: its parameters.
+      program: its program; `Plan.arguments` gives what that takes.
+      structure: of what it returns.
+    """
 
-    return walker.trace(anchored, leaves, example, zeros((), jnp.float32, example))
+    loss: LeafLoss
+    leaves: list[Any]
+    program: Program
+    structure: Any
+
+    @classmethod
+    def of(cls, loss: LeafLoss, leaves: list[Any], example: Any) -> "TracedLoss":
+        """Traces the loss of one example."""
+
+        def anchored(leaves: list[Any], example: Any, anchor: jax.Array) -> tuple[jax.Array, Any]:
+            value, aux = loss(leaves, example)
+            # So that a loss of the parameters alone meets the sample, too: in this sum.
+            return value + anchor.astype(value.dtype), aux
+
+        program, structure = walker.trace(
+            anchored, leaves, example, zeros((), jnp.float32, example)
+        )
+        return cls(loss, leaves, program, structure)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Where its parameters meet the sample: found when a method asks, since not all need it."""
+        needed = [True] + [False] * (self.structure.num_leaves - 1)
+        uses = find_uses(self.program, self.leaves, needed)
+        return Plan(self.program, self.structure, dict(enumerate(uses)))
 
 
 def one_example(batch: Any) -> Any:

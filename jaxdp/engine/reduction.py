@@ -1,37 +1,17 @@
-"""What every lowering takes and gives."""
+"""What every method takes and gives: some rows, and what was made of them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine.numerics import accumulation_dtype, select_rows
+from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.engine.rounding import ROOT, lost, rounded_up
 from jaxdp.varying import devices_along, summed_over_devices, vary, varying_axes
 
 # (params leaves with a gradient, one example) -> (loss, aux)
 LeafLoss = Callable[[list[jax.Array], Any], tuple[jax.Array, Any]]
-
-
-class Weigh(NamedTuple):
-    """How certified norms become weights.
-
-    Attributes:
-      weights: `(certified norms [b, L] of some rows, constants, what the caller gives these rows
-        [b]) -> weights [b, L]`. Closes over no array, so that it can go wherever the rows are.
-      groups: for each leaf its group; leaves of one group have equal weights.
-      constants: arrays that all rows have in common.
-    """
-
-    weights: Callable[[jax.Array, Any, jax.Array], jax.Array]
-    groups: tuple[int, ...]
-    constants: Any = ()
-
-    def of(self, norms: jax.Array, part: "Batch") -> jax.Array:
-        """The weights `[b, L]` of these rows; zero where there is no sample."""
-        weights = self.weights(norms, self.constants, part.given)
-        return select_rows(part.mask, weights)
 
 
 class Rows(NamedTuple):
@@ -71,45 +51,13 @@ class Batch(NamedTuple):
     Attributes:
       examples: pytree of `[b, ...]`.
       mask: bool `[b]`, which rows hold a sample; the others count for nothing.
-      given: float `[b]`, a number that the caller has for each row (`Weigh`).
+      weights: float `[b]`, what the caller weighs each row by (`weighting.GivenWeights`); None
+        where the norms alone say.
     """
 
     examples: Any
     mask: jax.Array
-    given: jax.Array
-
-
-class Lowering(Protocol):
-    """A way to compute per-sample gradients, or what is asked of them without computing them."""
-
-    def reduce(self, part: Batch, weigh: Weigh | None) -> Reduction:
-        """Norms, and weighted sums if `weigh` is given."""
-        ...
-
-    def rows(self, part: Batch) -> Rows:
-        """The gradients themselves."""
-        ...
-
-
-class Handle(Protocol):
-    """A lowering applied to one batch."""
-
-    @property
-    def batch(self) -> Batch:
-        """The rows."""
-        ...
-
-    def reduce(self, weigh: Weigh | None) -> Reduction:
-        """Norms, and weighted sums if `weigh` is given."""
-        ...
-
-    def rows(self) -> Rows:
-        """The gradients themselves."""
-        ...
-
-    def _replace(self, *, batch: Batch) -> "Handle":
-        """The same on another batch."""
-        ...
+    weights: jax.Array | None = None
 
 
 def zero_sum(leaf: Any) -> jax.Array:

@@ -1,6 +1,6 @@
 """A batch whose rows lie on several devices, under `jit`.
 
-Every device runs the lowering on its own rows, inside `jax.shard_map` over the axes of the mesh
+Every device runs the method on its own rows, inside `jax.shard_map` over the axes of the mesh
 along which rows are spread; sums are added up over the devices, once. XLA alone would give the same
 numbers, but for loops over samples it gathers all rows on every device first. The other axes of the
 mesh are left to XLA.
@@ -14,7 +14,9 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdp.engine.reduction import Batch, Handle, Reduction, Rows, Weigh
+from jaxdp.engine.methods.base import Reducer
+from jaxdp.engine.reduction import Batch, Reduction, Rows
+from jaxdp.engine.weighting import Weighting
 
 
 class RowSharding(NamedTuple):
@@ -43,13 +45,13 @@ def row_sharding(batch: Any, sharding: NamedSharding | None) -> RowSharding | No
         not divide among the devices.
     """
     if sharding is None:
-        found = {rows for leaf in jax.tree.leaves(batch) if (rows := _typed(leaf)) is not None}
-        if len(found) > 1:
+        placements = {rows for leaf in jax.tree.leaves(batch) if (rows := _typed(leaf)) is not None}
+        if len(placements) > 1:
             raise ValueError(
                 "all leaves of batch must have their rows on the same devices, got "
-                f"{sorted(rows.axes for rows in found)}"
+                f"{sorted(rows.axes for rows in placements)}"
             )
-        return found.pop() if found else None
+        return placements.pop() if placements else None
     first, *others = sharding.spec or (None,)
     if any(axis is not None for axis in others):
         raise ValueError(
@@ -100,10 +102,10 @@ def on_each_device(
     """
 
     def on_one(common: Any, by_row: Any) -> tuple[Any, Any]:
-        sums, found = run(common, by_row)
-        return jax.lax.psum(sums, rows.axes), found
+        sums, results = run(common, by_row)
+        return jax.lax.psum(sums, rows.axes), results
 
-    spread = P(rows.axes)
+    split = P(rows.axes)
     explicit = tuple(
         name
         for name, kind in zip(rows.mesh.axis_names, rows.mesh.axis_types, strict=True)
@@ -112,8 +114,8 @@ def on_each_device(
     mapped = jax.shard_map(
         on_one,
         mesh=None if explicit else rows.mesh,
-        in_specs=(P(), spread),
-        out_specs=(P(), spread),
+        in_specs=(P(), split),
+        out_specs=(P(), split),
         axis_names=frozenset(rows.axes),
         # A loss is written for one device: with types that tell what varies, every loop in it that
         # begins with zeros would have to say that they do.
@@ -123,7 +125,7 @@ def on_each_device(
         # Within, the other axes are XLA's affair, too: few operations of a model can tell how
         # their results are to be spread.
         sums = jax.tree.map(lambda leaf: _spec(leaf, rows), like)
-        out = (sums, NamedSharding(rows.mesh, spread))
+        out = (sums, NamedSharding(rows.mesh, split))
         mapped = jax.sharding.auto_axes(mapped, axes=explicit, out_sharding=out)
     return jax.jit(mapped)(common, by_row)
 
@@ -137,37 +139,35 @@ class Sharded(NamedTuple):
     """The whole batch, each device its own rows.
 
     Attributes:
-      handle_of: `(arrays, rows) -> handle` on the rows of one device.
+      reducer_of: `(arrays, rows) -> reducer` of the rows of one device.
       arrays: parameters and other arrays of the loss.
       leaves: parameters that have a gradient.
-      batch: all rows.
-      rows_at: where they lie.
+      rows_at: where the rows lie.
     """
 
-    handle_of: Callable[[Any, Batch], Handle]
+    reducer_of: Callable[[Any, Batch], Reducer]
     arrays: Any
     leaves: list[Any]
-    batch: Batch
     rows_at: RowSharding
 
-    def reduce(self, weigh: Weigh | None) -> Reduction:
-        """Norms, and weighted sums if `weigh` is given, added up over devices."""
+    def reduce(self, batch: Batch, weighting: Weighting | None) -> Reduction:
+        """Norms, and weighted sums if `weighting` is given, added up over devices."""
 
-        def on_one(common: Any, part: Batch) -> tuple[list[jax.Array], Reduction]:
-            arrays, constants = common
-            own = weigh and weigh._replace(constants=constants)
-            found = self.handle_of(arrays, part).reduce(own)
-            return found.sums, found._replace(sums=[])
+        def on_one(
+            common: tuple[Any, Weighting | None], rows: Batch
+        ) -> tuple[list[jax.Array], Reduction]:
+            arrays, weighting = common
+            reduction = self.reducer_of(arrays, rows).reduce(rows, weighting)
+            return reduction.sums, reduction._replace(sums=[])
 
-        like = [] if weigh is None else self.leaves
-        common = (self.arrays, () if weigh is None else weigh.constants)
-        sums, found = on_each_device(on_one, self.rows_at, common, self.batch, like)
-        return found._replace(sums=sums)
+        like = [] if weighting is None else self.leaves
+        sums, by_row = on_each_device(on_one, self.rows_at, (self.arrays, weighting), batch, like)
+        return by_row._replace(sums=sums)
 
-    def rows(self) -> Rows:
+    def rows(self, batch: Batch) -> Rows:
         """The gradients of the whole batch, each where its row lies."""
 
-        def on_one(arrays: Any, part: Batch) -> tuple[tuple[()], Rows]:
-            return (), self.handle_of(arrays, part).rows()
+        def on_one(arrays: Any, rows: Batch) -> tuple[tuple[()], Rows]:
+            return (), self.reducer_of(arrays, rows).rows(rows)
 
-        return on_each_device(on_one, self.rows_at, self.arrays, self.batch, ())[1]
+        return on_each_device(on_one, self.rows_at, self.arrays, batch, ())[1]

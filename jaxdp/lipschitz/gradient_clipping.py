@@ -15,7 +15,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxdp.accounting.checks import check_array, check_real, shown
-from jaxdp.clipping import adaptive_limits
+from jaxdp.clipping.thresholds import adaptive_limits
 from jaxdp.engine.numerics import once, square_sums
 from jaxdp.engine.rounding import roundings
 from jaxdp.engine.walker import Equation

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 
 from jaxdp.accounting.checks import check_bool
 from jaxdp.bounded import Bounded
-from jaxdp.clipping import SMALLEST_THRESHOLD, check_threshold, clip_per_layer
+from jaxdp.clipping import clip_per_layer
+from jaxdp.clipping.thresholds import SMALLEST_THRESHOLD, check_threshold
 from jaxdp.engine.numerics import once, select_rows, square_sums, widened
 from jaxdp.engine.reduction import Batch, zero_sum
 from jaxdp.engine.sharded import on_each_device, row_sharding

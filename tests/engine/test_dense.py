@@ -1,5 +1,6 @@
-"""The dense lowering, and what every lowering goes through: a batch whole or in microbatches."""
+"""The dense method, and what every method goes through: a batch whole or in microbatches."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -7,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.engine import dense
-from jaxdp.engine.batches import Microbatched, Whole
+from jaxdp.bounded import Groups
+from jaxdp.engine.methods import dense
+from jaxdp.engine.methods.base import Reducer
+from jaxdp.engine.microbatches import Microbatched
 from jaxdp.engine.numerics import select_rows, square_sums
-from jaxdp.engine.reduction import Batch, Weigh
+from jaxdp.engine.reduction import Batch
+from jaxdp.engine.weighting import GivenWeights
 from tests import helpers
 
 # What is compiled must round as it does for users.
@@ -33,37 +37,47 @@ DENSE = dense.Dense(loss, LEAVES)
 ALL = Batch(X, MASK, jnp.arange(COUNT, dtype=jnp.float32))
 
 
-def handles() -> dict[str, Any]:
-    rows = DENSE.rows(ALL)
-    made: dict[str, Any] = {
-        "dense": Whole(DENSE, ALL),
-        "given": Whole(dense.Given(rows), ALL),
-    }
-    for size in (1, 2, 5, 8):
-        made[f"microbatches of {size}"] = Microbatched(DENSE, ALL, LEAVES, size)
-    return made
+REDUCERS: dict[str, Reducer] = {
+    "dense": DENSE,
+    **{f"microbatches of {size}": Microbatched(DENSE, LEAVES, size) for size in (1, 2, 5, 8)},
+}
 
 
-def by_norm_and_place(norms: jax.Array, one: jax.Array, place: jax.Array) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ByNormAndPlace:
     """Weights that know the norm and the place of each row: a mix-up would show."""
-    return (one + place[:, None]) / (one + norms)
+
+    one: jax.Array
+    groups: Groups = field(metadata={"static": True})
+
+    def weights(self, norms: jax.Array, batch: Batch) -> jax.Array:
+        assert batch.weights is not None
+        return select_rows(batch.mask, (self.one + batch.weights[:, None]) / (self.one + norms))
 
 
-WEIGH = Weigh(by_norm_and_place, (0, 1), jnp.ones((1, 1)))
-ONES = Weigh(lambda norms, *_: jnp.ones_like(norms), (0, 0))
+WEIGHTING = ByNormAndPlace(jnp.ones((1, 1)), (0, 1))
 
 
-@pytest.mark.parametrize("name", list(handles()))
-def test_every_handle_gives_the_same_reduction_and_rows(name: str) -> None:
-    everything = handles()
-    expected, got = everything["dense"], everything[name]
-    helpers.assert_trees_close(got.reduce(WEIGH), expected.reduce(WEIGH))
-    helpers.assert_trees_close(got.reduce(None), expected.reduce(None))
-    helpers.assert_trees_close(got.rows(), expected.rows())
+@pytest.mark.parametrize("name", list(REDUCERS))
+def test_every_reducer_gives_the_same_reduction_and_rows(name: str) -> None:
+    reducer = REDUCERS[name]
+    for weighting in (WEIGHTING, None):
+        got, expected = reducer.reduce(ALL, weighting), DENSE.reduce(ALL, weighting)
+        helpers.assert_trees_close(got, expected)
+    helpers.assert_trees_close(reducer.rows(ALL), DENSE.rows(ALL))
+
+
+def test_given_rows_are_those_of_the_batch() -> None:
+    given = ALL._replace(examples=DENSE.rows(ALL))
+    for weighting in (WEIGHTING, None):
+        got, expected = dense.GivenRows().reduce(given, weighting), DENSE.reduce(ALL, weighting)
+        helpers.assert_trees_close(got, expected)
+    helpers.assert_trees_close(dense.GivenRows().rows(given), DENSE.rows(ALL))
 
 
 def test_the_reduction_is_that_of_a_loop_over_the_rows() -> None:
-    reduction = Whole(DENSE, ALL).reduce(WEIGH)
+    reduction = DENSE.reduce(ALL, WEIGHTING)
     sums = [np.zeros(leaf.shape) for leaf in LEAVES]
     for row in range(COUNT):
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(LEAVES, X[row])
@@ -84,9 +98,10 @@ def test_the_reduction_is_that_of_a_loop_over_the_rows() -> None:
 
 def test_padding_of_the_last_microbatch_is_never_counted() -> None:
     """Five rows in microbatches of four leave three places: copies, which must weigh nothing."""
-    everyone = Microbatched(DENSE, ALL._replace(mask=jnp.ones(COUNT, bool)), LEAVES, 4)
-    seen = everyone.reduce(ONES)
-    expected = jax.tree.map(lambda rows: rows.sum(axis=0), everyone.rows().grads)
+    everyone = Batch(X, jnp.ones(COUNT, bool), jnp.ones(COUNT))
+    by_four = Microbatched(DENSE, LEAVES, 4)
+    seen = by_four.reduce(everyone, GivenWeights((0, 0)))
+    expected = jax.tree.map(lambda rows: rows.sum(axis=0), by_four.rows(everyone).grads)
     helpers.assert_trees_close(seen.sums, expected)
     assert seen.norms.shape == (COUNT, 2)
 
@@ -101,11 +116,9 @@ def test_microbatches_keep_only_one_of_them_in_memory() -> None:
 
     def temporary(microbatch: int) -> int:
         def total(x: jax.Array) -> Any:
-            lowering = dense.Dense(square, leaves)
-            batch = Microbatched(
-                lowering, Batch(x, jnp.ones(rows, bool), jnp.zeros(rows)), leaves, microbatch
-            )
-            return batch.reduce(Weigh(lambda norms, *_: 1.0 / (1.0 + norms), (0,))).sums
+            reducer = Microbatched(dense.Dense(square, leaves), leaves, microbatch)
+            batch = Batch(x, jnp.ones(rows, bool), jnp.zeros(rows))
+            return reducer.reduce(batch, ByNormAndPlace(jnp.ones((1, 1)), (0,))).sums
 
         analysis = jax.jit(total).lower(x).compile().memory_analysis()
         assert analysis is not None

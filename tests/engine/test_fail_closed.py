@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxdp.engine.plan import Plan, one_example
-from jaxdp.engine.reduction import Batch, Weigh
-from jaxdp.engine.taps import Taps, tapped_uses
+from jaxdp.engine.methods.taps import Taps, tapped_uses
+from jaxdp.engine.plan import Plan, TracedLoss, one_example
+from jaxdp.engine.reduction import Batch
+from jaxdp.engine.weighting import GivenWeights
 
 RNG = np.random.default_rng(0)
 SHAPES = {
@@ -24,7 +25,7 @@ SHAPES = {
 }
 LEAVES = [jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in SHAPES.values()]
 IDS = jnp.asarray(RNG.integers(0, 5, size=(4, 6)), jnp.int32)
-BATCH = Batch(IDS, jnp.ones(4, bool), jnp.zeros(4))
+BATCH = Batch(IDS, jnp.ones(4, bool), jnp.ones(4))
 
 
 @jax.custom_vjp
@@ -55,18 +56,14 @@ def loss(leaves: list[jax.Array], ids: jax.Array) -> tuple[jax.Array, None]:
 
 @functools.cache
 def plan() -> Plan:
-    return Plan.of(loss, LEAVES, one_example(IDS))
+    return TracedLoss.of(loss, LEAVES, one_example(IDS)).plan
 
 
 def sums(uses: dict[int, Any]) -> list[np.ndarray]:
     """Σ_i g_i of every leaf by taps, as far as these uses see it."""
-
-    def all_alike(squared: jax.Array, _: Any, given: jax.Array) -> jax.Array:
-        return jnp.ones_like(squared)
-
-    weigh = Weigh(all_alike, (0,) * len(LEAVES))
-    lowering = Taps(plan()._replace(uses=uses), LEAVES)
-    return [np.asarray(leaf) for leaf in jax.jit(lambda: lowering.reduce(BATCH, weigh).sums)()]
+    taps = Taps(plan()._replace(uses=uses), LEAVES)
+    weighting = GivenWeights((0,) * len(LEAVES))
+    return [np.asarray(leaf) for leaf in jax.jit(lambda: taps.reduce(BATCH, weighting).sums)()]
 
 
 @functools.cache

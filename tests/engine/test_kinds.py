@@ -15,9 +15,9 @@ import pytest
 from jax import lax
 
 from jaxdp.engine.kinds import conv, dot
-from jaxdp.engine.plan import Plan
+from jaxdp.engine.methods.slots import Slots
+from jaxdp.engine.plan import Plan, TracedLoss
 from jaxdp.engine.reduction import Batch
-from jaxdp.engine.slots import Slots
 from tests import helpers
 
 ROWS = 3
@@ -53,7 +53,7 @@ def plan_of(site: Site) -> Plan:
     leaf, batch = data_of(site)
     loss = loss_of(site)
     example = jax.ShapeDtypeStruct(batch.shape[1:], batch.dtype)
-    return Plan.of(lambda leaves, x: (loss(leaves[0], x), None), [leaf], example)
+    return TracedLoss.of(lambda leaves, x: (loss(leaves[0], x), None), [leaf], example).plan
 
 
 def check(site: Site, chooser: Any = None, *forced: str) -> None:
@@ -73,7 +73,7 @@ def check(site: Site, chooser: Any = None, *forced: str) -> None:
 
     def answer(leaf: jax.Array, batch: jax.Array) -> Any:
         part = Batch(batch, jnp.ones(count, bool), jnp.arange(count))
-        ((gradients,), _, _) = Slots(plan, [leaf]).factors(part)
+        ((gradients,), _, _) = Slots(plan, [leaf]).leaf_gradients(part)
         sums = gradients.weighted_sum(weights)
         return gradients.certified_norms(count), sums, gradients.rows(count)
 

@@ -117,7 +117,7 @@ class Kind(Protocol):
 
     Attributes:
       tapped: whether its factors are `Addends`; others bound no sum of another pass, and stay in
-        slots (`engine.taps`).
+        slots (`methods.taps`).
     """
 
     tapped: bool

@@ -1,4 +1,4 @@
-"""The lowering by taps: norms in one backward pass, weighted sums in a second.
+"""Taps: norms in one backward pass, weighted sums in a second.
 
 A tap at a site lets the output's cotangent g through and does two things with it
 (`engine.instrument`). It gives the squared norm of the site's gradient as the cotangent of a small
@@ -17,7 +17,7 @@ leaves are constants in it. So it cannot add to a sum what the first pass has no
 the analysis had missed would be without a gradient, not without a clip.
 
 Only a use whose parameter is used nowhere else is tapped, and not one that a loop shares: norms of
-several uses do not add. The others keep slots (`engine.slots`).
+several uses do not add. The others keep slots (`methods.slots`).
 
 Source: Lee and Kifer 2021, "Scaling up Differentially Private Deep Learning with Fast Per-Example
 Gradient Clipping" (a second, reweighted pass).
@@ -25,8 +25,9 @@ Gradient Clipping" (a second, reweighted pass).
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,36 +35,61 @@ from jax.lax import Precision
 
 from jaxdp.engine import instrument, views
 from jaxdp.engine.assemble import LeafGradients, assemble, joined_norms
+from jaxdp.engine.effects import Excuse
+from jaxdp.engine.explanation import LeafExplanation
 from jaxdp.engine.instrument import Taps as TapsAt
 from jaxdp.engine.kinds.base import Addends, Site, Target
+from jaxdp.engine.methods.settle import nothing_seen, settle
+from jaxdp.engine.methods.slots import Slots, with_twins, zero_slots
 from jaxdp.engine.numerics import accumulation_dtype, held
-from jaxdp.engine.plan import Plan
-from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
+from jaxdp.engine.plan import Plan, TracedLoss
+from jaxdp.engine.reduction import Batch, Reduction, Rows, stacked
 from jaxdp.engine.rounding import ROOT, lost, rounded_up
-from jaxdp.engine.settle import nothing_seen, settle
 from jaxdp.engine.sites import Use
-from jaxdp.engine.slots import Slots, with_twins, zero_slots
+from jaxdp.engine.sums import BLOCK
+from jaxdp.engine.weighting import Weighting
 from jaxdp.varying import vary, varying_axes, zeros
 
 
-class Taps(NamedTuple):
+@dataclass(frozen=True)
+class Taps:
     """Two backward passes."""
 
     plan: Plan
     leaves: list[jax.Array]
 
-    def reduce(self, part: Batch, weigh: Weigh | None) -> Reduction:
-        """Norms, and weighted sums if `weigh` is given."""
-        start = nothing_seen(self.plan, self.leaves, part.mask, sums=weigh is not None)
-        return settle(lambda part: self._reduce(part, weigh), part, start)
+    excuses: ClassVar[frozenset[Excuse]] = frozenset()
+    # Their sum over samples is XLA's, which may be one running total.
+    most_at_once: ClassVar[int | None] = BLOCK
 
-    def rows(self, part: Batch) -> Rows:
+    @classmethod
+    def of(cls, traced: TracedLoss) -> "Taps":
+        """The method for this loss."""
+        return cls(traced.plan, traced.leaves)
+
+    def reduce(self, batch: Batch, weighting: Weighting | None) -> Reduction:
+        """Norms, and weighted sums if `weighting` is given."""
+        start = nothing_seen(self.plan, self.leaves, batch.mask, sums=weighting is not None)
+        return settle(lambda batch: self._passes(batch, weighting), batch, start)
+
+    def rows(self, batch: Batch) -> Rows:
         """The gradients of every sample."""
-        return Slots(self.plan, self.leaves).rows(part)
+        return Slots(self.plan, self.leaves).rows(batch)
 
-    def _reduce(self, part: Batch, weigh: Weigh | None) -> Reduction:
-        plan, count = self.plan, part.mask.shape[0]
-        one_weight = weigh is None or len(set(weigh.groups)) == 1
+    def kept_bytes(self, batch: Batch) -> int:
+        """The factors of the uses that are not tapped."""
+        tapped = tapped_uses(self.plan.uses, self.leaves, one_weight=True)
+        slotted = {number: use for number, use in self.plan.uses.items() if number not in tapped}
+        return Slots(self.plan._replace(uses=slotted), self.leaves).kept_bytes(batch)
+
+    def explained(self, names: list[str], batch: Batch) -> list[LeafExplanation]:
+        """As by slots, with the leaves that are tapped."""
+        tapped = tapped_uses(self.plan.uses, self.leaves, one_weight=True)
+        return Slots(self.plan, self.leaves).explained(names, batch, tapped)
+
+    def _passes(self, batch: Batch, weighting: Weighting | None) -> Reduction:
+        plan, count = self.plan, batch.mask.shape[0]
+        one_weight = weighting is None or len(set(weighting.groups)) == 1
         tapped = tapped_uses(plan.uses, self.leaves, one_weight=one_weight)
         slotted = {number: use for number, use in plan.uses.items() if number not in tapped}
 
@@ -79,7 +105,7 @@ class Taps(NamedTuple):
 
         def batched(operands: instrument.Slots, slots: instrument.Slots, sums: Any) -> Any:
             in_axes = (None, 0, 0, 0)
-            return jax.vmap(one, in_axes)(operands, slots, sums, part.examples)
+            return jax.vmap(one, in_axes)(operands, slots, sums, batch.examples)
 
         # The same for all samples: what the second pass gives is summed over them.
         operands = {
@@ -90,21 +116,21 @@ class Taps(NamedTuple):
             number: zeros(
                 (count, len(use.view or ())),
                 accumulation_dtype(use.aval.dtype),
-                (use.slotted, part.mask),
+                (use.slotted, batch.mask),
             )
             for number, use in tapped.items()
         }
         (losses, gates), pull_back, (captures, aux) = jax.vjp(
-            batched, operands, zero_slots(slotted, part.mask), start, has_aux=True
+            batched, operands, zero_slots(slotted, batch.mask), start, has_aux=True
         )
         seed = jnp.ones_like(losses)
         _, cotangents, seen = pull_back((seed, jax.tree.map(jnp.zeros_like, gates)))
         cotangents = with_twins(slotted, cotangents)
         gradients = assemble(plan.program, slotted, self.leaves, captures, cotangents)
-        norms = stacked(_certified_norms(gradients, tapped, seen, count), part.mask)
+        norms = stacked(_certified_norms(gradients, tapped, seen, count), batch.mask)
         sums = []
-        if weigh is not None:
-            weights = weigh.of(norms, part)
+        if weighting is not None:
+            weights = weighting.weights(norms, batch)
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
             # Behind a barrier: XLA would see that both passes have the same cotangents, and keep
             # those of the first.
@@ -165,7 +191,7 @@ def _certified_norms(
 ) -> list[jax.Array]:
     """`[B]` for every leaf, from its slots and its taps."""
     slotted = [leaf.certified_norms(count) for leaf in gradients]
-    found = [
+    columns = [
         [column] if leaf.pieces else [] for leaf, column in zip(gradients, slotted, strict=True)
     ]
     for number, use in tapped.items():
@@ -173,10 +199,10 @@ def _certified_norms(
         for column, part in enumerate(use.view or ()):
             # Squares of all steps of the loops, which the backward pass added up.
             norms = rounded_up(jnp.sqrt(seen[number][:, column]), steps // 2 + 1 + ROOT)
-            found[part.source].append(norms)
+            columns[part.source].append(norms)
     return [
         joined_norms(pieces, column.dtype) if pieces else column
-        for pieces, column in zip(found, slotted, strict=True)
+        for pieces, column in zip(columns, slotted, strict=True)
     ]
 
 
@@ -252,9 +278,7 @@ def _gated_backward(_: None, cotangents: tuple[jax.Array, jax.Array]) -> tuple[j
 _gated.defvjp(_gated_forward, _gated_backward)
 
 
-def _watched(
-    use: Use, output: jax.Array, operands: list[Any], accumulator: jax.Array
-) -> jax.Array:
+def _watched(use: Use, output: jax.Array, operands: list[Any], accumulator: jax.Array) -> jax.Array:
     """The output, with the squared norms of the use as the cotangent of the accumulator."""
 
     @jax.custom_vjp
@@ -284,10 +308,10 @@ def _norms_of_one(use: Use, operands: list[Any], cotangent: jax.Array) -> jax.Ar
     @norms.def_vmap
     def _(size: int, batched: Any, operands: list[Any], cotangent: jax.Array) -> Any:
         # The kinds know best how to go through a batch.
-        def spread(array: jax.Array, is_batched: bool) -> jax.Array:
+        def for_all(array: jax.Array, is_batched: bool) -> jax.Array:
             return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
 
-        operands, cotangent = jax.tree.map(spread, (operands, cotangent), tuple(batched))
+        operands, cotangent = jax.tree.map(for_all, (operands, cotangent), tuple(batched))
         return _norms(use, operands, cotangent), True
 
     return norms(operands, cotangent)

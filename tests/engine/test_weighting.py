@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.engine.rule import ClipRule, finite_rows, group_norms, sample_weights
+from jaxdp.engine.weighting import ClipRule, finite_rows, group_norms, sample_weights
 
 # What is compiled must round as it does for users.
 pytestmark = pytest.mark.optimized

@@ -1,4 +1,4 @@
-"""The lowering by slots: one forward and one backward pass, then everything from the factors.
+"""Slots: one forward and one backward pass, then everything from the factors.
 
 The cotangents at all uses come from one vector-Jacobian product of the batched loss with respect
 to slots (`engine.instrument`); the parameters themselves are not differentiated. Norms and
@@ -10,46 +10,86 @@ Source: Bu et al. 2023, "Differentially Private Optimization on Large Model at S
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxdp.engine import instrument
 from jaxdp.engine.assemble import LeafGradients, assemble
+from jaxdp.engine.effects import Excuse
+from jaxdp.engine.explanation import LeafExplanation, explain_leaf
+from jaxdp.engine.methods.base import distinct_bytes
 from jaxdp.engine.numerics import select_rows
-from jaxdp.engine.plan import Plan
-from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
+from jaxdp.engine.plan import Plan, TracedLoss
+from jaxdp.engine.reduction import Batch, Reduction, Rows, stacked
 from jaxdp.engine.sites import Use
 from jaxdp.engine.walker import Path
+from jaxdp.engine.weighting import Weighting
 from jaxdp.varying import zeros
 
 
-class Slots(NamedTuple):
+@dataclass(frozen=True)
+class Slots:
     """One batched forward and backward pass."""
 
     plan: Plan
     leaves: list[jax.Array]
 
-    def reduce(self, part: Batch, weigh: Weigh | None) -> Reduction:
-        """Norms, and weighted sums if `weigh` is given."""
-        gradients, losses, aux = self.factors(part)
-        norms = stacked([leaf.certified_norms(losses.shape[0]) for leaf in gradients], part.mask)
-        counted = select_rows(part.mask, norms)
+    excuses: ClassVar[frozenset[Excuse]] = frozenset()
+    most_at_once: ClassVar[int | None] = None
+
+    @classmethod
+    def of(cls, traced: TracedLoss) -> "Slots":
+        """The method for this loss."""
+        return cls(traced.plan, traced.leaves)
+
+    def reduce(self, batch: Batch, weighting: Weighting | None) -> Reduction:
+        """Norms, and weighted sums if `weighting` is given."""
+        gradients, losses, aux = self.leaf_gradients(batch)
+        norms = stacked([leaf.certified_norms(losses.shape[0]) for leaf in gradients], batch.mask)
+        counted = select_rows(batch.mask, norms)
         sums = []
-        if weigh is not None:
-            weights = weigh.of(counted, part)
+        if weighting is not None:
+            weights = weighting.weights(counted, batch)
             gradients = without(jnp.all(weights == 0, axis=1), gradients)
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
-        return Reduction(sums, counted, select_rows(part.mask, losses), aux)
+        return Reduction(sums, counted, select_rows(batch.mask, losses), aux)
 
-    def rows(self, part: Batch) -> Rows:
+    def rows(self, batch: Batch) -> Rows:
         """The gradients of every sample."""
-        gradients, losses, aux = self.factors(part)
+        gradients, losses, aux = self.leaf_gradients(batch)
         return Rows([leaf.rows(losses.shape[0]) for leaf in gradients], losses, aux)
 
-    def factors(self, part: Batch) -> tuple[list[LeafGradients], jax.Array, Any]:
-        """Gradients, losses and aux of every sample."""
+    def kept_bytes(self, batch: Batch) -> int:
+        """The factors of all layers: operands and cotangents."""
+        return distinct_bytes(lambda batch: self.leaf_gradients(batch)[0], batch)
+
+    def explained(
+        self, names: list[str], batch: Batch, tapped: Mapping[int, Use] = MappingProxyType({})
+    ) -> list[LeafExplanation]:
+        """How the norms of each leaf come from its factors.
+
+        Args:
+          names: of the leaves.
+          batch: the rows.
+          tapped: uses whose factors are not kept (`methods.taps`).
+        """
+        gradients, *_ = jax.eval_shape(self.leaf_gradients, batch)
+        return [
+            explain_leaf(
+                name,
+                leaf,
+                [use for use in self.plan.uses.values() if index in use.sources],
+                tapped=any(index in use.sources for use in tapped.values()),
+            )
+            for index, (name, leaf) in enumerate(zip(names, gradients, strict=True))
+        ]
+
+    def leaf_gradients(self, batch: Batch) -> tuple[list[LeafGradients], jax.Array, Any]:
+        """Gradients of every leaf as factors, losses and aux, of every sample."""
         plan = self.plan
 
         def one(slots: instrument.Slots, example: Any) -> tuple[jax.Array, Any]:
@@ -59,9 +99,9 @@ class Slots(NamedTuple):
             return loss, (captures, aux)
 
         def batched(slots: instrument.Slots) -> tuple[jax.Array, Any]:
-            return jax.vmap(one)(slots, part.examples)
+            return jax.vmap(one)(slots, batch.examples)
 
-        slots = zero_slots(plan.uses, part.mask)
+        slots = zero_slots(plan.uses, batch.mask)
         losses, pull_back, (captures, aux) = jax.vjp(batched, slots, has_aux=True)
         (cotangents,) = pull_back(jnp.ones_like(losses))
         cotangents = with_twins(plan.uses, cotangents)

@@ -1,36 +1,84 @@
-"""The clip rule: groups of leaves, thresholds, and how norms become weights.
+"""How certified norms become weights: by a clip rule, or as the caller gives them.
 
-Every lowering turns norms into weights through `sample_weights`, so that what a sample can
-contribute is decided in one place.
+Every method asks a `Weighting` for the weights of its rows. A clip goes through `sample_weights`,
+so that what a sample can contribute is decided in one place.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxdp.bounded import Groups
+from jaxdp.engine.numerics import select_rows
+from jaxdp.engine.reduction import Batch
 from jaxdp.engine.rounding import ROOT, joint_norm, rounded_up
 
 # Below this a sum of products of float32 numbers that underflow would not be small (`engine.gram`).
 LEAST_THRESHOLD = 1e-20
 
 
-class ClipRule(NamedTuple):
+class Weighting(Protocol):
+    """How the certified norms of some rows become their weights.
+
+    It is a pytree, whose leaves are arrays that all rows have in common, so that it can go to
+    wherever the rows are.
+    """
+
+    @property
+    def groups(self) -> Groups:
+        """For each leaf its group: leaves of one group have equal weights."""
+        ...
+
+    def weights(self, norms: jax.Array, batch: Batch) -> jax.Array:
+        """The weights `[b, L]` of every row in every leaf, from certified norms `[b, L]`. Zero
+        where there is no sample, or one whose norm is not known to be finite."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ClipRule:
     """What a clip asks for: each sample's gradient in group k is scaled by `weight(norm, C)[k]`.
 
+    A pytree, whose one leaf are the thresholds.
+
     Attributes:
-      groups: for each leaf its group; here every leaf has one.
+      groups: for each leaf its group; None for a leaf without gradient, of which the engine sees
+        none.
       thresholds: C, a scalar for one group or `[K]`; equals the L2 sensitivity of the sum.
       weight: `(norm, threshold) -> weight` of ONE sample in ONE group: it cannot look at
         another. What it returns is only a wish: `sample_weights` never lets a sample contribute
         more than its threshold.
     """
 
-    groups: Groups
+    groups: Groups = field(metadata={"static": True})
     thresholds: jax.Array
-    weight: Callable[[jax.Array, jax.Array], jax.Array]
+    weight: Callable[[jax.Array, jax.Array], jax.Array] = field(metadata={"static": True})
+
+    def weights(self, norms: jax.Array, batch: Batch) -> jax.Array:
+        """Those of `sample_weights`; zero where there is no sample."""
+        return select_rows(batch.mask, sample_weights(self, norms))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GivenWeights:
+    """Each row has the weight that the batch holds for it; nothing bounds what it contributes.
+
+    Attributes:
+      groups: for each leaf its group.
+    """
+
+    groups: Groups = field(metadata={"static": True})
+
+    def weights(self, norms: jax.Array, batch: Batch) -> jax.Array:
+        """Those of the batch, in every leaf."""
+        assert batch.weights is not None, "a batch without weights"
+        counted = select_rows(batch.mask & finite_rows(norms), batch.weights)
+        return jnp.broadcast_to(counted[:, None], norms.shape)
 
 
 def group_norms(norms: jax.Array, groups: Groups) -> jax.Array:

@@ -1,4 +1,4 @@
-"""All lowerings answer alike: with samples that are not finite, and under every transformation.
+"""All methods answer alike: with samples that are not finite, and under every transformation.
 
 One model holds every kind of use: products, a convolution, a tied table, a recurrent cell, layers
 in a scan, a rematerialised block, elementwise parameters and one that is computed from two others.
