@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import jax
 
-from jaxdp.engine.kinds.base import row_norms
 from jaxdp.engine.numerics import once, select_rows
 from jaxdp.engine.reduction import Batch, LeafLoss, Reduction, Rows, Weigh, stacked
-from jaxdp.engine.sums import weighted_sum
+from jaxdp.engine.sums import row_norms, weighted_sum
 
 
 def certified_norms(grads: list[jax.Array], mask: jax.Array) -> jax.Array:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxdp.engine import views, walker
+from jaxdp.engine.boxes import Box
 from jaxdp.engine.kinds import KINDS, Kind
-from jaxdp.engine.views import Box, View
+from jaxdp.engine.views import View
 from jaxdp.engine.walker import Equation, Path, Program
 
 
@@ -199,7 +200,7 @@ def _boxes(view: View | None, block: _Block) -> tuple[Box, ...] | None:
     """The boxes of all parts of a view, if each of them is one."""
     boxes = []
     for part in view or ():
-        if (at := views.box(part, block.lengths, block.leaves[part.source])) is None:
+        if (at := views.box(part, block.leaves[part.source])) is None:
             return None
         boxes.append(at)
     return None if view is None else tuple(boxes)
@@ -242,8 +243,8 @@ def _enter(eqn: Equation, values: list[_Value], block: _Block, path: Path) -> _F
             return _SAMPLE
         if scan is None:
             return value._replace(roots=frozenset({index}))
-        stacked = index >= first_xs
-        view = views.step_through(value.view, scan.length) if stacked else views.share(value.view)
+        seen = views.step_through if index >= first_xs else views.share
+        view = seen(value.view, scan.length)
         return value._replace(roots=frozenset({index}), view=view)
 
     inputs = [seen_inside(index, value) for index, value in enumerate(values)]

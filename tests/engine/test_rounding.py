@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.engine import gram, rounding
+from jaxdp.engine import rounding
+from jaxdp.engine.factors import gram
 
 # What is compiled must round as it does for users.
 pytestmark = pytest.mark.optimized
