@@ -4,8 +4,9 @@ The loss of ONE example is traced once, and vmapped only afterwards: no batch ax
 inferred, and samples cannot mix as long as every equation only computes. From the program of the
 loss:
 
-1. `walker` reads programs; the only module that knows JAX's internals. `effects` refuses what does
-   more than compute on one example, `batch_of_one` finds what is left of statistics over a batch.
+1. `walker` reads programs; the only module that knows JAX's internals. `liveness` and `twins` tell
+   which equations are needed, and which values have one cotangent. `effects` refuses what does more
+   than compute on one example, `batch_of_one` finds what is left of statistics over a batch.
 2. `sites` finds where each parameter meets the sample, `views` which parameter that is, and `boxes`
    which entries of it; `plan` holds them.
 3. `kinds/` has one file per kind of use: which primitives it knows, and of what its gradients are

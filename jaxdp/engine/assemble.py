@@ -177,6 +177,6 @@ def _operands(
             operands[number] = values[uses[number].operand]
         return [None] * len(eqn.outputs)
 
-    sample = [None] * (len(program.in_avals) - len(leaves))
+    sample = [None] * (len(program.inputs) - len(leaves))
     walker.evaluate(program, [*leaves, *sample], rule)
     return operands

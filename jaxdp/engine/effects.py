@@ -153,7 +153,7 @@ def _refused(found: list[Hazard], excused: Set[Excuse]) -> list[Hazard]:
 def _found(
     program: Program, axes: frozenset[str], holder: Equation | None = None
 ) -> Iterator[Hazard]:
-    for eqn in walker.own_equations(program, holder):
+    for eqn in program.equations(holder):
         own = _hazard(eqn, axes)
         bodies = [] if eqn.name == _KERNEL else eqn.bodies  # which works on memory of its own
         within = axes | eqn.bound_axes

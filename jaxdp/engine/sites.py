@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jaxdp.engine import views, walker
 from jaxdp.engine.boxes import Box
 from jaxdp.engine.kinds import KINDS, Kind
+from jaxdp.engine.liveness import live_paths
+from jaxdp.engine.twins import cotangent_classes
 from jaxdp.engine.views import View
 from jaxdp.engine.walker import Equation, Path, Program
 
@@ -117,7 +119,7 @@ def find_uses(program: Program, leaves: Sequence[Any], needed: Sequence[bool]) -
         else _CONSTANT  # without entries
         for index, leaf in enumerate(leaves)
     ]
-    sample = [_SAMPLE] * (len(program.in_avals) - len(leaves))
+    sample = [_SAMPLE] * (len(program.inputs) - len(leaves))
     block = _Block(tuple(tuple(leaf.shape) for leaf in leaves))
     return _walk(program, [*parameters, *sample], needed, block).uses
 
@@ -133,7 +135,7 @@ def by_path(uses: Mapping[int, Use]) -> dict[Path, list[int]]:
 def _walk(
     program: Program, inputs: Sequence[_Value], needed: Sequence[bool], block: _Block
 ) -> _Found:
-    live = walker.live_paths(program, needed, block.path)
+    live = live_paths(program, needed, block.path)
     found = _Found([], [], {})
 
     def meet(path: Path, operand: int, eqn: Equation, value: _Value, reason: str) -> None:
@@ -171,7 +173,7 @@ def _walk(
 
 def _with_twins(uses: list[Use], program: Program, path: Path) -> list[Use]:
     """Marks factored uses at this level whose cotangent an earlier one has, too."""
-    classes = walker.cotangent_classes(program)
+    classes = cotangent_classes(program)
     first: dict[Any, Path] = {}
     marked = []
     for use in uses:
