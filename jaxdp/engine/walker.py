@@ -208,7 +208,7 @@ class Equation:
     @property
     def branches(self) -> Sequence[Program]:
         """What `lax.cond` or `lax.switch` chooses from by its first operand, or nothing."""
-        return [Program.of(each) for each in self.params["branches"] if self.name == "cond"]
+        return list(map(Program.of, self.params["branches"])) if self.name == "cond" else []
 
     @property
     def custom_jvp(self) -> Program | None:
