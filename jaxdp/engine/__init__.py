@@ -7,7 +7,7 @@ loss:
 1. `walker` reads programs; the only module that knows JAX's internals. `liveness` and `twins` tell
    which equations are needed, and which values have one cotangent. `effects` refuses what does more
    than compute on one example, `batch_of_one` finds what is left of statistics over a batch.
-2. `sites` finds where each parameter meets the sample, `views` which parameter that is, and `boxes`
+2. `uses` finds where each parameter meets the sample, `views` which parameter that is, and `boxes`
    which entries of it; `plan` holds them.
 3. `kinds/` has one file per kind of use: which primitives it knows, and of what its gradients are
    made. `factors/` has one file per form that these are kept in: how norms, sums and rows come from

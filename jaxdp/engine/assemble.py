@@ -18,11 +18,11 @@ from jaxdp.engine import views, walker
 from jaxdp.engine.boxes import Box, Target, disjoint, indices, row_major
 from jaxdp.engine.factors.base import Factored, factored, static
 from jaxdp.engine.factors.materialized import Materialized
-from jaxdp.engine.instrument import Captures, Slots
+from jaxdp.engine.instrument import ByUse, Captures
 from jaxdp.engine.kinds.base import Record
 from jaxdp.engine.numerics import accumulation_dtype, once
 from jaxdp.engine.rounding import joint_norm, rounded_up
-from jaxdp.engine.sites import Use, by_path
+from jaxdp.engine.uses import Use, by_path
 from jaxdp.engine.views import Part
 from jaxdp.engine.walker import Equation, Path, Program
 
@@ -69,7 +69,7 @@ def assemble(
     uses: Mapping[int, Use],
     leaves: Sequence[jax.Array],
     captures: Captures,
-    cotangents: Slots,
+    cotangents: ByUse,
 ) -> list[LeafGradients]:
     """The gradients of every leaf, from what a batch left at the uses."""
     captures, cotangents = once((captures, cotangents))

@@ -10,9 +10,9 @@ from jaxdp.engine.dense import Dense
 from jaxdp.engine.fused import Fused
 from jaxdp.engine.lowerings import Choice
 from jaxdp.engine.reduction import Batch
-from jaxdp.engine.sites import Use
 from jaxdp.engine.slots import Slots
 from jaxdp.engine.taps import Taps, tapped_uses
+from jaxdp.engine.uses import Use
 
 
 class LeafExplanation(NamedTuple):

@@ -36,15 +36,15 @@ from jaxdp.engine import instrument
 from jaxdp.engine.assemble import LeafGradients, assemble, joined_norms
 from jaxdp.engine.boxes import Box, Target, disjoint, indices
 from jaxdp.engine.factors.base import Addends
-from jaxdp.engine.instrument import Taps as TapsAt
+from jaxdp.engine.instrument import Replacement
 from jaxdp.engine.kinds.base import Record
 from jaxdp.engine.numerics import accumulation_dtype, held
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, Rows, Weigh, stacked
 from jaxdp.engine.rounding import ROOT, lost, rounded_up
 from jaxdp.engine.settle import nothing_seen, settle
-from jaxdp.engine.sites import Use
 from jaxdp.engine.slots import Slots, with_twins, zero_slots
+from jaxdp.engine.uses import Use
 from jaxdp.varying import vary, varying_axes, zeros
 
 
@@ -70,16 +70,16 @@ class Taps(NamedTuple):
         slotted = {number: use for number, use in plan.uses.items() if number not in tapped}
 
         def one(
-            operands: instrument.Slots, slots: instrument.Slots, sums: Any, example: Any
+            operands: instrument.ByUse, slots: instrument.ByUse, sums: Any, example: Any
         ) -> tuple[Any, Any]:
             args = plan.arguments(self.leaves, example)
-            slots, taps = {**operands, **slots}, TapsAt(_tap, sums)
+            slots, taps = {**operands, **slots}, Replacement(_tap, sums)
             outputs, captures = instrument.run(plan.program, plan.uses, args, slots, taps)
             gates = {number: captures.pop(number)[0] for number in tapped}
             loss, aux = plan.outputs(outputs)
             return (loss, gates), (captures, aux)
 
-        def batched(operands: instrument.Slots, slots: instrument.Slots, sums: Any) -> Any:
+        def batched(operands: instrument.ByUse, slots: instrument.ByUse, sums: Any) -> Any:
             in_axes = (None, 0, 0, 0)
             return jax.vmap(one, in_axes)(operands, slots, sums, part.examples)
 
