@@ -3,8 +3,8 @@
     python bench/certificates.py [--models mlp lstm] [--rows N]
 
 What a clip divides by is a certificate: a bound that no rounding error exceeds
-(`jaxdp.engine.gram`). For every model of `bench/zoo.py` and each method, over the samples of a
-small batch: the median and the worst ratio of the certificate to the norm of the gradient that
+(`jaxdp.engine.factors.gram`). For every model of `bench/zoo.py` and each method, over the samples
+of a small batch: the median and the worst ratio of the certificate to the norm of the gradient that
 `jax.grad` gives for this sample alone, whose squares are added up in double precision. The same for
 the leaf whose median is largest, of those that hold at least a thousandth of the gradient. Written
 to `bench/results/certificates_<device>.json`.

@@ -235,7 +235,7 @@ def _roots(program: Program, parameters: int) -> list[frozenset[int]]:
             roots = frozenset(root for root in roots if root >= parameters)
         return [roots] * len(eqn.outputs)
 
-    inputs = [frozenset({index}) for index in range(len(program.in_avals))]
+    inputs = [frozenset({index}) for index in range(len(program.inputs))]
     return walker.evaluate(program, inputs, rule, lift=lambda _: frozenset())
 
 
@@ -245,7 +245,7 @@ def _returned(
     """Outputs that are a parameter, by name or by place, and depend on the example."""
     leaves = jax.tree.leaves_with_path(params)
     numbers = jax.tree.unflatten(output, range(len(roots)))
-    shapes = [aval.shape for aval in program.out_avals]
+    shapes = [aval.shape for aval in program.outputs]
     changed = [any(root >= len(leaves) for root in each) for each in roots]
     found = {
         path: None

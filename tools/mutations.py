@@ -10,7 +10,7 @@ least one must fail; with the tree as it is all of them must pass. A table holds
     [[fault]]
     name = "the slack of a Gram matrix leaves out the length"
     source = "vectors of equal entries"
-    file = "jaxdp/engine/gram.py"
+    file = "jaxdp/engine/factors/gram.py"
     old = '''text that occurs exactly once'''
     new = '''the text with the fault'''
     tests = ["tests/engine/test_certificates.py"]

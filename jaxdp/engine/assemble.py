@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine import views, walker
-from jaxdp.engine.instrument import Captures, Slots
-from jaxdp.engine.kinds.base import Factored, Materialized, Site, Target, factored, static
+from jaxdp.engine.boxes import Box, Target, disjoint, indices, row_major
+from jaxdp.engine.factors.base import Factored, factored, static
+from jaxdp.engine.factors.materialized import Materialized
+from jaxdp.engine.instrument import ByUse, Captures
+from jaxdp.engine.kinds.base import Record
 from jaxdp.engine.numerics import accumulation_dtype, once
 from jaxdp.engine.rounding import joint_norm, rounded_up
-from jaxdp.engine.sites import Use, by_path
+from jaxdp.engine.uses import Use, by_path
 from jaxdp.engine.views import Part
 from jaxdp.engine.walker import Equation, Path, Program
 
@@ -66,7 +69,7 @@ def assemble(
     uses: Mapping[int, Use],
     leaves: Sequence[jax.Array],
     captures: Captures,
-    cotangents: Slots,
+    cotangents: ByUse,
 ) -> list[LeafGradients]:
     """The gradients of every leaf, from what a batch left at the uses."""
     captures, cotangents = once((captures, cotangents))
@@ -77,19 +80,21 @@ def assemble(
             owner[number] = len(sources)
             sources.append(jax.ShapeDtypeStruct(use.aval.shape, use.aval.dtype))
 
-    found: dict[int, list[Factored]] = {source: [] for source in range(len(sources))}
+    factors: dict[int, list[Factored]] = {source: [] for source in range(len(sources))}
     for number, use in uses.items():
         view, boxes = use.view, use.boxes
         if view is None:
             view = views.whole(owner[number], use.aval.shape)
-            boxes = (Target.whole(tuple(use.aval.shape)).at,)
+            boxes = (Target.whole(use.aval.shape).at,)
         for part, at in zip(view, boxes, strict=True):
             target = Target(at, tuple(sources[part.source].shape))
-            found[part.source].append(
+            factors[part.source].append(
                 _factor(use, part, target, captures.get(number, []), cotangents[number])
             )
 
-    gradients = [LeafGradients(_pieces(found[source]), leaf) for source, leaf in enumerate(sources)]
+    gradients = [
+        LeafGradients(_pieces(factors[source]), leaf) for source, leaf in enumerate(sources)
+    ]
     derived = {number: gradients[source] for number, source in owner.items()}
     direct = gradients[: len(leaves)]
     return _with_derived(program, uses, leaves, direct, derived) if derived else direct
@@ -99,24 +104,21 @@ def _factor(
     use: Use, part: Part, target: Target, captured: list[jax.Array], cotangent: jax.Array
 ) -> Factored:
     if use.kind is None:
-        window = tuple(
-            slice(start, start + dim.size) for start, dim in zip(part.start, part.dims, strict=True)
-        )
-        return Materialized(cotangent[(slice(None), *window)], part.dims, target, "materialized")
-    site = Site(use.eqn, use.operand, use.lengths, captured, cotangent)
-    return use.kind.factor(site, part, target)
+        values = cotangent[(slice(None), *indices(part.window))]
+        return Materialized(values, part.dims, target, "materialized")
+    return use.kind.factor(Record(use.eqn, use.operand, part, target, captured, cotangent))
 
 
 def _pieces(factors: list[Factored]) -> tuple[Factored, ...]:
     """The sum of factors as pieces without a common entry."""
-    by_box: dict[views.Box, Factored | None] = {}
+    by_box: dict[Box, Factored | None] = {}
     for factor in factors:
         at = factor.target.at
         if at not in by_box:
             by_box[at] = factor
         elif (first := by_box[at]) is not None:
             by_box[at] = first.join(factor) or factor.join(first)
-    overlap = any(not views.disjoint(a, b) for a, b in combinations(by_box, 2))
+    overlap = any(not disjoint(a, b) for a, b in combinations(by_box, 2))
     prepared = [factor.prepared() for factor in by_box.values() if factor is not None]
     joined = tuple(once(each) if isinstance(each, Materialized) else each for each in prepared)
     if overlap or len(joined) < len(by_box):
@@ -127,9 +129,8 @@ def _pieces(factors: list[Factored]) -> tuple[Factored, ...]:
 def _materialized(rows: Sequence[jax.Array]) -> Materialized:
     """The sum of materialised gradients `[B, *leaf.shape]` of a whole leaf."""
     shape = rows[0].shape[1:]
-    (part,) = views.whole(0, shape)
     total = once(reduce(jnp.add, rows))
-    return Materialized(total, part.dims, Target.whole(shape), "materialized")
+    return Materialized(total, row_major(shape), Target.whole(shape), "materialized")
 
 
 def _with_derived(
@@ -156,8 +157,8 @@ def _with_derived(
     (pulled,) = jax.vmap(pull_back)(rows)
     total = list(direct)
     for root, rows in zip(roots, pulled, strict=True):
-        own = [piece.rows().astype(rows.dtype) for piece in direct[root].pieces]
-        total[root] = replace(direct[root], pieces=(_materialized([rows, *own]),))
+        others = [piece.rows().astype(rows.dtype) for piece in direct[root].pieces]
+        total[root] = replace(direct[root], pieces=(_materialized([rows, *others]),))
     return total
 
 
@@ -176,6 +177,6 @@ def _operands(
             operands[number] = values[uses[number].operand]
         return [None] * len(eqn.outputs)
 
-    sample = [None] * (len(program.in_avals) - len(leaves))
+    sample = [None] * (len(program.inputs) - len(leaves))
     walker.evaluate(program, [*leaves, *sample], rule)
     return operands

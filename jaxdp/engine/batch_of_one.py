@@ -77,7 +77,7 @@ def own_statistics(program: Program, parameters: int) -> list[OwnStatistic]:
     """
     found: list[OwnStatistic] = []
     numbers = count()
-    samples = [index >= parameters for index in range(len(program.in_avals))]
+    samples = [index >= parameters for index in range(len(program.inputs))]
     _walk(program, samples, numbers, found)
     return found
 
@@ -89,8 +89,8 @@ def _walk(
         sample = any(value.sample for value in values)
         for body in eqn.bodies:
             inner = [value.sample for value in values]
-            if len(inner) != len(body.in_avals):
-                inner = [sample] * len(body.in_avals)
+            if len(inner) != len(body.inputs):
+                inner = [sample] * len(body.inputs)
             _walk(body, inner, numbers, found)
         if sample and len(values) == 2 and _is_own_statistic(eqn, *values):
             alone = all(value.statistic != "positions" for value in values)

@@ -7,7 +7,7 @@ it. This module names the equations of which that is not certain:
 * communication over an axis along which samples may be spread (`lax.pmean`, `lax.all_gather`, ...),
   and `lax.axis_index`: what one sample contributes would depend on where another lies;
 * mutable arrays: what one sample writes another may read. One that the loss makes for itself is
-  its own affair, but the analysis of uses (`engine.sites`) does not follow values through it;
+  its own affair, but the analysis of uses (`engine.uses`) does not follow values through it;
 * host functions whose answers come from elsewhere, and effects that must keep an order;
 * draws from a generator that is not mapped key by key: JAX makes those of a whole batch from the
   key of its first row, so that what each sample is drawn depends on another one;
@@ -85,12 +85,14 @@ def hazards(program: Program, axes: frozenset[str] = frozenset()) -> list[Hazard
       program: of the loss of one example, or of its gradient.
       axes: named axes along which no two samples are apart.
     """
-    found = list(dict.fromkeys(_found(program, axes)))
+    named = list(dict.fromkeys(_named(program, axes)))
     if not any(map(walker.is_ref, walker.closed_over(program))):
-        return found
+        return named
     # Memory that was there before, and stays.
-    shared = {"excuse": "", "fix": _PASS_VALUES}
-    return [each._replace(**shared) if each.excuse == "dense" else each for each in found]
+    return [
+        hazard._replace(excuse="", fix=_PASS_VALUES) if hazard.excuse == "dense" else hazard
+        for hazard in named
+    ]
 
 
 def check(
@@ -116,11 +118,11 @@ def check(
     def gradient(leaves: list[jax.Array], example: Any) -> Any:
         return jax.value_and_grad(loss, has_aux=True)(leaves, example)
 
-    found = _refused(hazards(program, apart), excused)
+    seen = _refused(hazards(program, apart), excused)
     if any(eqn.own_derivative for eqn in walker.equations(program)):
         differentiated, _ = walker.trace(gradient, leaves, one_example(batch.examples))
-        found += _refused(hazards(differentiated, apart), excused)
-    if any(each.excuse == "alone" for each in found):
+        seen += _refused(hazards(differentiated, apart), excused)
+    if any(hazard.excuse == "alone" for hazard in seen):
         # Their rules for a batch are programs, too.
         rows = jax.tree.map(lambda leaf: leaf[:1], batch.examples)
         mapped, _ = walker.trace(jax.vmap(gradient, in_axes=(None, 0)), leaves, rows)
@@ -139,27 +141,27 @@ def _refuse_hidden_samples(program: Program, leaves: list[jax.Array], batch: Bat
         )
 
 
-def _refused(found: list[Hazard], excused: Set[Excuse]) -> list[Hazard]:
+def _refused(seen: list[Hazard], excused: Set[Excuse]) -> list[Hazard]:
     """The hazards, all of them excused."""
-    for each in found:
-        if each.excuse not in excused:
+    for hazard in seen:
+        if hazard.excuse not in excused:
             raise ValueError(
                 "loss_fn must compute on one example alone, by equations that can be followed, got "
-                f"{each.what} ({each.where}). {each.fix}"
+                f"{hazard.what} ({hazard.where}). {hazard.fix}"
             )
-    return found
+    return seen
 
 
-def _found(
+def _named(
     program: Program, axes: frozenset[str], holder: Equation | None = None
 ) -> Iterator[Hazard]:
-    for eqn in walker.own_equations(program, holder):
-        own = _hazard(eqn, axes)
+    for eqn in program.equations(holder):
+        hazard = _hazard(eqn, axes)
         bodies = [] if eqn.name == _KERNEL else eqn.bodies  # which works on memory of its own
         within = axes | eqn.bound_axes
-        inside = [each for body in bodies for each in _found(body, within, eqn)]
-        if own is not None and (own.excuse == "alone" or not inside):
-            yield own  # else it has its effects from within
+        inside = [named for body in bodies for named in _named(body, within, eqn)]
+        if hazard is not None and (hazard.excuse == "alone" or not inside):
+            yield hazard  # else it has its effects from within
         yield from inside
 
 
@@ -222,6 +224,6 @@ def _hazard(eqn: Equation, axes: frozenset[str]) -> Hazard | None:
 
 def _draws_together(eqn: Equation) -> bool:
     """Whether it draws from keys that do not draw apart from each other in a batch."""
-    keys = [each for each in eqn.operands if jnp.issubdtype(each.dtype, jax.dtypes.prng_key)]
-    apart = all(str(each.dtype) == _KEYS_APART for each in keys)
+    keys = [aval for aval in eqn.operands if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)]
+    apart = all(str(key.dtype) == _KEYS_APART for key in keys)
     return eqn.name.startswith("random_") and eqn.name not in _KEYS_ONLY and not apart

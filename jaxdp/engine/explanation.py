@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from jaxdp.engine.assemble import LeafGradients
-from jaxdp.engine.sites import Use
+from jaxdp.engine.uses import Use
 
 
 class LeafExplanation(NamedTuple):

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxdp.engine import walker
-from jaxdp.engine.sites import Use, by_path
+from jaxdp.engine.uses import Use, by_path
 from jaxdp.engine.walker import Equation, Path, Program
 
-# By the number of the use.
-Slots = dict[int, jax.Array]
+# Something for each use, by the number of the use: one array, or the operands that it asks for.
+ByUse = dict[int, jax.Array]
 Captures = dict[int, list[jax.Array]]
 
 
@@ -37,7 +37,7 @@ def _attach_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return primals[0], tangents[0] + tangents[1]
 
 
-class Taps(NamedTuple):
+class Replacement(NamedTuple):
     """What replaces an equation at tapped uses.
 
     Attributes:
@@ -46,25 +46,25 @@ class Taps(NamedTuple):
     """
 
     apply: Callable[[Use, list[Any], jax.Array, jax.Array], tuple[list[Any], list[Any]]]
-    arrays: dict[int, jax.Array]
+    arrays: ByUse
 
 
-NO_TAPS = Taps(lambda use, values, slot, array: (use.eqn.bind(values), []), {})
+NO_REPLACEMENT = Replacement(lambda use, values, slot, array: (use.eqn.bind(values), []), {})
 
 
 def run(
     program: Program,
     uses: Mapping[int, Use],
     args: Sequence[Any],
-    slots: Slots,
-    taps: Taps = NO_TAPS,
+    slots: ByUse,
+    taps: Replacement = NO_REPLACEMENT,
     path: Path = (),
 ) -> tuple[list[Any], Captures]:
     """Outputs of the program for one example, and what its uses captured: the operands that a
     slotted use asks for, or what a tap gives.
 
     Args:
-      program: as `sites.find_uses` saw it.
+      program: as `uses.find_uses` saw it.
       uses: by number; those that are slotted or tapped.
       args: parameter leaves and the leaves of the example.
       slots: for the uses within this program; none for one that has a twin. That of a tapped use
@@ -80,24 +80,25 @@ def run(
     captures: Captures = {}
 
     def rule(path: Path, eqn: Equation, values: list[Any]) -> Sequence[Any]:
-        here = {number: uses[number] for number in at.get(path, [])}
         values = list(values)
-        for number, use in here.items():
+        factored: list[int] = []
+        for number in at.get(path, []):
+            use = uses[number]
             if use.kind is None:
                 values[use.operand] = attach(values[use.operand], slots[number])
+            else:
+                factored.append(number)
         if path in inside:
             inner = {number: uses[number] for number in inside[path]}
-            outputs, found = _run_inside(eqn, inner, values, slots, taps, path)
-            captures.update(found)
+            outputs, captured_inside = _run_inside(eqn, inner, values, slots, taps, path)
+            captures.update(captured_inside)
             return outputs
-        factored = [number for number, use in here.items() if use.kind is not None]
         if not factored:
             return eqn.bind(values)
         (number,) = factored  # a second parameter would leave no operand to the sample
-        use = here[number]
+        use = uses[number]
         if number in taps.arrays:
-            found = taps.apply(use, values, slots[number], taps.arrays[number])
-            outputs, captures[number] = found
+            outputs, captures[number] = taps.apply(use, values, slots[number], taps.arrays[number])
             return outputs
         captures[number] = captured(use, values)
         outputs = eqn.bind(values)
@@ -118,8 +119,8 @@ def _run_inside(
     eqn: Equation,
     uses: Mapping[int, Use],
     values: list[Any],
-    slots: Slots,
-    taps: Taps,
+    slots: ByUse,
+    taps: Replacement,
     path: Path,
 ) -> tuple[Sequence[Any], Captures]:
     """The same for the body of a scan or of a rematerialised block."""
@@ -127,10 +128,8 @@ def _run_inside(
     arrays = {number: array for number, array in taps.arrays.items() if number in uses}
     if (remat := eqn.remat) is not None:
 
-        def block(
-            values: list[Any], slots: Slots, arrays: dict[int, jax.Array]
-        ) -> tuple[list[Any], Captures]:
-            return run(remat.body, uses, values, slots, Taps(taps.apply, arrays), path)
+        def block(values: list[Any], slots: ByUse, arrays: ByUse) -> tuple[list[Any], Captures]:
+            return run(remat.body, uses, values, slots, taps._replace(arrays=arrays), path)
 
         wrapped = jax.checkpoint(block, policy=remat.policy, prevent_cse=remat.prevent_cse)
         return wrapped(values, slots, arrays)
@@ -140,10 +139,10 @@ def _run_inside(
     first_xs = scan.constants + scan.carry
     constants, init = values[: scan.constants], values[scan.constants : first_xs]
 
-    def body(carry: list[Any], step: tuple[list[Any], Slots]) -> tuple[list[Any], Any]:
+    def body(carry: list[Any], step: tuple[list[Any], ByUse]) -> tuple[list[Any], Any]:
         xs, slots = step
         args = [*constants, *carry, *xs]
-        outputs, captures = run(scan.body, uses, args, slots, Taps(taps.apply, arrays), path)
+        outputs, captures = run(scan.body, uses, args, slots, taps._replace(arrays=arrays), path)
         return outputs[: scan.carry], (outputs[scan.carry :], captures)
 
     carry, (ys, captures) = jax.lax.scan(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxdp.engine import walker
 from jaxdp.engine.reduction import LeafLoss
-from jaxdp.engine.sites import Use, find_uses
+from jaxdp.engine.uses import Use, find_uses
 from jaxdp.engine.walker import Program
 from jaxdp.varying import zeros
 

@@ -34,7 +34,7 @@ class Reduction(NamedTuple):
     Attributes:
       sums: for each leaf Σ_i w_i g_i, in at least float32.
       norms: certified `[B, L]`: what sample i adds to the sum of leaf l has the norm
-        w_il · norms_il at most (`kinds.base.Factored.certified_norms`); zero in masked rows.
+        w_il · norms_il at most (`factors.base.Factored.certified_norms`); zero in masked rows.
       losses: `[B]`, or None; zero in masked rows.
       aux: pytree of `[B, ...]`.
     """

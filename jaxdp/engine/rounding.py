@@ -126,7 +126,7 @@ def least_weight(dtype: Any) -> float:
     """The smallest weight of a sample that is more than nothing.
 
     Below it, a weighted factor of the gradient could lose entries to underflow, and what is left
-    would no longer cancel as the norm says (`engine.gram`). In float32 it is 6e-13: of a sample
-    whose gradient is larger than 10¹² thresholds nothing is left.
+    would no longer cancel as the norm says (`engine.factors.gram`). In float32 it is 6e-13: of a
+    sample whose gradient is larger than 10¹² thresholds nothing is left.
     """
     return 2.0**13 * math.sqrt(float(jnp.finfo(dtype).tiny) / (32 * unit_roundoff(dtype)))

@@ -32,6 +32,7 @@ Source: Casacuberta et al. 2022, "Widespread Underestimation of Sensitivity in D
 Private Libraries and How to Fix It" (arXiv 2207.10635), on running totals.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.numerics import widened
+from jaxdp.engine.rounding import norms, rounded_up
 
 # m. Its square, times 2u, is what rounding within a block may add: 0.03 C in float32. A batch of
 # K blocks keeps K sums until they are added up.
@@ -128,3 +130,10 @@ def weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
         return jnp.tensordot(weights, rows, 1, precision=jax.lax.Precision.HIGHEST)
 
     return in_blocks(contract, weights.astype(rows.dtype), rows)
+
+
+def row_norms(rows: jax.Array) -> jax.Array:
+    """Certified norms of rows `[B, ...]`: one sample alone has its entries times its weight, which
+    may have been cast, and its sum may be cast in turn."""
+    flat = widened(rows).reshape(rows.shape[0], math.prod(rows.shape[1:]))
+    return rounded_up(norms(flat), 3)

@@ -5,28 +5,20 @@ concatenates first. As long as every entry of the result is one entry of one par
 come back by rearranging, and norms do not change. A `View` keeps track of that by strides, as NumPy
 does, one `Part` for each rectangular piece:
 
-    V[start + i] = parameter.ravel()[offset + Σ_k i_k · strides_k + Σ_l step_l · loops_l]
+    V[start + i] = parameter.ravel()[offset + Σ_k i_k · dims[k].stride + Σ_l t_l · loops[l].stride]
 
-where step_l counts the iterations of the l-th enclosing `lax.scan`. A stride of 0 repeats an
+where t_l counts the iterations of the l-th enclosing `lax.scan`. A stride of 0 repeats an
 entry: an axis that was broadcast, or a loop that shares the parameter. An operation that is no
 view of this kind gives None, and its result is treated as an array of its own.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from jaxdp.engine.boxes import Box, Dim, covered, reshaped, row_major
 from jaxdp.engine.walker import Equation
-
-
-class Dim(NamedTuple):
-    """One axis of an array of gradients: its length, and its stride in the parameter."""
-
-    size: int
-    stride: int
 
 
 class Part(NamedTuple):
@@ -37,7 +29,7 @@ class Part(NamedTuple):
       offset: position in the flat leaf of the first entry.
       start: where in V the box begins.
       dims: the axes of V within the box.
-      loops: for each enclosing scan, the outermost first, the stride from step to step.
+      loops: the enclosing scans, the outermost first: how many steps, and the stride between them.
       half: whether V was cast to less than 32 bits on the way.
     """
 
@@ -45,7 +37,7 @@ class Part(NamedTuple):
     offset: int
     start: tuple[int, ...]
     dims: tuple[Dim, ...]
-    loops: tuple[int, ...] = ()
+    loops: tuple[Dim, ...] = ()
     half: bool = False
 
     @property
@@ -58,22 +50,24 @@ class Part(NamedTuple):
         """Of the box."""
         return tuple(dim.size for dim in self.dims)
 
+    @property
+    def window(self) -> Box:
+        """Where in V the box lies."""
+        return tuple(zip(self.start, self.shape, strict=True))
+
 
 # Entries of V outside every part are constants.
 View = tuple[Part, ...]
 
-# Along every axis of a leaf: the first entry and how many.
-Box = tuple[tuple[int, int], ...]
-
 
 def whole(source: int, shape: Sequence[int]) -> View:
     """The leaf itself."""
-    return (Part(source, 0, (0,) * len(shape), _row_major(shape)),)
+    return (Part(source, 0, (0,) * len(shape), row_major(shape)),)
 
 
-def share(view: View | None) -> View | None:
+def share(view: View | None, length: int) -> View | None:
     """V as the body of a scan sees a constant: the same at every step."""
-    return view and tuple(part._replace(loops=(*part.loops, 0)) for part in view)
+    return view and tuple(part._replace(loops=(*part.loops, Dim(length, 0))) for part in view)
 
 
 def step_through(view: View | None, length: int) -> View | None:
@@ -82,7 +76,7 @@ def step_through(view: View | None, length: int) -> View | None:
         return None  # steps that show different leaves
 
     def stepped(part: Part) -> Part:
-        loops = (*part.loops, part.dims[0].stride)
+        loops = (*part.loops, part.dims[0])
         return part._replace(start=part.start[1:], dims=part.dims[1:], loops=loops)
 
     return tuple(map(stepped, view))
@@ -252,92 +246,7 @@ _RULES = {
 }
 
 
-def reshaped(dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, ...] | None:
-    """The axes after a reshape, or None where that would need a copy.
-
-    Old and new axes are matched in groups of equal product; within a group the old axes must be
-    one run of memory.
-    """
-    if 0 in sizes:
-        return None
-    old = [dim for dim in dims if dim.size > 1]
-    new: list[Dim] = []
-    position = 0
-    remaining = [size for size in sizes if size > 1]
-    while position < len(old):
-        group, target = [old[position]], [remaining.pop(0)]
-        while (have := math.prod(dim.size for dim in group)) != (want := math.prod(target)):
-            if have < want:
-                group.append(old[position + len(group)])
-            else:
-                target.append(remaining.pop(0))
-        if any(a.stride != b.size * b.stride for a, b in zip(group, group[1:], strict=False)):
-            return None
-        position += len(group)
-        inner = _row_major(target)
-        new += [Dim(dim.size, dim.stride * group[-1].stride) for dim in inner]
-    kept = iter(new)
-    return tuple(next(kept) if size > 1 else Dim(1, 0) for size in sizes)
-
-
-def box(part: Part, lengths: Sequence[int], shape: Sequence[int]) -> Box | None:
-    """Which box of a leaf of this shape the part shows, over all steps of its loops.
-
-    None if the entries are no box (every second row, a diagonal).
-    """
-    loops = [Dim(*loop) for loop in zip(lengths, part.loops, strict=True)]
-    axes = list(_row_major(shape))
-    start = [part.offset // axis.stride % axis.size for axis in axes]
-    count = [1] * len(axes)
-    for size, stride in _merged([*loops, *part.dims]):
-        inner = [k for k, axis in enumerate(axes) if axis.stride == stride and axis.size > 1]
-        if not inner:
-            return None
-        k = inner[0]
-        # A run that is longer than its axis goes on along the next outer one.
-        while size > axes[k].size - start[k]:
-            if start[k] or size % axes[k].size or k == 0:
-                return None
-            count[k], size = axes[k].size, size // axes[k].size
-            k -= 1
-        if count[k] != 1:
-            return None
-        count[k] = size
-    return tuple(zip(start, count, strict=True))
-
-
-def disjoint(a: Box, b: Box) -> bool:
-    """Whether two boxes of one leaf have no entry in common."""
-    return any(i + n <= j or j + m <= i for (i, n), (j, m) in zip(a, b, strict=True))
-
-
-def place(rows: jax.Array, dims: Sequence[Dim], at: Box, shape: Sequence[int]) -> jax.Array:
-    """Gradients with respect to a part, `[*lead, *dims]`, as gradients of the leaf
-    `[*lead, *shape]`: repeated entries add up, entries outside of the box are zero."""
-    lead = rows.ndim - len(dims)
-    repeated = tuple(lead + k for k, dim in enumerate(dims) if dim.stride == 0)
-    rows = jnp.sum(rows, axis=repeated)
-    kept = [dim for dim in dims if dim.stride != 0]
-    order = sorted(range(len(kept)), key=lambda k: -kept[k].stride)
-    rows = jnp.transpose(rows, (*range(lead), *(lead + k for k in order)))
-    rows = rows.reshape(*rows.shape[:lead], *(count for _, count in at))
-    edges = [(start, size - start - count) for (start, count), size in zip(at, shape, strict=True)]
-    if not any(map(any, edges)):
-        return rows
-    return jnp.pad(rows, [(0, 0)] * lead + edges)
-
-
-def _row_major(shape: Sequence[int]) -> tuple[Dim, ...]:
-    return tuple(Dim(size, math.prod(shape[k + 1 :])) for k, size in enumerate(shape))
-
-
-def _merged(dims: Sequence[Dim]) -> list[Dim]:
-    """Neighbouring axes that form one run of memory as one; repeated axes left out."""
-    merged: list[Dim] = []
-    real = [dim for dim in dims if dim.size > 1 and dim.stride]
-    for dim in sorted(real, key=lambda dim: -dim.stride):
-        if merged and merged[-1].stride == dim.size * dim.stride:
-            merged[-1] = Dim(merged[-1].size * dim.size, dim.stride)
-        else:
-            merged.append(dim)
-    return merged
+def box(part: Part, shape: Sequence[int]) -> Box | None:
+    """Which box of a leaf of this shape the part shows, over all steps of its loops; None if the
+    entries are no box."""
+    return covered(part.offset, [*part.loops, *part.dims], shape)

@@ -2,7 +2,9 @@
 
 A `Program` is a traced function. `evaluate` walks its equations in order and asks a rule what to
 do with each; nested calls (`jit`) are entered, so that a rule never sees them. What a value is
-depends on the rule alone: arrays, or whatever an analysis knows of them.
+depends on the rule alone: arrays, or whatever an analysis knows of them. An analysis that walks in
+another order follows the `Key` of each value from the equation that writes it to those that read
+it (`engine.liveness`, `engine.twins`).
 
     program = walker.trace(fun, *args)
     outputs = walker.evaluate(program, args, lambda path, eqn, values: eqn.bind(values))
@@ -12,7 +14,8 @@ that hold it. Loops and rematerialised blocks are equations with a `body`.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +23,59 @@ from jax.core import AbstractValue
 from jax.extend import core, source_info_util
 
 Path = tuple[int, ...]
-Program = Any  # core.ClosedJaxpr; from JAX 0.11 this is core.Jaxpr
+# Names a value within one program; says nothing else about it.
+Key = Hashable
 
 # Names that differ between versions, or that mean the same to us.
 _NAMES = {"pjit": "jit", "remat2": "remat", "checkpoint": "remat"}
 # Primitives that only call a function: its equations count as those of the caller.
 _CALLS = {"jit", "closed_call", "core_call"}
-# Effects that nothing in the program can notice.
-_UNHEARD = {"DebugEffect", "OrderedDebugEffect"}
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A traced function, or the body of a call, a loop, a branch or a block.
+
+    Attributes:
+      constants: the arrays that it closes over.
+    """
+
+    _jaxpr: Any
+    constants: Sequence[Any]
+
+    @classmethod
+    def of(cls, jaxpr: Any) -> "Program":
+        """Of what JAX calls a `ClosedJaxpr`; from JAX 0.11 on, and for the body of a block before,
+        this is a `Jaxpr`."""
+        return cls(getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ())))
+
+    @property
+    def inputs(self) -> list[Any]:
+        """Abstract values (shape, dtype) of the inputs."""
+        return [variable.aval for variable in self._jaxpr.invars]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """Abstract values (shape, dtype) of the outputs."""
+        return [atom.aval for atom in self._jaxpr.outvars]
+
+    @property
+    def takes(self) -> list[Key]:
+        """The keys of the inputs."""
+        return list(self._jaxpr.invars)
+
+    @property
+    def returns(self) -> list[Key | None]:
+        """The keys of the outputs; None for a literal."""
+        return list(map(_key, self._jaxpr.outvars))
+
+    def equations(self, caller: "Equation | None" = None) -> list["Equation"]:
+        """Those at its own level, in their order; `caller` holds the program."""
+        return [Equation(eqn, caller) for eqn in self._jaxpr.eqns]
+
+
+def _key(atom: Any) -> Key | None:
+    return None if isinstance(atom, core.Literal) else atom
 
 
 class Scan(NamedTuple):
@@ -75,11 +123,21 @@ class Equation:
         return [variable.aval for variable in self._eqn.outvars]
 
     @property
+    def reads(self) -> list[Key | None]:
+        """The keys of the operands; None for a literal."""
+        return list(map(_key, self._eqn.invars))
+
+    @property
+    def writes(self) -> list[Key]:
+        """The keys of the outputs."""
+        return list(self._eqn.outvars)
+
+    @property
     def source(self) -> str:
         """Where the user wrote it: file, line and function. Inside of functions that JAX itself
         compiles, as `jnp.take`, where they were called."""
-        own = source_info_util.summarize(self._eqn.source_info)
-        return own if own or self._caller is None else self._caller.source
+        line = source_info_util.summarize(self._eqn.source_info)
+        return line if line or self._caller is None else self._caller.source
 
     @property
     def effects(self) -> frozenset[str]:
@@ -116,7 +174,7 @@ class Equation:
     def bodies(self) -> list[Program]:
         """The functions, loops and branches that it holds."""
         leaves = jax.tree.leaves(list(self.params.values()), is_leaf=_is_program)
-        return [leaf for leaf in leaves if _is_program(leaf)]
+        return [Program.of(leaf) for leaf in leaves if _is_program(leaf)]
 
     @property
     def touches_refs(self) -> bool:
@@ -140,7 +198,7 @@ class Equation:
         """The function that this equation calls and nothing else, or None."""
         if self.name not in _CALLS:
             return None
-        return self.params["jaxpr" if "jaxpr" in self.params else "call_jaxpr"]
+        return Program.of(self.params["jaxpr" if "jaxpr" in self.params else "call_jaxpr"])
 
     @property
     def function(self) -> str:
@@ -150,17 +208,17 @@ class Equation:
     @property
     def branches(self) -> Sequence[Program]:
         """What `lax.cond` or `lax.switch` chooses from by its first operand, or nothing."""
-        return self.params["branches"] if self.name == "cond" else ()
+        return list(map(Program.of, self.params["branches"])) if self.name == "cond" else []
 
     @property
     def custom_jvp(self) -> Program | None:
         """The function, if it is one of `jax.custom_jvp`."""
-        return self.params["call_jaxpr"] if self.name == "custom_jvp_call" else None
+        return Program.of(self.params["call_jaxpr"]) if self.name == "custom_jvp_call" else None
 
     @property
     def custom_vjp(self) -> Program | None:
         """The function, if it is one of `jax.custom_vjp`."""
-        return self.params["call_jaxpr"] if self.name == "custom_vjp_call" else None
+        return Program.of(self.params["call_jaxpr"]) if self.name == "custom_vjp_call" else None
 
     @property
     def own_derivative(self) -> bool:
@@ -176,9 +234,9 @@ class Equation:
         if "num_consts" in self.params:
             constants, carry = self.params["num_consts"], self.params["num_carry"]
         else:  # JAX 0.11
-            constants, carry, _ = (len(part) for part in self.params["ft_in"].unpack())
+            constants, carry, _ = (len(group) for group in self.params["ft_in"].unpack())
         return Scan(
-            body=self.params["jaxpr"],
+            body=Program.of(self.params["jaxpr"]),
             constants=constants,
             carry=carry,
             length=self.params["length"],
@@ -191,7 +249,8 @@ class Equation:
         """The rematerialised block, if this equation is one that is not being differentiated."""
         if self.name != "remat" or self.params["differentiated"]:
             return None
-        return Remat(self.params["jaxpr"], self.params["policy"], self.params["prevent_cse"])
+        body = Program.of(self.params["jaxpr"])
+        return Remat(body, self.params["policy"], self.params["prevent_cse"])
 
 
 Rule = Callable[[Path, Equation, list[Any]], Sequence[Any]]
@@ -199,8 +258,8 @@ Rule = Callable[[Path, Equation, list[Any]], Sequence[Any]]
 
 def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
     """The program of `fun` and the structure of what it returns; args may be shapes only."""
-    program, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
-    return program, jax.tree.structure(shapes)
+    jaxpr, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+    return Program.of(jaxpr), jax.tree.structure(shapes)
 
 
 def evaluate(
@@ -224,59 +283,24 @@ def evaluate(
       path: of the equation that holds this program.
       caller: that equation, if it calls this program and nothing else.
     """
-    jaxpr = _open(program)
-    values = dict(zip(jaxpr.constvars, map(lift, _constants(program)), strict=True))
+    jaxpr = program._jaxpr
+    values: dict[Key, Any] = dict(zip(jaxpr.constvars, map(lift, program.constants), strict=True))
     values |= zip(jaxpr.invars, args, strict=True)
 
     def read(atom: Any) -> Any:
         return lift(atom.val) if isinstance(atom, core.Literal) else values[atom]
 
     for index, eqn in enumerate(jaxpr.eqns):
-        equation, here = Equation(eqn, caller), (*path, index)
+        equation, place = Equation(eqn, caller), (*path, index)
         operands = [read(atom) for atom in eqn.invars]
-        if equation.call is not None and enter(equation):
-            body = equation.call
+        if (body := equation.call) is not None and enter(equation):
             outputs = evaluate(
-                body, operands, rule, lift=lift, enter=enter, path=here, caller=equation
+                body, operands, rule, lift=lift, enter=enter, path=place, caller=equation
             )
         else:
-            outputs = rule(here, equation, operands)
+            outputs = rule(place, equation, operands)
         values |= zip(eqn.outvars, outputs, strict=True)
     return [read(atom) for atom in jaxpr.outvars]
-
-
-def live_paths(program: Program, needed: Sequence[bool], path: Path = ()) -> frozenset[Path]:
-    """The equations on which the needed outputs depend, or that have an effect: calls entered,
-    bodies whole."""
-    live, _ = _live(program, needed, path)
-    return frozenset(live)
-
-
-def _live(program: Program, needed: Sequence[bool], path: Path) -> tuple[set[Path], list[bool]]:
-    """Live paths, and which inputs are needed."""
-    jaxpr = _open(program)
-    wanted = {
-        atom
-        for atom, need in zip(jaxpr.outvars, needed, strict=True)
-        if need and not isinstance(atom, core.Literal)
-    }
-    live: set[Path] = set()
-    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
-        outputs = [variable in wanted for variable in eqn.outvars]
-        if not any(outputs) and not Equation(eqn).effects - _UNHEARD:
-            continue
-        here = (*path, index)
-        live.add(here)
-        inputs = [True] * len(eqn.invars)
-        if (call := Equation(eqn).call) is not None:
-            inside, inputs = _live(call, outputs, here)
-            live |= inside
-        wanted |= {
-            atom
-            for atom, need in zip(eqn.invars, inputs, strict=True)
-            if need and not isinstance(atom, core.Literal)
-        }
-    return live, [variable in wanted for variable in jaxpr.invars]
 
 
 def equations(program: Program) -> Iterator[Equation]:
@@ -285,22 +309,16 @@ def equations(program: Program) -> Iterator[Equation]:
 
 
 def _within(program: Program, caller: Equation | None) -> Iterator[Equation]:
-    for equation in own_equations(program, caller):
+    for equation in program.equations(caller):
         yield equation
         for body in equation.bodies:
             yield from _within(body, equation)
 
 
-def own_equations(program: Program, caller: Equation | None = None) -> Iterator[Equation]:
-    """Those at the program's own level, which this equation holds."""
-    for eqn in _open(program).eqns:
-        yield Equation(eqn, caller)
-
-
 def closed_over(program: Program) -> list[Any]:
     """The constant arrays of a program and of all programs inside."""
     bodies = [body for equation in equations(program) for body in equation.bodies]
-    return [constant for nested in (program, *bodies) for constant in _constants(nested)]
+    return [constant for nested in (program, *bodies) for constant in nested.constants]
 
 
 def literals(program: Program) -> list[Any]:
@@ -323,8 +341,8 @@ def is_of_jax(primitive: Any) -> bool:
     """Whether a primitive is a name in a module of JAX."""
     if primitive not in _OF_JAX:  # first seen, or defined in a module that was imported since
         modules = [module for name, module in list(sys.modules.items()) if _of_jax(name)]
-        found = (value for module in modules for value in list(vars(module).values()))
-        _OF_JAX.update(value for value in found if isinstance(value, core.Primitive))
+        values = (value for module in modules for value in list(vars(module).values()))
+        _OF_JAX.update(value for value in values if isinstance(value, core.Primitive))
     return primitive in _OF_JAX
 
 
@@ -333,53 +351,4 @@ def _of_jax(module: str) -> bool:
 
 
 def _is_program(value: Any) -> bool:
-    return hasattr(_open(value), "eqns")
-
-
-def _open(program: Program) -> Any:
-    """Without its constants: the body of a block is open already in JAX 0.10."""
-    return getattr(program, "jaxpr", program)
-
-
-def _constants(program: Program) -> Sequence[Any]:
-    return getattr(program, "consts", ())
-
-
-def cotangent_classes(program: Program) -> list[Any]:
-    """For every equation of the program, at its own level, a key: where two keys are equal, so
-    are the cotangents of the first outputs.
-
-    A value that is used once, in a sum, has the cotangent of the sum; one that is only split or
-    reshaped has the cotangents of what becomes of it. A recurrent cell adds the products of its
-    input and of its state, so that both need one array of cotangents, not two.
-    """
-    jaxpr = _open(program)
-    consumers: dict[Any, list[Any]] = {}
-    for eqn in [*jaxpr.eqns, jaxpr]:
-        atoms = jaxpr.outvars if eqn is jaxpr else eqn.invars
-        for atom in atoms:
-            if not isinstance(atom, core.Literal):
-                consumers.setdefault(atom, []).append(eqn)
-    number: dict[Any, int] = {}  # of variables: equal for equal cotangents
-    known: dict[Any, int] = {}
-
-    def describe(variable: Any) -> Any:
-        used_by = consumers.get(variable, [])
-        if len(used_by) != 1 or used_by[0] is jaxpr:
-            return variable
-        (eqn,) = used_by
-        name, shape = eqn.primitive.name, variable.aval.shape
-        after = tuple(number[output] for output in eqn.outvars)
-        if name in ("add", "add_any") and eqn.outvars[0].aval.shape == shape:
-            return after[0]
-        if name in ("split", "reshape", "squeeze"):
-            return (name, str(eqn.params), shape, after)
-        return variable
-
-    # Backwards, so that what becomes of a value is known before the value.
-    for eqn in reversed(jaxpr.eqns):
-        for variable in eqn.outvars:
-            found = describe(variable)
-            fresh = len(number)
-            number[variable] = found if isinstance(found, int) else known.setdefault(found, fresh)
-    return [number[eqn.outvars[0]] if eqn.outvars else None for eqn in jaxpr.eqns]
+    return hasattr(getattr(value, "jaxpr", value), "eqns")

@@ -16,7 +16,8 @@ from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.reduction import Batch
 from jaxdp.engine.rounding import ROOT, joint_norm, rounded_up
 
-# Below this a sum of products of float32 numbers that underflow would not be small (`engine.gram`).
+# Below this a sum of products of float32 numbers that underflow would not be small
+# (`engine.factors.gram`).
 LEAST_THRESHOLD = 1e-20
 
 

@@ -170,6 +170,7 @@ def _found(
 ) -> _Found:
     rows = [value.per_sample for value in values]
     if own is not None:
+        assert eqn.call is not None  # what is declared is a function that is called
         return _of_rule(own, eqn, values, row_for_each_sample(eqn.call, rows))
     if eqn.branches:
         return _branches(eqn, values, declared)

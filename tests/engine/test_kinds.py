@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxdp.engine.kinds import conv, dot
+from jaxdp.engine.factors import outer, patches
 from jaxdp.engine.methods.slots import Slots
 from jaxdp.engine.plan import Plan, TracedLoss
 from jaxdp.engine.reduction import Batch
@@ -152,7 +152,7 @@ def dot_site(numbers: Numbers, kernel: int) -> Site:
 @pytest.mark.parametrize("kernel", [0, 1])
 @pytest.mark.parametrize("name", list(PRODUCTS))
 def test_products(name: str, kernel: int) -> None:
-    check(dot_site(PRODUCTS[name], kernel), dot, "gram", "rows")
+    check(dot_site(PRODUCTS[name], kernel), outer, "gram", "rows")
 
 
 KERNEL_CHANGES = {
@@ -168,47 +168,47 @@ KERNEL_CHANGES = {
 def test_products_with_a_view(name: str) -> None:
     """Gradients return to the leaf that the kernel is a view of."""
     shape, change = KERNEL_CHANGES[name]
-    check(Site(lambda leaf, x: x @ change(leaf), shape, (5, 3)), dot, "gram", "rows")
+    check(Site(lambda leaf, x: x @ change(leaf), shape, (5, 3)), outer, "gram", "rows")
 
 
 @pytest.mark.parametrize(
     ("extent", "method"),
     [
-        (dot.Extent(1, 1, 5, 7), "outer product"),
-        (dot.Extent(9, 1, 1, 1), "outer product"),
+        (outer.Extent(1, 1, 5, 7), "outer product"),
+        (outer.Extent(9, 1, 1, 1), "outer product"),
         # 2 · 10 · 40 = 800 operations against 3 · 400, 200 entries against 400.
-        (dot.Extent(1, 10, 20, 20), "gram"),
+        (outer.Extent(1, 10, 20, 20), "gram"),
         # 1200 against 1200, and 450 entries against 400.
-        (dot.Extent(1, 14, 20, 20), "gram"),
-        (dot.Extent(1, 15, 20, 20), "rows"),
+        (outer.Extent(1, 14, 20, 20), "gram"),
+        (outer.Extent(1, 15, 20, 20), "rows"),
         # Few operations for long thin matrices are never many rows.
-        (dot.Extent(1, 2, 1000, 1), "rows"),
-        (dot.Extent(1, 2, 1000, 8), "gram"),
+        (outer.Extent(1, 2, 1000, 1), "rows"),
+        (outer.Extent(1, 2, 1000, 8), "gram"),
         # Attention and perceptron of GPT-2 small: matrices about as large as the vectors, and
         # Gram matrices dearer from some length on.
-        (dot.Extent(1, 128, 768, 768), "gram"),
-        (dot.Extent(1, 512, 768, 768), "rows"),
-        (dot.Extent(1, 512, 768, 3072), "rows"),
+        (outer.Extent(1, 128, 768, 768), "gram"),
+        (outer.Extent(1, 512, 768, 768), "rows"),
+        (outer.Extent(1, 512, 768, 3072), "rows"),
         # Its head: matrices of all words would be larger than the logits.
-        (dot.Extent(1, 512, 768, 50257), "gram"),
+        (outer.Extent(1, 512, 768, 50257), "gram"),
     ],
 )
-def test_the_method_of_a_product(extent: dot.Extent, method: str) -> None:
-    assert dot.choose_method(extent) == method
+def test_the_method_of_a_product(extent: outer.Extent, method: str) -> None:
+    assert outer.choose_method(extent) == method
 
 
 @pytest.mark.parametrize(
     ("extent", "method"),
     [
         # Small images with many channels, and what makes each of the two conditions fail.
-        (conv.Extent(pixels=16, positions=16, window=9, inputs=64, outputs=64), "gram"),
-        (conv.Extent(pixels=1024, positions=1024, window=9, inputs=64, outputs=64), "rows"),
-        (conv.Extent(pixels=16, positions=16, window=1, inputs=16, outputs=16), "rows"),
-        (conv.Extent(pixels=4, positions=4, window=1, inputs=3, outputs=3), "rows"),
+        (patches.PatchExtent(pixels=16, positions=16, window=9, inputs=64, outputs=64), "gram"),
+        (patches.PatchExtent(pixels=1024, positions=1024, window=9, inputs=64, outputs=64), "rows"),
+        (patches.PatchExtent(pixels=16, positions=16, window=1, inputs=16, outputs=16), "rows"),
+        (patches.PatchExtent(pixels=4, positions=4, window=1, inputs=3, outputs=3), "rows"),
     ],
 )
-def test_the_method_of_a_convolution(extent: conv.Extent, method: str) -> None:
-    assert conv.choose_method(extent) == method
+def test_the_method_of_a_convolution(extent: patches.PatchExtent, method: str) -> None:
+    assert patches.choose_method(extent) == method
 
 
 # ---- conv_general_dilated -----------------------------------------------------------------------
@@ -288,7 +288,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))
 def test_convolutions(name: str) -> None:
     pointwise = "pointwise" in name and "groups" not in name
-    check(CONVOLUTIONS[name], dot if pointwise else conv, "gram", "rows")
+    check(CONVOLUTIONS[name], outer if pointwise else patches, "gram", "rows")
 
 
 @pytest.mark.slow
@@ -305,7 +305,7 @@ def test_every_window(stride: int, spread: int, dilation: int, low: int, high: i
         lhs_dilation=(spread,),
         rhs_dilation=(dilation,),
     )
-    check(site, conv, "gram", "rows")
+    check(site, patches, "gram", "rows")
 
 
 # ---- gather and dynamic_slice -------------------------------------------------------------------

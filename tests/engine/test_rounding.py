@@ -1,14 +1,14 @@
 """Bounds that count roundings, against sums in double precision."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.engine import gram, rounding
+from jaxdp.engine import rounding, walker
+from jaxdp.engine.factors import gram
 from jaxdp.engine.numerics import scale_rows
 
 # What is compiled must round as it does for users.
@@ -36,15 +36,13 @@ def test_a_total_is_off_by_no_more_than_its_roundings(length: int) -> None:
 
 def test_no_sum_is_longer_than_a_block() -> None:
     """XLA on CPU sums in blocks of its own accord; another backend need not."""
-    program = jax.make_jaxpr(rounding.total)(jnp.ones((2, 70_000)))
+    program, _ = walker.trace(rounding.total, jnp.ones((2, 70_000)))
     lengths = []
-    for eqn in program.jaxpr.eqns:
-        params: Any = eqn.params
-        shape = eqn.invars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-        if eqn.primitive.name == "reduce_sum":
-            lengths.append(math.prod(shape[axis] for axis in params["axes"]))
-        elif eqn.primitive.name == "reduce_window_sum":
-            lengths.append(math.prod(params["window_dimensions"]))
+    for eqn in program.equations():
+        if eqn.name == "reduce_sum":
+            lengths.append(math.prod(eqn.operands[0].shape[axis] for axis in eqn.params["axes"]))
+        elif eqn.name == "reduce_window_sum":
+            lengths.append(math.prod(eqn.params["window_dimensions"]))
     assert len(lengths) == 3
     assert max(lengths) <= 64
     assert rounding.roundings(70_000) <= 3 * 64
@@ -124,7 +122,7 @@ def test_inner_products_have_the_roundings_that_they_say(positions: int, length:
 
 @pytest.mark.parametrize("weight", 10.0 ** np.arange(-44.0, 1.0, 2.0))
 def test_a_weight_takes_all_entries_or_no_more_than_the_theorem_allows(weight: float) -> None:
-    """Of entries of many sizes some would vanish: w·4u·√e of them may (`engine.gram`, underflow),
+    """Of entries of many sizes some would vanish: w·4u·√e of them may (`engine.factors.gram`, underflow),
     with e = 2·tiny/u at least."""
     rows = (10.0 ** np.arange(-30.0, 11.0, 0.5)).astype(np.float32)
     weight = float(np.float32(weight))

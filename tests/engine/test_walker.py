@@ -1,12 +1,8 @@
-"""The room that reads jaxprs: what it evaluates, what it names, and what it calls equal."""
+"""The room that reads jaxprs: what it evaluates, and what it names."""
 
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +10,6 @@ import pytest
 from jax import lax
 
 from jaxdp.engine import walker
-from jaxdp.engine.instrument import attach
 from jaxdp.engine.walker import Equation, Path
 from tests import helpers
 
@@ -206,7 +201,7 @@ def test_a_scan_says_what_it_was_asked_for() -> None:
     assert len(eqn.operands) == scan.constants + scan.carry + 2
     assert [tuple(aval.shape) for aval in eqn.operands[scan.constants :]] == [(3,), (3,), (3, 3)]
     assert [tuple(aval.shape) for aval in eqn.outputs] == [(3,), (3,)]
-    assert len(scan.body.in_avals) == len(eqn.operands)
+    assert len(scan.body.inputs) == len(eqn.operands)
 
 
 def test_a_block_says_what_it_was_asked_for() -> None:
@@ -259,57 +254,6 @@ def test_an_equation_of_a_function_of_jax_knows_where_that_was_called() -> None:
     assert all("test_walker.py" in source for _, source in seen), seen
 
 
-# ---- what an output needs -----------------------------------------------------------------------
-
-
-def live_names(fun: Callable[..., Any], needed: list[bool]) -> list[str]:
-    program, _ = walker.trace(fun, W, X)
-    live = walker.live_paths(program, needed)
-    return [name for path, name in visited(fun, W, X) if path in live]
-
-
-def two_outputs(w: jax.Array, x: jax.Array) -> Any:
-    hidden = jnp.tanh(w @ x)
-    return jnp.sum(jnp.sin(hidden)), jnp.sum(jnp.cos(x))
-
-
-def test_what_no_needed_output_depends_on_is_left_out() -> None:
-    first, second = (live_names(two_outputs, needed) for needed in ([True, False], [False, True]))
-    assert {"tanh", "dot_general", "sin"} <= set(first)
-    assert "cos" not in first
-    assert "cos" in second
-    assert not {"tanh", "dot_general", "sin"} & set(second)
-    assert live_names(two_outputs, [False, False]) == []
-
-
-def test_calls_are_looked_into() -> None:
-    """Of a call with two results one may be needed."""
-    both = jax.jit(two_outputs)
-    names = live_names(lambda w, x: both(w, x)[1], [True])
-    assert "cos" in names
-    assert "dot_general" not in names
-
-
-def test_an_output_that_is_an_input_or_a_literal_needs_nothing() -> None:
-    assert live_names(lambda w, x: (w, 1.0, jnp.sin(x)), [True, True, False]) == []
-
-
-def test_an_equation_with_an_effect_is_live_whoever_needs_it() -> None:
-    def writes(w: jax.Array, x: jax.Array) -> jax.Array:
-        ref = jax.new_ref(jnp.cos(w))
-        jax.jit(lambda x: ref.__setitem__(..., x))(jnp.sin(w))
-        return jnp.sum(x)
-
-    assert {"new_ref", "swap", "sin", "cos"} <= set(live_names(writes, [True]))
-
-    def prints(w: jax.Array, x: jax.Array) -> jax.Array:
-        jax.debug.print("{}", jnp.sin(w))
-        return jnp.sum(x)
-
-    # Nothing in the program can notice that.
-    assert "sin" not in live_names(prints, [True])
-
-
 # ---- what an equation says of itself ------------------------------------------------------------
 
 
@@ -349,194 +293,3 @@ def test_mutable_arrays_are_known_by_their_type() -> None:
     assert "scan" in names and names & {"swap", "addupdate"} and "add" not in names
     assert list(map(walker.is_ref, walker.closed_over(program))) == [True]
     assert not walker.is_ref(X)
-
-
-# ---- equal cotangents ---------------------------------------------------------------------------
-
-
-def cotangents(fun: Callable[..., Any], args: list[jax.Array]) -> tuple[list[Any], list[Any]]:
-    """For every equation of the program the key and the true cotangent of its first output."""
-    program, _ = walker.trace(fun, *args)
-    keys = walker.cotangent_classes(program)
-    shapes: dict[int, Any] = {}
-
-    def look(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
-        shapes[path[0]] = eqn.outputs[0]
-        return eqn.bind(values)
-
-    walker.evaluate(program, args, look)
-    # Only a program without calls has its equations where the keys are.
-    assert sorted(shapes) == list(range(len(keys)))
-
-    def run(slots: dict[int, jax.Array]) -> jax.Array:
-        def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
-            outputs = eqn.bind(values)
-            if path[0] in slots:
-                outputs[0] = attach(outputs[0], slots[path[0]])
-            return outputs
-
-        return sum((jnp.sum(out) for out in walker.evaluate(program, args, rule)), jnp.zeros(()))
-
-    slots = {
-        index: jnp.zeros(aval.shape, aval.dtype)
-        for index, aval in shapes.items()
-        if jnp.issubdtype(aval.dtype, jnp.floating)
-    }
-    grads = jax.grad(run)(slots)
-    return keys, [grads.get(index) for index in range(len(keys))]
-
-
-def check_classes(fun: Callable[..., Any], args: list[jax.Array]) -> int:
-    """How many pairs of equations share a key: in each, the cotangents must be equal."""
-    keys, grads = cotangents(fun, args)
-    pairs = 0
-    for second in range(len(keys)):
-        for first in range(second):
-            if keys[first] == keys[second] and grads[first] is not None:
-                pairs += 1
-                np.testing.assert_array_equal(grads[first], grads[second])
-    return pairs
-
-
-def simple_cell(w: Any, x: Any, h: Any) -> Any:
-    return jnp.sum(jnp.tanh(x @ w + h @ w.T))
-
-
-def gates(w: Any, x: Any, h: Any) -> Any:
-    """As in a long short-term memory: sums that are split."""
-    total = x @ jnp.concatenate([w, w], 1) + h @ jnp.concatenate([w.T, w], 1)
-    a, b = jnp.split(total, 2, axis=-1)
-    return jnp.sum(jnp.tanh(a) * jnp.sin(b))
-
-
-def gates_reshaped(w: Any, x: Any, h: Any) -> Any:
-    total = (x @ w).reshape(3, 1) + (h @ w).reshape(3, 1)
-    return jnp.sum(jnp.sin(total))
-
-
-# How many pairs of equations have equal cotangents, as the engine sees it, in each cell.
-EQUAL = {
-    "simple cell": (simple_cell, 1),
-    "gates": (gates, 1),
-    "gates, reshaped": (gates_reshaped, 1),
-}
-
-
-@pytest.mark.parametrize("name", list(EQUAL))
-def test_products_that_are_added_share_a_cotangent(name: str) -> None:
-    fun, least = EQUAL[name]
-    assert check_classes(fun, [W, X, jnp.cos(X)]) >= least
-
-
-def read_twice(w: Any, x: Any, h: Any) -> Any:
-    a, b = x @ w, h @ w
-    return jnp.sum(jnp.sin(a + b)) + jnp.sum(jnp.cos(a))
-
-
-def broadcast_sum(w: Any, x: Any, h: Any) -> Any:
-    """Added to each row: the cotangent of the smaller one is a sum."""
-    a, b = w @ w, (x @ w)[None]
-    return jnp.sum(jnp.sin(a + b))
-
-
-def difference(w: Any, x: Any, h: Any) -> Any:
-    return jnp.sum(jnp.sin(x @ w - h @ w))
-
-
-def added_to_itself(w: Any, x: Any, h: Any) -> Any:
-    a, b = x @ w, h @ w
-    return jnp.sum(jnp.sin(a + a) + jnp.cos(b + b))
-
-
-def an_output_too(w: Any, x: Any, h: Any) -> Any:
-    a, b = x @ w, h @ w
-    return jnp.sum(jnp.sin(a + b)), a
-
-
-def split_apart(w: Any, x: Any, h: Any) -> Any:
-    """Pieces that meet the same operations, but not the same values."""
-    a, b = jnp.split(x @ w, (1,)), jnp.split(h @ w, (1,))
-    return sum(jnp.sum(jnp.sin(piece)) for piece in (*a, *b))
-
-
-def split_otherwise(w: Any, x: Any, h: Any) -> Any:
-    """The same sum of pieces, cut in the other order."""
-    a, b = jnp.split(jnp.tile(x @ w, 2), 2), jnp.split(jnp.tile(h @ w, 2), 2)
-    return jnp.sum(jnp.sin(a[0] + b[1])) + jnp.sum(jnp.cos(a[1] + b[0]))
-
-
-def output_alone(w: Any, x: Any, h: Any) -> Any:
-    return x @ w, jnp.sin(h @ w)
-
-
-UNEQUAL = {
-    fun.__name__: fun
-    for fun in (
-        read_twice,
-        broadcast_sum,
-        difference,
-        added_to_itself,
-        an_output_too,
-        split_apart,
-        split_otherwise,
-        output_alone,
-    )
-}
-
-
-@pytest.mark.parametrize("name", list(UNEQUAL))
-def test_values_of_different_cotangents_are_kept_apart(name: str) -> None:
-    """The products here have different cotangents: none of them may share a key."""
-    fun, args = UNEQUAL[name], [W, X, jnp.cos(X)]
-    check_classes(fun, args)
-    program, _ = walker.trace(fun, *args)
-    keys = walker.cotangent_classes(program)
-    products: list[int] = []
-
-    def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
-        products.extend([path[0]] * (eqn.name == "dot_general"))
-        return eqn.bind(values)
-
-    walker.evaluate(program, args, rule)
-    assert len({keys[index] for index in products}) == len(products) == 2
-
-
-def test_a_sum_may_have_more_terms_than_python_has_stack_frames() -> None:
-    terms = 2 * sys.getrecursionlimit()
-    program, _ = walker.trace(lambda x: functools.reduce(jnp.add, [jnp.sin(x)] * terms), 1.0)
-    first, *sums = walker.cotangent_classes(program)
-    assert len(sums) == terms - 1
-    assert first not in sums
-    assert len(set(sums)) == 1
-
-
-OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
-    "add": jnp.add,
-    "subtract": jnp.subtract,
-    "multiply": jnp.multiply,
-    "sin": lambda a, b: jnp.sin(a),
-    "swap halves": lambda a, b: jnp.concatenate(jnp.split(a, 2)[::-1]),
-    "add halves": lambda a, b: jnp.concatenate([jnp.split(a, 2)[0] + jnp.split(b, 2)[0]] * 2),
-    "reshape and back": lambda a, b: (a.reshape(2, 2) + b.reshape(2, 2)).reshape(4),
-    "squeeze": lambda a, b: (a[None] + b[None]).squeeze(0),
-}
-
-
-@hypothesis.settings(max_examples=40)
-@hypothesis.given(
-    steps=st.lists(
-        st.tuples(st.sampled_from(sorted(OPERATIONS)), st.integers(0, 9), st.integers(0, 9)),
-        min_size=1,
-        max_size=8,
-    )
-)
-def test_equal_keys_mean_equal_cotangents(steps: list[tuple[str, int, int]]) -> None:
-    """Random programs of sums, splits and reshapes, whose values are read any number of times."""
-
-    def fun(x: jax.Array, y: jax.Array) -> Any:
-        values = [jnp.sin(x), jnp.cos(x), jnp.sin(y)]
-        for name, a, b in steps:
-            values.append(OPERATIONS[name](values[-1 - a % len(values)], values[b % len(values)]))
-        return jnp.sum(jnp.sin(values[-1])) + jnp.sum(jnp.square(values[-2]))
-
-    check_classes(fun, [jnp.arange(4.0), jnp.arange(4.0) * 0.3 - 0.7])

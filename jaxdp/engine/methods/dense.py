@@ -11,11 +11,10 @@ import jax
 
 from jaxdp.engine.effects import Excuse
 from jaxdp.engine.explanation import LeafExplanation
-from jaxdp.engine.kinds.base import row_norms
 from jaxdp.engine.numerics import once, select_rows
 from jaxdp.engine.plan import TracedLoss
 from jaxdp.engine.reduction import Batch, LeafLoss, Reduction, Rows, stacked
-from jaxdp.engine.sums import weighted_sum
+from jaxdp.engine.sums import row_norms, weighted_sum
 from jaxdp.engine.weighting import Weighting
 
 

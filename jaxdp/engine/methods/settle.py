@@ -63,7 +63,7 @@ def settle(run: Callable[[Batch], Reduction], batch: Batch, start: Reduction) ->
 
 def nothing_seen(plan: Plan, leaves: Sequence[Any], mask: jax.Array, *, sums: bool) -> Reduction:
     """The reduction over none of the rows."""
-    loss, aux = plan.outputs(list(plan.program.out_avals))
+    loss, aux = plan.outputs(plan.program.outputs)
 
     def by_row(shape: Any) -> jax.Array:
         return zeros((*mask.shape, *shape.shape), shape.dtype, mask)

@@ -25,7 +25,7 @@ from jaxdp.engine.methods.base import distinct_bytes
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.plan import Plan, TracedLoss
 from jaxdp.engine.reduction import Batch, Reduction, Rows, stacked
-from jaxdp.engine.sites import Use
+from jaxdp.engine.uses import Use
 from jaxdp.engine.walker import Path
 from jaxdp.engine.weighting import Weighting
 from jaxdp.varying import zeros
@@ -92,13 +92,13 @@ class Slots:
         """Gradients of every leaf as factors, losses and aux, of every sample."""
         plan = self.plan
 
-        def one(slots: instrument.Slots, example: Any) -> tuple[jax.Array, Any]:
+        def one(slots: instrument.ByUse, example: Any) -> tuple[jax.Array, Any]:
             args = plan.arguments(self.leaves, example)
             outputs, captures = instrument.run(plan.program, plan.uses, args, slots)
             loss, aux = plan.outputs(outputs)
             return loss, (captures, aux)
 
-        def batched(slots: instrument.Slots) -> tuple[jax.Array, Any]:
+        def batched(slots: instrument.ByUse) -> tuple[jax.Array, Any]:
             return jax.vmap(one)(slots, batch.examples)
 
         slots = zero_slots(plan.uses, batch.mask)
@@ -109,7 +109,7 @@ class Slots:
         return gradients, losses, aux
 
 
-def zero_slots(uses: Mapping[int, Use], mask: jax.Array) -> instrument.Slots:
+def zero_slots(uses: Mapping[int, Use], mask: jax.Array) -> instrument.ByUse:
     """Slots `[B, ...]` for the uses; none for one whose twin has one."""
     at = {use.path for use in uses.values() if use.kind is not None}
     slotted = {number: use for number, use in uses.items() if use.twin not in at}
@@ -122,7 +122,7 @@ def _zero_slot(use: Use, mask: jax.Array) -> jax.Array:
     return zeros(shape, use.slotted.dtype, (use.slotted, mask))
 
 
-def with_twins(uses: Mapping[int, Use], cotangents: instrument.Slots) -> instrument.Slots:
+def with_twins(uses: Mapping[int, Use], cotangents: instrument.ByUse) -> instrument.ByUse:
     """The cotangents of all uses: those of a twin for a use without a slot of its own."""
     at: dict[Path | None, int] = {
         use.path: number for number, use in uses.items() if use.kind is not None

@@ -33,20 +33,22 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from jaxdp.engine import instrument, views
+from jaxdp.engine import instrument
 from jaxdp.engine.assemble import LeafGradients, assemble, joined_norms
+from jaxdp.engine.boxes import Box, Target, disjoint, indices
 from jaxdp.engine.effects import Excuse
 from jaxdp.engine.explanation import LeafExplanation
-from jaxdp.engine.instrument import Taps as TapsAt
-from jaxdp.engine.kinds.base import Addends, Site, Target
+from jaxdp.engine.factors.base import Addends
+from jaxdp.engine.instrument import Replacement
+from jaxdp.engine.kinds.base import Record
 from jaxdp.engine.methods.settle import nothing_seen, settle
 from jaxdp.engine.methods.slots import Slots, with_twins, zero_slots
 from jaxdp.engine.numerics import accumulation_dtype, held
 from jaxdp.engine.plan import Plan, TracedLoss
 from jaxdp.engine.reduction import Batch, Reduction, Rows, stacked
 from jaxdp.engine.rounding import ROOT, lost, rounded_up
-from jaxdp.engine.sites import Use
 from jaxdp.engine.sums import BLOCK
+from jaxdp.engine.uses import Use
 from jaxdp.engine.weighting import Weighting
 from jaxdp.varying import vary, varying_axes, zeros
 
@@ -94,16 +96,16 @@ class Taps:
         slotted = {number: use for number, use in plan.uses.items() if number not in tapped}
 
         def one(
-            operands: instrument.Slots, slots: instrument.Slots, sums: Any, example: Any
+            operands: instrument.ByUse, slots: instrument.ByUse, sums: Any, example: Any
         ) -> tuple[Any, Any]:
             args = plan.arguments(self.leaves, example)
-            slots, taps = {**operands, **slots}, TapsAt(_tap, sums)
+            slots, taps = {**operands, **slots}, Replacement(_tap, sums)
             outputs, captures = instrument.run(plan.program, plan.uses, args, slots, taps)
             gates = {number: captures.pop(number)[0] for number in tapped}
             loss, aux = plan.outputs(outputs)
             return (loss, gates), (captures, aux)
 
-        def batched(operands: instrument.Slots, slots: instrument.Slots, sums: Any) -> Any:
+        def batched(operands: instrument.ByUse, slots: instrument.ByUse, sums: Any) -> Any:
             in_axes = (None, 0, 0, 0)
             return jax.vmap(one, in_axes)(operands, slots, sums, batch.examples)
 
@@ -144,7 +146,7 @@ class Taps:
 def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool) -> dict[int, Use]:
     """The uses whose norms add up: every leaf in them is tapped at all of its uses, none of these
     overlap, and no loop shares them."""
-    boxes: dict[int, list[views.Box]] = {}
+    boxes: dict[int, list[Box]] = {}
     for use in uses.values():
         for part, at in zip(use.view or (), use.boxes, strict=True):
             boxes.setdefault(part.source, []).append(at)
@@ -152,7 +154,7 @@ def tapped_uses(uses: Mapping[int, Use], leaves: list[Any], *, one_weight: bool)
     spoiled = {
         source
         for source, found in boxes.items()
-        if any(not views.disjoint(a, b) for a, b in combinations(found, 2))
+        if any(not disjoint(a, b) for a, b in combinations(found, 2))
     }
     # A leaf with one use that is not tapped takes its other uses, and their leaves, with it.
     while True:
@@ -171,11 +173,7 @@ def _can_be_tapped(use: Use, leaves: list[Any], one_weight: bool) -> bool:
     """
     if use.kind is None or not use.kind.tapped or not use.view:
         return False
-    shared = any(
-        length > 1 and not stride
-        for part in use.view
-        for length, stride in zip(use.lengths, part.loops, strict=True)
-    )
+    shared = any(loop.size > 1 and not loop.stride for part in use.view for loop in part.loops)
     dtypes = [use.eqn.outputs[0].dtype, *(leaves[part.source].dtype for part in use.view)]
     half = any(part.half for part in use.view) or min(jnp.finfo(d).bits for d in dtypes) < 32
     # Leaves with weights of their own need uses of their own.
@@ -225,13 +223,9 @@ def _add_to_leaves(sums: list[jax.Array], use: Use, total: jax.Array) -> None:
     leaves that it shows."""
     steps = (slice(None),) * len(use.lengths)
     for part, at in zip(use.view or (), use.boxes, strict=True):
-        loops = [views.Dim(*loop) for loop in zip(use.lengths, part.loops, strict=True)]
-        window = (
-            slice(start, start + dim.size) for start, dim in zip(part.start, part.dims, strict=True)
-        )
-        shown = total[(*steps, *window)].astype(sums[part.source].dtype)
-        leaf = views.place(shown, (*loops, *part.dims), at, sums[part.source].shape)
-        sums[part.source] += leaf
+        leaf = sums[part.source]
+        shown = total[(*steps, *indices(part.window))].astype(leaf.dtype)
+        sums[part.source] += Target(at, leaf.shape).place(shown, (*part.loops, *part.dims))
 
 
 def _tap(
@@ -323,10 +317,10 @@ def _norms(use: Use, operands: list[jax.Array], cotangent: jax.Array) -> jax.Arr
     assert use.kind is not None
     columns = []
     for part in use.view or ():
-        here = part._replace(loops=())
-        site = Site(use.eqn, use.operand, (), operands, cotangent)
-        factor = use.kind.factor(site, here, Target.whole(here.shape))
-        norms = cast(Addends, factor).certified_norms_elsewhere()
+        part = part._replace(loops=())
+        target = Target.whole(part.shape)
+        record = Record(use.eqn, use.operand, part, target, operands, cotangent)
+        norms = cast(Addends, use.kind.factor(record)).certified_norms_elsewhere()
         squares = jnp.square(norms) + lost(2, norms.dtype)
         columns.append(squares.astype(accumulation_dtype(use.aval.dtype)))
     return jnp.stack(columns, axis=1)

@@ -76,7 +76,7 @@ class Gram(NamedTuple):
         """From the vectors `[..., T, d]`."""
         products, off = inner_products(vectors)
         # Not the diagonal of the products, which XLA would copy before it multiplies them.
-        return cls(products, lengths(vectors, off), off)
+        return cls(products, lengths_of(vectors, off), off)
 
     @classmethod
     def of_products(cls, products: jax.Array, terms: int, off: int) -> "Gram":
@@ -101,7 +101,7 @@ def inner_products(vectors: jax.Array) -> tuple[jax.Array, int]:
     return reduce(jnp.add, map(of_block, blocks)), size + len(blocks) - 1
 
 
-def lengths(vectors: jax.Array, off: int | None = None) -> jax.Array:
+def lengths_of(vectors: jax.Array, off: int | None = None) -> jax.Array:
     """√(‖w_t‖² + e) `[..., T]` of vectors `[..., T, d]`, not below the true ones.
 
     Args:
@@ -124,7 +124,7 @@ def lengths_of_squares(
     return rounded_up(jnp.sqrt(squares + added), off // 2 + 1 + ROOT)
 
 
-def spread(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+def mass(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
     """S = Σ_t ‖u_t‖‖v_t‖ `[...]` from lengths `[..., T]`, not below the true one."""
     return rounded_up(total(inputs * cotangents), roundings(inputs.shape[-1]))
 
@@ -132,8 +132,8 @@ def spread(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
 def gram_norms(inputs: Gram, cotangents: Gram) -> jax.Array:
     """Certified norms `[...]` of Σ_t u_t v_tᵀ, from the Gram matrices of the u_t and the v_t."""
     squared, off = gram_sum(inputs, cotangents)
-    size = spread(inputs.lengths, cotangents.lengths)
-    return certificate(squared, size, off, inputs.lengths.shape[-1])
+    whole = mass(inputs.lengths, cotangents.lengths)
+    return certificate(squared, whole, off, inputs.lengths.shape[-1])
 
 
 def gram_sum(inputs: Gram, cotangents: Gram) -> tuple[jax.Array, int]:
@@ -143,23 +143,23 @@ def gram_sum(inputs: Gram, cotangents: Gram) -> tuple[jax.Array, int]:
     return squared, inputs.roundings + cotangents.roundings + 2 * roundings(positions)
 
 
-def certificate(squared: jax.Array, size: jax.Array, off: int, positions: int) -> jax.Array:
+def certificate(squared: jax.Array, mass: jax.Array, off: int, positions: int) -> jax.Array:
     """N of the theorem, rounded up.
 
     Args:
       squared: f.
-      size: S.
+      mass: S.
       off: i + j + k.
       positions: T.
     """
     dtype = squared.dtype
     # S² before the factor: what is small times what is smaller would be lost.
-    error = gamma(off, dtype) * (size * size) + lost(2 * positions**2 + 4, dtype)
-    norm = jnp.sqrt(jnp.maximum(squared, 0) + error) + sum_error(size, positions)
+    error = gamma(off, dtype) * (mass * mass) + lost(2 * positions**2 + 4, dtype)
+    norm = jnp.sqrt(jnp.maximum(squared, 0) + error) + sum_error(mass, positions)
     norm = rounded_up(norm, ROOT + 4)
     return jnp.where(jnp.isfinite(squared), norm, jnp.inf)
 
 
-def sum_error(size: jax.Array, positions: int) -> jax.Array:
+def sum_error(mass: jax.Array, positions: int) -> jax.Array:
     """γ_n S: by how much a sum over so many positions is off, for a weight of one."""
-    return gamma(positions + _OF_ONE_TERM, size.dtype) * size
+    return gamma(positions + _OF_ONE_TERM, mass.dtype) * mass

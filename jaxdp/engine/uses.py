@@ -19,8 +19,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxdp.engine import views, walker
+from jaxdp.engine.boxes import Box
 from jaxdp.engine.kinds import KINDS, Kind
-from jaxdp.engine.views import Box, View
+from jaxdp.engine.liveness import live_paths
+from jaxdp.engine.twins import cotangent_classes
+from jaxdp.engine.views import View
 from jaxdp.engine.walker import Equation, Path, Program
 
 
@@ -93,7 +96,7 @@ class _Block(NamedTuple):
     in_remat: bool = False
 
 
-class _Found(NamedTuple):
+class _Walked(NamedTuple):
     """Uses inside a program, what is known of its outputs, and which of its inputs must be
     promoted, with the reason."""
 
@@ -116,7 +119,7 @@ def find_uses(program: Program, leaves: Sequence[Any], needed: Sequence[bool]) -
         else _CONSTANT  # without entries
         for index, leaf in enumerate(leaves)
     ]
-    sample = [_SAMPLE] * (len(program.in_avals) - len(leaves))
+    sample = [_SAMPLE] * (len(program.inputs) - len(leaves))
     block = _Block(tuple(tuple(leaf.shape) for leaf in leaves))
     return _walk(program, [*parameters, *sample], needed, block).uses
 
@@ -131,9 +134,10 @@ def by_path(uses: Mapping[int, Use]) -> dict[Path, list[int]]:
 
 def _walk(
     program: Program, inputs: Sequence[_Value], needed: Sequence[bool], block: _Block
-) -> _Found:
-    live = walker.live_paths(program, needed, block.path)
-    found = _Found([], [], {})
+) -> _Walked:
+    live = live_paths(program, needed, block.path)
+    uses: list[Use] = []
+    promoted: dict[int, str] = {}
 
     def meet(path: Path, operand: int, eqn: Equation, value: _Value, reason: str) -> None:
         boxes = _boxes(value.view, block)
@@ -143,10 +147,22 @@ def _walk(
             reason = "" if kind is not None else reason or refusal
             # Without a view it is at the top, where the roots are the parameters themselves.
             sources = value.roots if view is None else frozenset(part.source for part in view)
-            where = (sources, block.lengths, block.in_remat)
-            found.uses.append(Use(path, operand, eqn, kind, view, boxes or (), *where, reason))
+            uses.append(
+                Use(
+                    path,
+                    operand,
+                    eqn,
+                    kind,
+                    view,
+                    boxes or (),
+                    sources,
+                    block.lengths,
+                    block.in_remat,
+                    reason,
+                )
+            )
         else:
-            found.promoted.update({root: reason or refusal for root in value.roots})
+            promoted.update({root: reason or refusal for root in value.roots})
 
     def rule(path: Path, eqn: Equation, values: list[_Value]) -> list[_Value]:
         if path not in live:
@@ -154,23 +170,21 @@ def _walk(
         if not any(value.sample for value in values):
             return _derived(eqn, values)
         inside = _enter(eqn, values, block, path)
-        found.uses.extend(inside.uses)
+        uses.extend(inside.uses)
         for operand, reason in inside.promoted.items():
             meet(path, operand, eqn, values[operand], reason)
         return inside.outputs
 
     outputs = walker.evaluate(program, inputs, rule, lift=lambda _: _CONSTANT, path=block.path)
-    found.outputs.extend(outputs)
-    found.uses[:] = _with_twins(found.uses, program, block.path)
     if block.path:
         for root in frozenset().union(*(value.roots for value in outputs)):
-            found.promoted[root] = "leaves a loop or block unchanged"
-    return found
+            promoted[root] = "leaves a loop or block unchanged"
+    return _Walked(_with_twins(uses, program, block.path), outputs, promoted)
 
 
 def _with_twins(uses: list[Use], program: Program, path: Path) -> list[Use]:
     """Marks factored uses at this level whose cotangent an earlier one has, too."""
-    classes = walker.cotangent_classes(program)
+    classes = cotangent_classes(program)
     first: dict[Any, Path] = {}
     marked = []
     for use in uses:
@@ -199,7 +213,7 @@ def _boxes(view: View | None, block: _Block) -> tuple[Box, ...] | None:
     """The boxes of all parts of a view, if each of them is one."""
     boxes = []
     for part in view or ():
-        if (at := views.box(part, block.lengths, block.leaves[part.source])) is None:
+        if (at := views.box(part, block.leaves[part.source])) is None:
             return None
         boxes.append(at)
     return None if view is None else tuple(boxes)
@@ -218,7 +232,7 @@ def _kind(eqn: Equation, operand: int, view: View | None, block: _Block) -> tupl
     return (None, refusal) if refusal else (kind, "")
 
 
-def _enter(eqn: Equation, values: list[_Value], block: _Block, path: Path) -> _Found:
+def _enter(eqn: Equation, values: list[_Value], block: _Block, path: Path) -> _Walked:
     """What an equation that depends on the sample does with its operands.
 
     Where it has a body that can be entered, inputs of the body are promoted, and carries become
@@ -233,7 +247,7 @@ def _enter(eqn: Equation, values: list[_Value], block: _Block, path: Path) -> _F
         inner = block._replace(path=path, in_remat=True)
         body, first_carry, first_xs = remat.body, len(values), len(values)
     else:
-        return _Found([], [_SAMPLE] * len(eqn.outputs), promoted)
+        return _Walked([], [_SAMPLE] * len(eqn.outputs), promoted)
 
     def seen_inside(index: int, value: _Value) -> _Value:
         if not value.parameter:
@@ -242,27 +256,27 @@ def _enter(eqn: Equation, values: list[_Value], block: _Block, path: Path) -> _F
             return _SAMPLE
         if scan is None:
             return value._replace(roots=frozenset({index}))
-        stacked = index >= first_xs
-        view = views.step_through(value.view, scan.length) if stacked else views.share(value.view)
+        seen = views.step_through if index >= first_xs else views.share
+        view = seen(value.view, scan.length)
         return value._replace(roots=frozenset({index}), view=view)
 
     inputs = [seen_inside(index, value) for index, value in enumerate(values)]
     carried = range(first_carry, first_xs)
     promoted = {index: "initial carry of a scan" for index in carried if values[index].parameter}
     while True:
-        found = _walk(body, inputs, [True] * len(eqn.outputs), inner)
+        walked = _walk(body, inputs, [True] * len(eqn.outputs), inner)
         became = [
             index
             for index in carried
-            if inputs[index] == _CONSTANT and found.outputs[index - first_carry] != _CONSTANT
+            if inputs[index] == _CONSTANT and walked.outputs[index - first_carry] != _CONSTANT
         ]
         # Carries first: while one is taken for a constant, products with it look like parameters.
-        again = became or found.promoted
+        again = became or walked.promoted
         if not again:
             break
         if not became:
-            promoted |= found.promoted
+            promoted |= walked.promoted
         for index in again:
             inputs[index] = _SAMPLE
     # All outputs, constant ones too: whatever comes out of a block needs the sample to be computed.
-    return _Found(found.uses, [_SAMPLE] * len(eqn.outputs), promoted)
+    return _Walked(walked.uses, [_SAMPLE] * len(eqn.outputs), promoted)

@@ -1,0 +1,71 @@
+"""What every factor gives: certified norms, rows, and the weighted sum."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, dataclass_transform
+
+import jax
+
+from jaxdp.engine.boxes import Target
+
+T = TypeVar("T")
+
+
+def static() -> Any:
+    """A field of a factor that is no array."""
+    return field(metadata={"static": True})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def factored(cls: type[T]) -> type[T]:
+    """A frozen dataclass and a pytree whose leaves are arrays `[B, ...]`."""
+    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+
+
+class Factored(Protocol):
+    """Per-sample gradients of one box of a leaf, kept as factors: a pytree of `[B, ...]`."""
+
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def method(self) -> str:
+        """How the norms are computed, for `explain`."""
+        ...
+
+    @property
+    def flops(self) -> int:
+        """Operations that the norms of the batch take, beyond the ordinary gradient."""
+        ...
+
+    def prepared(self) -> "Factored":
+        """The same gradients, in the form that both the norms and the sum start from; what is
+        joined is joined before."""
+        ...
+
+    def certified_norms(self) -> jax.Array:
+        """`[B]`, of prepared factors: N such that what `weighted_sum` adds for one sample of
+        weight w has the norm w·N at most, whatever rounding does to either. Infinite or NaN where
+        that is not known."""
+        ...
+
+    def rows(self) -> jax.Array:
+        """The gradients themselves, `[B, *leaf.shape]`."""
+        ...
+
+    def weighted_sum(self, weights: jax.Array) -> jax.Array:
+        """Σ_i w_i g_i, of the leaf's shape."""
+        ...
+
+    def join(self, other: "Factored") -> "Factored | None":
+        """The sum of both gradients as one factor, for a box that is used twice; None where
+        that has no factored form."""
+        ...
+
+
+class Addends(Factored, Protocol):
+    """The same as one equation gives it: what it adds up is known."""
+
+    def certified_norms_elsewhere(self) -> jax.Array:
+        """`[B]`, of factors that are not prepared: `certified_norms` for a sum that another pass
+        computes of the same addends, with other rounding errors."""
+        ...

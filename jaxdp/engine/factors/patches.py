@@ -1,0 +1,349 @@
+"""Gradients of a kernel from the patches of images: what convolutions leave.
+
+A convolution is a matrix product with the patches of its input: u_t holds the k inputs under the
+window at output position t, for each of c channels. The gradient of one sample is Σ_t u_t v_tᵀ as
+for products (`engine.factors.outer`), but the patches take k times the memory of the input. So they
+are formed for a few samples at a time ("rows"), or not at all, since their Gram matrix comes from
+that of the pixels ("gram"):
+
+    ⟨u_t, u_s⟩ = Σ_o ⟨x_{t+o}, x_{s+o}⟩          (o: offsets within the window)
+
+Source: Rochette et al. 2019, "Efficient Per-Example Gradient Computations in Convolutional Neural
+Networks" (per-sample kernels); Bu et al. 2022, "Scalable and Efficient Training of Large
+Convolutional Neural Networks with Differential Privacy" (Gram matrices of patches).
+"""
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from itertools import product
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import ConvDimensionNumbers, Precision
+
+from jaxdp.engine.boxes import Dim, Target
+from jaxdp.engine.factors.base import Factored, factored, static
+from jaxdp.engine.factors.gram import (
+    Gram,
+    gram_norms,
+    inner_products,
+    lengths_of,
+    lengths_of_squares,
+    mass,
+    sum_error,
+)
+from jaxdp.engine.factors.materialized import Materialized
+from jaxdp.engine.numerics import scale_rows, widened
+from jaxdp.engine.rounding import joint_norm, rounded_up, roundings, total
+
+# How many entries of patches are in memory at once, if that is more than those of one sample: on
+# a CPU what fits the caches.
+_PATCHES_AT_ONCE = {"cpu": 2**19}
+_PATCHES_ELSEWHERE = 2**24
+
+
+class Window(NamedTuple):
+    """How a convolution reads images `[..., *spatial, channels]`."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    image_dilation: tuple[int, ...]
+    window_dilation: tuple[int, ...]
+    outputs: tuple[int, ...]  # number of positions along each spatial axis
+
+    def padded(self, images: jax.Array) -> jax.Array:
+        """The images as the window runs over them; negative padding cuts."""
+        edges = zip(self.padding, self.image_dilation, strict=True)
+        config = [(low, high, step - 1) for (low, high), step in edges]
+        lead = images.ndim - len(config) - 1
+        config = [(0, 0, 0)] * lead + config + [(0, 0, 0)]
+        return jax.lax.pad(images, jnp.zeros((), images.dtype), config)
+
+    def offsets(self) -> list[tuple[int, ...]]:
+        """Of the entries of the window from its first one, in pixels."""
+        steps = zip(self.sizes, self.window_dilation, strict=True)
+        return list(product(*(range(0, size * step, step) for size, step in steps)))
+
+    def under(self, offset: tuple[int, ...], images: jax.Array, *, first_axis: int) -> jax.Array:
+        """What of padded images (spatial axes from `first_axis`) lies under one entry of the
+        window at the output positions."""
+        starts, limits, strides = [0] * images.ndim, list(images.shape), [1] * images.ndim
+        for k, (start, count) in enumerate(zip(offset, self.outputs, strict=True)):
+            axis = first_axis + k
+            starts[axis], strides[axis] = start, self.strides[k]
+            limits[axis] = start + (count - 1) * self.strides[k] + 1
+        return jax.lax.slice(images, starts, limits, strides)
+
+
+class ImageAxes(NamedTuple):
+    """Where one array of a convolution has its axes; for a kernel these are outputs and inputs."""
+
+    batch: int
+    features: int
+    spatial: tuple[int, ...]
+
+    @property
+    def to_last(self) -> tuple[int, ...]:
+        """Transposes into (batch, *spatial, features)."""
+        return (self.batch, *self.spatial, self.features)
+
+    @property
+    def from_last(self) -> tuple[int, ...]:
+        """Transposes back."""
+        order = self.to_last
+        return tuple(order.index(axis) for axis in range(len(order)))
+
+    @property
+    def spec(self) -> tuple[int, ...]:
+        """As JAX writes it."""
+        return (self.batch, self.features, *self.spatial)
+
+
+class Geometry(NamedTuple):
+    """What a convolution does.
+
+    Attributes:
+      window: how it reads the images.
+      groups: number of groups of features that do not mix.
+      image, kernel, output: their axes.
+    """
+
+    window: Window
+    groups: int
+    image: ImageAxes
+    kernel: ImageAxes
+    output: ImageAxes
+
+    def convolve(self, images: jax.Array, kernel: jax.Array) -> jax.Array:
+        """From images and to outputs `[N, *spatial, features]`."""
+        window = self.window
+        output = jax.lax.conv_general_dilated(
+            jnp.transpose(images, self.image.from_last),
+            kernel,
+            window_strides=window.strides,
+            padding=window.padding,
+            lhs_dilation=window.image_dilation,
+            rhs_dilation=window.window_dilation,
+            dimension_numbers=ConvDimensionNumbers(
+                self.image.spec, self.kernel.spec, self.output.spec
+            ),
+            feature_group_count=self.groups,
+            precision=Precision.HIGHEST,
+        )
+        return jnp.transpose(output, self.output.to_last)
+
+
+class PatchExtent(NamedTuple):
+    """Sizes of a convolution within one group."""
+
+    pixels: int
+    positions: int
+    window: int
+    inputs: int
+    outputs: int
+
+
+def gram_operations(extent: PatchExtent) -> int:
+    """Products that the Gram matrices of pixels, patches and cotangents take."""
+    by_position = extent.outputs + 2 * extent.window
+    return extent.pixels**2 * extent.inputs + extent.positions**2 * by_position
+
+
+def choose_method(extent: PatchExtent) -> str:
+    """How the norms of a convolution are computed."""
+    kernel = extent.window * extent.inputs * extent.outputs
+    # Gram matrices where they take clearly fewer operations, and no more memory.
+    fewer = 2 * gram_operations(extent) < extent.positions * kernel
+    if fewer and extent.pixels**2 + extent.positions**2 <= kernel:
+        return "gram"
+    return "rows"
+
+
+@factored
+class Patches:
+    """Gradients Σ_t u_t v_tᵀ of a kernel, with u the patches of images.
+
+    Attributes:
+      images: `[B, E, N, *spatial, c]`: E slices of the kernel, N images that share each.
+      cotangents: `[B, E, N, *outputs, o]`.
+      geometry: what the convolution does.
+      slices: the E axes of the kernel in the leaf.
+      dims: the axes of the kernel in the leaf, in its own order.
+      target: where they belong.
+    """
+
+    images: jax.Array
+    cotangents: jax.Array
+    geometry: Geometry = static()
+    slices: tuple[Dim, ...] = static()
+    dims: tuple[Dim, ...] = static()
+    target: Target = static()
+
+    @property
+    def window(self) -> Window:
+        """How the convolution reads the images."""
+        return self.geometry.window
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of features that do not mix."""
+        return self.geometry.groups
+
+    @property
+    def method(self) -> str:
+        return choose_method(self._extent())
+
+    @property
+    def flops(self) -> int:
+        batch, slices = self.images.shape[:2]
+        return 2 * batch * slices * self.groups * gram_operations(self._extent())
+
+    def _extent(self) -> PatchExtent:
+        images = self.images.shape[2]
+        padded = jax.eval_shape(self.window.padded, self.images)
+        return PatchExtent(
+            pixels=images * math.prod(padded.shape[3:-1]),
+            positions=images * math.prod(self.window.outputs),
+            window=math.prod(self.window.sizes),
+            inputs=self.images.shape[-1] // self.groups,
+            outputs=self.cotangents.shape[-1] // self.groups,
+        )
+
+    def prepared(self) -> Factored:
+        return self._materialized() if self.method == "rows" else self
+
+    def certified_norms(self) -> jax.Array:
+        return self._map(self._certified_norm)
+
+    def certified_norms_elsewhere(self) -> jax.Array:
+        if self.method != "rows":
+            return self.certified_norms()
+        # Both the kernels here and the sum there are off by `sum_error`.
+        error = jax.vmap(self._sum_error)(self.images, self.cotangents)
+        return rounded_up(self._materialized().certified_norms() + 2 * error, 2)
+
+    def rows(self) -> jax.Array:
+        return self._materialized().rows()
+
+    def weighted_sum(self, weights: jax.Array) -> jax.Array:
+        images, cotangents = widened(self.images), scale_rows(weights, self.cotangents)
+        return self._kernel_gradient(images, cotangents)
+
+    def join(self, other: Factored) -> Factored | None:
+        return None
+
+    def _materialized(self) -> Materialized:
+        kernels = self._map(self._kernel)
+        dims = self._kernel_dims()
+        values = kernels.reshape(kernels.shape[0], *(dim.size for dim in dims))
+        return Materialized(values, dims, self.target, "per-sample kernels")
+
+    def _map(self, fun: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        extent = self._extent()
+        entries = extent.positions * extent.window * self.images.shape[1] * self.images.shape[-1]
+        return _map_samples(fun, entries, self.images, self.cotangents)
+
+    def _kernel(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """Of one sample: `[E, g, k, c/g, o/g]`."""
+        padded, offsets = self.window.padded(widened(images)), self.window.offsets()
+        shifts = [self.window.under(offset, padded, first_axis=2) for offset in offsets]
+        if self.groups == padded.shape[-1] == cotangents.shape[-1]:
+            # Depthwise: as products of one entry each, matrices would be slower.
+            v = widened(cotangents)
+            positions = tuple(range(1, v.ndim - 1))
+            entries = [jnp.sum(shift * v, axis=positions) for shift in shifts]
+            return jnp.stack(entries, axis=-1)[..., None, None]
+        patches = jnp.stack(shifts, axis=-2)
+        lead, k = patches.shape[0], len(offsets)
+        u = patches.reshape(lead, -1, k, self.groups, patches.shape[-1] // self.groups)
+        v = self._grouped(cotangents)
+        return jnp.einsum("etkgc,etgo->egkco", u, v, precision=Precision.HIGHEST)
+
+    def _certified_norm(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """Of one sample, from the Gram matrices."""
+        padded = self.window.padded(images)
+        pixels = jnp.swapaxes(self._grouped(padded), 1, 2)
+        gram, off = inner_products(pixels)
+        where = padded.shape[1:-1]
+        gram = gram.reshape(*gram.shape[:2], *where, *where)
+
+        def at_both_positions(offset: tuple[int, ...]) -> jax.Array:
+            rows = self.window.under(offset, gram, first_axis=3)
+            return self.window.under(offset, rows, first_axis=3 + len(where))
+
+        offsets = self.window.offsets()
+        v_gram = Gram.of(jnp.swapaxes(self._grouped(cotangents), 1, 2))
+        products = reduce(jnp.add, map(at_both_positions, offsets)).reshape(v_gram.products.shape)
+        # By Cauchy–Schwarz over the offsets, errors relative to pixels are so to patches, too.
+        terms = len(offsets) * pixels.shape[-1]
+        u_gram = Gram.of_products(products, terms, off + len(offsets) - 1)
+        return joint_norm(gram_norms(u_gram, v_gram).reshape(-1))
+
+    def _sum_error(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """Of one sample: `gram.sum_error` of the patches and the cotangents."""
+        padded, offsets = self.window.padded(images), self.window.offsets()
+        pixels = self._grouped(padded)
+        squares = total(jnp.square(pixels)).reshape(*padded.shape[:-1], self.groups)
+        windows = [self.window.under(offset, squares, first_axis=2) for offset in offsets]
+        patches = reduce(jnp.add, windows).reshape(images.shape[0], -1, self.groups)
+        off = roundings(pixels.shape[-1]) + len(offsets) - 1
+        u = lengths_of_squares(patches, off, len(offsets) * pixels.shape[-1])
+        v = lengths_of(self._grouped(cotangents))
+        whole = mass(jnp.swapaxes(u, 1, 2), jnp.swapaxes(v, 1, 2))
+        return joint_norm(sum_error(whole, u.shape[1]).reshape(-1))
+
+    def _grouped(self, images: jax.Array) -> jax.Array:
+        """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`."""
+        return widened(images).reshape(
+            images.shape[0], -1, self.groups, images.shape[-1] // self.groups
+        )
+
+    def _kernel_dims(self) -> tuple[Dim, ...]:
+        """The axes of `[E, g, k, c/g, o/g]` in the leaf."""
+        kernel = self.geometry.kernel
+        output = self.dims[kernel.batch]
+        inner = Dim(output.size // self.groups, output.stride)
+        return (
+            *self.slices,
+            Dim(self.groups, inner.size * inner.stride),
+            *(self.dims[axis] for axis in kernel.spatial),
+            self.dims[kernel.features],
+            inner,
+        )
+
+    def _kernel_gradient(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """The ordinary gradient with respect to the kernel, summed over the batch."""
+
+        def gradient(images: jax.Array, cotangents: jax.Array) -> jax.Array:
+            kernel = jnp.zeros([dim.size for dim in self.dims], images.dtype)
+            _, pull_back = jax.vjp(lambda kernel: self.geometry.convolve(images, kernel), kernel)
+            return pull_back(cotangents)[0]
+
+        # All samples are images of one large batch, once for each slice of the kernel.
+        def whole_batch(array: jax.Array) -> jax.Array:
+            array = jnp.moveaxis(array, 1, 0)
+            return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+        images, cotangents = whole_batch(images), whole_batch(cotangents)
+        if images.shape[0] == 1:
+            kernels = gradient(images[0], cotangents[0])[None]
+        else:  # in turns: their batched form is a grouped convolution, an order slower
+            kernels = jax.lax.map(lambda pair: gradient(*pair), (images, cotangents))
+        sizes = [dim.size for dim in self.slices]
+        kernels = kernels.reshape(*sizes, *kernels.shape[1:])
+        return self.target.place(kernels, (*self.slices, *self.dims))
+
+
+def _map_samples(
+    fun: Callable[..., jax.Array], patch_entries: int, *arrays: jax.Array
+) -> jax.Array:
+    """`vmap` over the samples, a few at a time."""
+    limit = _PATCHES_AT_ONCE.get(jax.default_backend(), _PATCHES_ELSEWHERE) // patch_entries
+    # A power of two divides most batches; for a rest XLA compiles everything twice.
+    at_once = 2 ** max(0, limit.bit_length() - 1)
+    while at_once > 1 and arrays[0].shape[0] % at_once:
+        at_once //= 2
+    return jax.lax.map(lambda sample: fun(*sample), arrays, batch_size=at_once)
