@@ -10,7 +10,7 @@ Example:
 from dataclasses import dataclass, replace
 
 from jaxdp.accounting.checks import shown
-from jaxdp.accounting.composition import (
+from jaxdp.accounting.question import (
     AccountantName,
     Question,
     RelationName,

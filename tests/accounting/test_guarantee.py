@@ -1,12 +1,22 @@
 """One value for what an epsilon is stated with, checked where it is made."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from jaxdp.accounting import Guarantee
+from jaxdp.accounting import (
+    Guarantee,
+    Ledger,
+    PoissonSampling,
+    calibrate_noise_multiplier,
+    calibrate_sampling_rate,
+    calibrate_steps,
+    epsilon,
+)
 from jaxdp.accounting.guarantee import as_guarantee
+from jaxdp.training import Budget
 
 RDP = Guarantee(1e-5, "rdp", "replace_one")
 ANY: Any = Guarantee
@@ -25,6 +35,45 @@ def test_the_arguments_mean_a_guarantee() -> None:
     assert as_guarantee(RDP) is RDP
     assert as_guarantee(RDP, "rdp") is RDP
     assert as_guarantee(RDP, neighboring_relation="replace_one") is RDP
+
+
+POISSON = PoissonSampling(0.1)
+SPENT = Ledger().charge(4.0, POISSON, 5)
+RUN: Any = {"steps": 5, "sampling": POISSON}
+
+
+def allowed(**question: Any) -> int:
+    """How many steps a budget allows."""
+    budget, ledger = Budget(0.5, **question), Ledger()
+    while budget.allows(ledger, [4.0], POISSON):
+        ledger = ledger.charge(4.0, POISSON)
+    return ledger.steps
+
+
+QUESTIONS: dict[str, Callable[..., Any]] = {
+    "epsilon": lambda **question: epsilon(4.0, **RUN, **question),
+    "ledger": lambda **question: SPENT.epsilon(**question),
+    "steps left": lambda **question: SPENT.steps_left(4.0, POISSON, epsilon=2.0, **question),
+    "noise": lambda **question: calibrate_noise_multiplier(2.0, **RUN, **question),
+    "steps": lambda **question: calibrate_steps(
+        2.0, noise_multiplier=4.0, sampling=POISSON, **question
+    ),
+    "rate": lambda **question: calibrate_sampling_rate(
+        2.0, noise_multiplier=4.0, steps=5, **question
+    ),
+    "budget": allowed,
+}
+
+
+@pytest.mark.parametrize("name", list(QUESTIONS))
+def test_every_question_takes_a_guarantee_for_its_three_arguments(name: str) -> None:
+    ask = QUESTIONS[name]
+    answer = ask(delta=1e-5, accountant="rdp")
+    assert ask(delta=Guarantee(1e-5, "rdp")) == answer
+    assert ask(delta=Guarantee(1e-5, "rdp"), accountant="rdp") == answer
+    assert ask(delta=Guarantee(1e-3, "rdp")) != answer
+    with pytest.raises(ValueError, match="accountant must be that of the guarantee, 'rdp', got 'p"):
+        ask(delta=Guarantee(1e-5, "rdp"), accountant="pld")
 
 
 @pytest.mark.parametrize(
