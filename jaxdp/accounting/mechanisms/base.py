@@ -11,9 +11,10 @@ Example:
     [Counted(mechanism=PureMechanism(release=PureRelease(epsilon=0.5, sampling=None)), repeats=2)]
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from dataclasses import Field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import dp_accounting
 import numpy as np
@@ -103,3 +104,27 @@ class Entry(Protocol):
         """The distinct mechanisms of all entries of this kind, and how often each ran, given the
         entries of all runs in the order of execution."""
         ...
+
+
+Kind = TypeVar("Kind", bound=Entry)
+
+
+def alike(runs: Sequence[Sequence[Entry]], kind: type[Kind]) -> list[tuple[Kind, int]]:
+    """Counts the entries of a kind whose order does not matter.
+
+    Args:
+        runs: the entries of all runs.
+        kind: the kind of entries to count.
+
+    Returns:
+        Distinct entries without their draws (equal releases are one mechanism, whatever they were
+        drawn from) and how often each came, in an order that does not depend on when they came.
+
+    Example:
+        >>> from jaxdp.accounting.mechanisms.pure import PureRelease
+        >>> alike([[PureRelease(0.5), PureRelease(0.1)], [PureRelease(0.5)]], PureRelease)
+        [(PureRelease(epsilon=0.1, sampling=None), 1), (PureRelease(epsilon=0.5, sampling=None), 2)]
+    """
+    entries = (entry for run in runs for entry in run if isinstance(entry, kind))
+    counts = Counter(replace(entry, draws=()) for entry in entries)
+    return [(entry, counts[entry]) for entry in sorted(counts, key=repr)]

@@ -8,9 +8,8 @@ Example:
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import dp_accounting
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from jaxdp.accounting.checks import check_real, shown
 from jaxdp.accounting.draws import Draws, check_draws
-from jaxdp.accounting.mechanisms.base import Counted, Entry, Losses, Mechanism
+from jaxdp.accounting.mechanisms.base import Counted, Entry, Losses, Mechanism, alike
 from jaxdp.accounting.question import Question, RelationName
 from jaxdp.accounting.schemes import PoissonSampling, scheme_from_dict
 
@@ -142,22 +141,19 @@ class PureRelease:
 
     @classmethod
     def counted(cls, runs: Sequence[Sequence[Entry]]) -> Iterable[Counted]:
-        """Equal releases are one mechanism, whatever they were drawn from.
+        """Equal releases are one mechanism.
 
         Args:
             runs: the entries of all runs.
 
         Returns:
-            The pure releases among them, in an order that does not depend on when they were made.
+            The pure releases among them.
 
         Example:
             >>> [each.repeats for each in PureRelease.counted([[PureRelease(0.5)] * 3])]
             [3]
         """
-        entries = (entry for run in runs for entry in run if isinstance(entry, cls))
-        counts = Counter(replace(entry, draws=()) for entry in entries)
-        ordered = sorted(counts, key=repr)
-        return [Counted(PureMechanism(release), counts[release]) for release in ordered]
+        return [Counted(PureMechanism(release), n) for release, n in alike(runs, cls)]
 
 
 @dataclass(frozen=True, slots=True)
