@@ -32,6 +32,7 @@ from jaxdp.accounting import (
     dp_event,
     epsilon,
 )
+from jaxdp.accounting.search import largest_count
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=4)
 MANY = settings(derandomize=True, deadline=None, max_examples=60)
@@ -409,8 +410,6 @@ def test_calibrated_steps_at_the_ends():
 @given(st.integers(0, 5000), st.sampled_from([0.5, 1.0, 2.0]), st.integers(0, 6000))
 @MANY
 def test_largest_count_is_exact_for_any_growth(answer, power, at_most):
-    from jaxdp.accounting.calibration import largest_count
-
     def epsilon_at(steps: int) -> float:
         assert 0 < steps <= at_most
         return steps**power

@@ -15,12 +15,12 @@ from jaxdp.accounting.checks import (
     check_choice,
     check_instance,
     check_integer,
-    check_keys,
     check_real,
     check_reals,
     check_sequence,
     shown,
 )
+from jaxdp.accounting.strict_json import check_keys
 from jaxdp.schedules import checked
 
 ADVICE = "Pass another."

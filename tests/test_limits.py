@@ -14,9 +14,11 @@ from dp_accounting.rdp import RdpAccountant
 
 import jaxdp
 from jaxdp import accounting
-from jaxdp.accounting import Ledger, PoissonSampling, ShuffledEpochs
-from jaxdp.accounting.composition import Question, epsilon_bound_of, epsilon_of
-from jaxdp.accounting.mechanisms import GaussianMechanism, rounded_down
+from jaxdp.accounting import Guarantee, Ledger, PoissonSampling, ShuffledEpochs
+from jaxdp.accounting.coarsening import rounded_down
+from jaxdp.accounting.composition import epsilon_bound_of, epsilon_of
+from jaxdp.accounting.mechanisms.base import Counted
+from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
 from jaxdp.accounting.one_step import pld_of_gaussian
 
 DELTA = 1e-5
@@ -49,15 +51,15 @@ def test_one_step_is_that_of_dp_accounting(rate: float, replace_one: bool) -> No
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_a_bound_is_above_the_answer(accountant: Any, rounded: bool) -> None:
-    question = Question(accountant, "add_or_remove_one")
+    guarantee = Guarantee(DELTA, accountant)
     for sigma, rate, steps in itertools.product((0.83, 1.7), (0.01, 0.2), (1, 300)):
-        step = GaussianMechanism(PoissonSampling(rate), sigma, steps)
-        answer = epsilon_of((step,), DELTA, question)
-        bound = epsilon_bound_of((step,), DELTA, question, rounded=rounded)
+        step = SampledGaussian(PoissonSampling(rate), sigma)
+        answer = epsilon_of((Counted(step, steps),), guarantee)
+        bound = epsilon_bound_of((Counted(step, steps),), guarantee, rounded=rounded)
         assert answer <= bound <= answer * 1.08 + 0.02
-        weaker = step._replace(noise_multiplier=rounded_down(sigma))
+        weaker = Counted(SampledGaussian(PoissonSampling(rate), rounded_down(sigma)), steps)
         # What the rounded bound grants, it grants to all that is rounded alike.
-        assert not rounded or epsilon_of((weaker,), DELTA, question) <= bound
+        assert not rounded or epsilon_of((weaker,), guarantee) <= bound
 
 
 def test_many_rates_are_rounded_to_less_privacy_only() -> None:

@@ -18,7 +18,7 @@ from it; a data set that is really shorter would move both, which no accountant 
 2605.15648). Under "replace_one" they differ in the content of one example.
 
 Limits: every question is answered within seconds, or refused in a sentence. "pld" resolves δ down
-to about 1e-14 and ε up to 10⁵ (infinity beyond both) and composes up to 10⁸ equal sampled steps;
+to about 1e-14 and ε up to 10⁵ (infinity beyond both) and composes up to 10⁷ equal sampled steps;
 where more than 32 different noise multipliers or rates are composed, they are rounded to less
 privacy by 2.2% at the most; 1024 different mechanisms are the most after that. "rdp" has none of
 these limits but the last.
@@ -37,12 +37,13 @@ from jaxdp.accounting.calibration import (
     calibrate_sampling_rate,
     calibrate_steps,
 )
-from jaxdp.accounting.composition import AccountantName, RelationName
 from jaxdp.accounting.draws import BATCHES, EPOCHS, Draws
-from jaxdp.accounting.entries import LedgerEntry
+from jaxdp.accounting.equal_steps import dp_event, epsilon
+from jaxdp.accounting.guarantee import Guarantee
 from jaxdp.accounting.ledger import Ledger
-from jaxdp.accounting.pure import PureRelease
-from jaxdp.accounting.run import dp_event, epsilon
+from jaxdp.accounting.mechanisms.gaussian import LedgerEntry
+from jaxdp.accounting.mechanisms.pure import PureRelease
+from jaxdp.accounting.question import AccountantName, RelationName
 from jaxdp.accounting.schemes import (
     FixedSizeSampling,
     NoiseMultiplier,
@@ -59,6 +60,7 @@ __all__ = [
     "AccountantName",
     "Draws",
     "FixedSizeSampling",
+    "Guarantee",
     "Ledger",
     "LedgerEntry",
     "NoiseMultiplier",

@@ -19,7 +19,6 @@ check_callable   a function
 check_instance   an object of a class
 check_sequence   a list, a tuple or another sequence that is no text
 check_array      a number, or an array of numbers
-check_keys       a mapping with exactly the given keys
 ================ =================================================================
 
 Example:
@@ -374,33 +373,4 @@ def check_array(name: str, value: T, *, advice: str) -> T:
     )
     if not (is_array or isinstance(value, int | float | complex)):
         raise TypeError(f"{name} must be an array of numbers, got {shown(value)}. {advice}")
-    return value
-
-
-def check_keys(name: str, value: object, keys: Collection[str]) -> Mapping[str, object]:
-    """Returns `value` if it is a mapping with exactly the given keys.
-
-    Args:
-        name: what the mapping describes, for the message.
-        value: parsed JSON.
-        keys: the keys it must have, no more and no fewer.
-
-    Returns:
-        The mapping.
-
-    Raises:
-        TypeError: it is no mapping.
-        ValueError: its keys differ.
-
-    Example:
-        >>> check_keys("point", {"x": 1}, {"x"})
-        {'x': 1}
-    """
-    if not isinstance(value, Mapping) or set(value) != set(keys):
-        is_mapping = isinstance(value, Mapping)
-        found = shown(sorted(map(str, value)) if is_mapping else value)
-        raise (ValueError if is_mapping else TypeError)(
-            f"{name} must be a mapping with the keys {sorted(keys)}, got {found}. "
-            "It was not written by this version of jaxdp or has been altered."
-        )
     return value

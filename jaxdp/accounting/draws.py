@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from jaxdp.accounting.checks import (
     check_instance,
     check_integer,
-    check_keys,
     check_sequence,
     shown,
 )
+from jaxdp.accounting.strict_json import check_keys
 
 BATCHES = "batches"
 """Purpose of the draws of a sampler: who takes part in a step."""

@@ -15,24 +15,26 @@ Example:
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import dp_accounting
 
-from jaxdp.accounting.calibration import check_epsilon, largest_count
-from jaxdp.accounting.checks import check_integer, check_keys, check_real, shown
-from jaxdp.accounting.composition import (
+from jaxdp.accounting.checks import check_real, shown
+from jaxdp.accounting.composition import delta_of, epsilon_of, rough_epsilon_of
+from jaxdp.accounting.draws import DrawsLike, check_draws
+from jaxdp.accounting.entries import appended, entry_from_dict, entry_to_dict
+from jaxdp.accounting.guarantee import Guarantee, as_guarantee
+from jaxdp.accounting.mechanisms import event_of, mechanisms_of
+from jaxdp.accounting.mechanisms.base import Counted, Entry, TooManyStepsError
+from jaxdp.accounting.mechanisms.gaussian import LedgerEntry
+from jaxdp.accounting.question import (
     AccountantName,
     RelationName,
     as_question,
-    check_delta,
-    delta_of,
-    epsilon_of,
+    check_at_most,
+    check_epsilon,
 )
-from jaxdp.accounting.draws import DrawsLike, check_draws
-from jaxdp.accounting.entries import Entry, LedgerEntry, appended, entry_from_dict, entry_to_dict
-from jaxdp.accounting.mechanisms import Mechanism, Release, events_of, mechanisms_of
-from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.record import Record
 from jaxdp.accounting.schemes import (
     NoiseMultiplier,
@@ -40,13 +42,17 @@ from jaxdp.accounting.schemes import (
     as_noise_multipliers,
     check_scheme,
 )
-from jaxdp.accounting.strict_json import parse
+from jaxdp.accounting.search import largest_count
+from jaxdp.accounting.strict_json import check_keys, parse
 
 _FORMAT = "jaxdp.ledger"
 _VERSION = 2
 
 # Version 1 did not note draws. What was saved with it stays readable, and knows of none.
 _BEFORE_DRAWS = 1
+
+# Up to so many steps are searched without looking first where about the answer is.
+_FEW_STEPS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,29 +103,29 @@ class Ledger(Record):
             >>> Ledger().charge(2.0, ShuffledEpochs(4), steps=4).dp_event()
             GaussianDpEvent(noise_multiplier=2.0)
         """
-        return events_of(self._mechanisms())
+        return event_of(mechanisms_of(self.runs))
 
     def epsilon(
         self,
-        delta: float,
+        delta: float | Guarantee,
         *,
-        accountant: AccountantName = "pld",
-        neighboring_relation: RelationName = "add_or_remove_one",
+        accountant: AccountantName | None = None,
+        neighboring_relation: RelationName | None = None,
     ) -> float:
         """The ε spent so far, at a given δ.
 
         Args:
-            delta: δ in (0, 1).
-            accountant: "pld" or "rdp".
-            neighboring_relation: "add_or_remove_one" or "replace_one".
+            delta: δ in (0, 1); or a guarantee, which says the two below as well.
+            accountant: "pld", the default, or "rdp".
+            neighboring_relation: "add_or_remove_one", the default, or "replace_one".
 
         Returns:
             ε ≥ 0: 0.0 for an empty ledger, `math.inf` if a step had no noise.
 
         Raises:
             TypeError: δ is no number.
-            ValueError: an argument is out of range, or dp-accounting does not support the
-                combination.
+            ValueError: an argument is out of range or contradicts the guarantee, or dp-accounting
+                does not support the combination.
 
         Source: see `jaxdp.accounting.epsilon`.
 
@@ -127,8 +133,8 @@ class Ledger(Record):
             >>> Ledger().epsilon(1e-5)
             0.0
         """
-        question = as_question(accountant, neighboring_relation)
-        return epsilon_of(self._mechanisms(), check_delta(delta), question)
+        guarantee = as_guarantee(delta, accountant, neighboring_relation)
+        return epsilon_of(mechanisms_of(self.runs), guarantee)
 
     def delta(
         self,
@@ -159,7 +165,7 @@ class Ledger(Record):
         """
         target = check_real("epsilon", epsilon, minimum=0, advice="Pass the privacy budget.")
         question = as_question(accountant, neighboring_relation)
-        return delta_of(self._mechanisms(), target, question)
+        return delta_of(mechanisms_of(self.runs), target, question)
 
     def steps_left(
         self,
@@ -167,9 +173,9 @@ class Ledger(Record):
         sampling: SamplingScheme,
         *,
         epsilon: float,
-        delta: float,
-        accountant: AccountantName = "pld",
-        neighboring_relation: RelationName = "add_or_remove_one",
+        delta: float | Guarantee,
+        accountant: AccountantName | None = None,
+        neighboring_relation: RelationName | None = None,
         at_most: int = 10_000_000,
         draws: Sequence[DrawsLike] = (),
     ) -> int:
@@ -182,9 +188,9 @@ class Ledger(Record):
             noise_multiplier: σ ≥ 0 of the steps to come, or one for each release of a step.
             sampling: how their batches will be drawn.
             epsilon: the whole budget ε > 0, of which this ledger may have spent a part.
-            delta: δ in (0, 1).
-            accountant: "pld" or "rdp".
-            neighboring_relation: "add_or_remove_one" or "replace_one".
+            delta: δ in (0, 1); or a guarantee, which says the two below as well.
+            accountant: "pld", the default, or "rdp".
+            neighboring_relation: "add_or_remove_one", the default, or "replace_one".
             at_most: the largest answer of interest, ≥ 0.
             draws: those of the first of these steps, if they will be charged; the further steps
                 go on with them. They matter to shuffled epochs.
@@ -195,8 +201,8 @@ class Ledger(Record):
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: an argument is out of range, or dp-accounting does not support the
-                combination.
+            ValueError: an argument is out of range or contradicts the guarantee, or dp-accounting
+                does not support the combination.
 
         Example:
             >>> from jaxdp.accounting import PoissonSampling
@@ -205,18 +211,28 @@ class Ledger(Record):
             >>> spent.steps_left(1.1, soon, epsilon=3.0, delta=1e-5, accountant="rdp")
             176
         """
-        target, delta = check_epsilon(epsilon), check_delta(delta)
-        at_most = check_integer("at_most", at_most, minimum=0, advice="Pass a number of steps.")
-        question = as_question(accountant, neighboring_relation)
-
+        target, guarantee = (
+            check_epsilon(epsilon),
+            as_guarantee(delta, accountant, neighboring_relation),
+        )
+        at_most = check_at_most(at_most)
         sigmas, scheme = as_noise_multipliers(noise_multiplier), check_scheme(sampling)
         drawn = check_draws(draws)
 
-        def epsilon_after(steps: int) -> float:
-            ahead = supposed(self, sigmas, scheme, steps, drawn) if steps else self
-            return epsilon_of(ahead._mechanisms(), delta, question)
+        def mechanisms_after(steps: int) -> tuple[Counted, ...]:
+            return mechanisms_of(supposed(self, sigmas, scheme, steps, drawn).runs)
 
-        return largest_count(epsilon_after, target, at_most)
+        def epsilon_after(steps: int) -> float:
+            return epsilon_of(mechanisms_after(steps), guarantee)
+
+        def roughly_after(steps: int) -> float:
+            return rough_epsilon_of(mechanisms_after(steps), guarantee)
+
+        near = 1
+        if at_most > _FEW_STEPS:
+            with suppress(TooManyStepsError):
+                near = max(largest_count(roughly_after, target, at_most), 1)
+        return largest_count(epsilon_after, target, at_most, near)
 
     def to_json(self) -> str:
         """Returns the ledger as versioned JSON; floats survive exactly.
@@ -274,10 +290,6 @@ class Ledger(Record):
                 "Restore the ledger from an intact checkpoint; do not start from an empty one."
             ) from error
 
-    def _mechanisms(self) -> tuple[Mechanism, ...]:
-        runs = (*self.closed, self.current)
-        return mechanisms_of([[_released(entry) for entry in run] for run in runs])
-
 
 def supposed(
     ledger: Ledger,
@@ -307,11 +319,6 @@ def supposed(
     drawn = tuple(replace(each, count=steps) for each in check_draws(draws))
     entry = LedgerEntry(as_noise_multipliers(noise_multiplier), sampling, steps, drawn)
     return Ledger(ledger.closed, appended(ledger.current, entry))
-
-
-def _released(entry: Entry) -> Release | PureRelease:
-    # Equal releases are one mechanism, whatever they were drawn from.
-    return replace(entry, draws=()) if isinstance(entry, PureRelease) else entry.release()
 
 
 def _run_from_list(data: object, with_draws: bool) -> tuple[Entry, ...]:

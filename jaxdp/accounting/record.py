@@ -14,8 +14,10 @@ from typing import Self
 
 from jaxdp.accounting.checks import check_instance, check_integer
 from jaxdp.accounting.draws import Draws, DrawsLike, check_draws, joined
-from jaxdp.accounting.entries import Entry, LedgerEntry, appended, begins_with
-from jaxdp.accounting.pure import PureRelease
+from jaxdp.accounting.entries import appended, begins_with
+from jaxdp.accounting.mechanisms.base import Entry
+from jaxdp.accounting.mechanisms.gaussian import LedgerEntry
+from jaxdp.accounting.mechanisms.pure import PureRelease
 from jaxdp.accounting.schemes import (
     NoiseMultiplier,
     PoissonSampling,
@@ -64,6 +66,19 @@ class Record:
         return joined((), (each for entry in self.entries for each in entry.draws))
 
     @property
+    def runs(self) -> tuple[tuple[Entry, ...], ...]:
+        """Every run, each in order of execution: the closed ones first, then the current one.
+
+        Returns:
+            The entries of each run.
+
+        Example:
+            >>> Record().charge_pure(0.5).runs
+            ((PureRelease(epsilon=0.5, sampling=None),),)
+        """
+        return (*self.closed, self.current)
+
+    @property
     def entries(self) -> tuple[Entry, ...]:
         """Everything executed: the closed runs first, then the current one.
 
@@ -75,7 +90,7 @@ class Record:
             >>> Record().entries
             ()
         """
-        return (*(entry for run in self.closed for entry in run), *self.current)
+        return tuple(entry for run in self.runs for entry in run)
 
     @property
     def steps(self) -> int:
@@ -129,8 +144,7 @@ class Record:
             check_draws(draws)
             return self
         entry = LedgerEntry(as_noise_multipliers(noise_multiplier), sampling, steps, draws)  # pyright: ignore[reportArgumentType]  # it checks its fields
-        drawn = joined(self.draws, entry.draws)
-        return type(self)(self.closed, appended(self.current, entry), drawn)
+        return self._with(entry)
 
     def charge_pure(
         self,
@@ -162,7 +176,7 @@ class Record:
             0
         """
         entry = PureRelease(epsilon, sampling, draws)  # pyright: ignore[reportArgumentType]  # as above
-        return type(self)(self.closed, (*self.current, entry), joined(self.draws, entry.draws))
+        return self._with(entry)
 
     def merge(self, other: "Record") -> Self:
         """Returns the record of both ledgers' runs on the same data: their composition.
@@ -230,3 +244,7 @@ class Record:
         if min(runs.values(), default=0) < 0:
             return False
         return runs[other.current] > 0 or begins_with(self.current, other.current)
+
+    def _with(self, entry: Entry) -> Self:
+        drawn = joined(self.draws, entry.draws)
+        return type(self)(self.closed, appended(self.current, entry), drawn)

@@ -17,11 +17,11 @@ from jaxdp.accounting.checks import (
     LARGEST_COUNT,
     check_choice,
     check_integer,
-    check_keys,
     check_real,
     check_reals,
     shown,
 )
+from jaxdp.accounting.strict_json import check_keys
 
 NoiseMultiplier = float | Iterable[float]
 """One noise multiplier, or one for each Gaussian that a step releases from the same batch."""
@@ -242,6 +242,33 @@ def check_scheme(sampling: object) -> SamplingScheme:
             f"got {shown(sampling)}. A sampler's `.scheme` is the right object."
         )
     return sampling
+
+
+def scheme_meant(sampling_rate: float | None, sampling: SamplingScheme | None) -> SamplingScheme:
+    """The scheme meant by the two alternative arguments.
+
+    Args:
+        sampling_rate: shorthand for Poisson sampling.
+        sampling: any scheme.
+
+    Returns:
+        The scheme.
+
+    Raises:
+        TypeError: `sampling` is no scheme, or the rate is no number.
+        ValueError: none or both are given, or the rate is outside (0, 1].
+
+    Example:
+        >>> scheme_meant(0.5, None)
+        PoissonSampling(sampling_rate=0.5)
+    """
+    if (sampling_rate is None) == (sampling is None):
+        raise ValueError(
+            "exactly one of sampling_rate and sampling must be given, got "
+            f"sampling_rate={shown(sampling_rate)} and sampling={shown(sampling)}. "
+            "Pass sampling_rate for Poisson sampling, sampling for any other scheme."
+        )
+    return check_scheme(sampling) if sampling_rate is None else PoissonSampling(sampling_rate)
 
 
 def as_noise_multipliers(noise_multiplier: NoiseMultiplier) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""JSON that says everything once.
+"""JSON that says everything once, and nothing that is not known.
 
 Example:
     >>> parse('{"steps": 3}')
@@ -6,7 +6,10 @@ Example:
 """
 
 import json
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from jaxdp.accounting.checks import shown
 
 
 def parse(text: str | bytes) -> Any:
@@ -31,6 +34,35 @@ def parse(text: str | bytes) -> Any:
         ValueError: a JSON object must have each key once, got 'steps' twice.
     """
     return json.loads(text, object_pairs_hook=_each_once)
+
+
+def check_keys(name: str, value: object, keys: Collection[str]) -> Mapping[str, object]:
+    """Returns `value` if it is a mapping with exactly the given keys.
+
+    Args:
+        name: what the mapping describes, for the message.
+        value: parsed JSON.
+        keys: the keys it must have, no more and no fewer.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        TypeError: it is no mapping.
+        ValueError: its keys differ.
+
+    Example:
+        >>> check_keys("point", {"x": 1}, {"x"})
+        {'x': 1}
+    """
+    if not isinstance(value, Mapping) or set(value) != set(keys):
+        is_mapping = isinstance(value, Mapping)
+        found = shown(sorted(map(str, value)) if is_mapping else value)
+        raise (ValueError if is_mapping else TypeError)(
+            f"{name} must be a mapping with the keys {sorted(keys)}, got {found}. "
+            "It was not written by this version of jaxdp or has been altered."
+        )
+    return value
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

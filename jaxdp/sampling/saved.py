@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from jaxdp.accounting.checks import check_choice, check_keys
+from jaxdp.accounting.checks import check_choice
+from jaxdp.accounting.strict_json import check_keys
 from jaxdp.sampling.base import Sampler
 from jaxdp.sampling.fixed_size import FixedSizeSampler
 from jaxdp.sampling.poisson import PoissonSampler

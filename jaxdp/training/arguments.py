@@ -13,7 +13,7 @@ from jaxdp.accounting.checks import (
     check_integer,
     check_real,
 )
-from jaxdp.accounting.composition import as_question, check_delta
+from jaxdp.accounting.question import as_question, check_delta
 from jaxdp.sampling import Sampler
 from jaxdp.training.checkpoints import Checkpoints
 from jaxdp.training.step import Step, TrainState

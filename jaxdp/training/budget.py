@@ -3,22 +3,23 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxdp.accounting import (
     AccountantName,
     Draws,
+    Guarantee,
     Ledger,
     RelationName,
     SamplingScheme,
     combined_noise_multiplier,
 )
 from jaxdp.accounting.ahead import exact_noise, surely_fits
-from jaxdp.accounting.calibration import check_epsilon
-from jaxdp.accounting.composition import as_question, check_delta
+from jaxdp.accounting.coarsening import rounded_down
 from jaxdp.accounting.draws import check_draws, continued
+from jaxdp.accounting.guarantee import as_guarantee
 from jaxdp.accounting.ledger import supposed
-from jaxdp.accounting.mechanisms import rounded_down
+from jaxdp.accounting.question import check_epsilon
 
 # How far ahead to look: one question to the accountant then serves this many steps.
 _HORIZON = 1000
@@ -122,13 +123,13 @@ class Budget:
 
     Args:
       epsilon: ε > 0 that must not be exceeded.
-      delta: δ in (0, 1).
-      accountant: "pld" or "rdp".
-      neighboring_relation: "add_or_remove_one" or "replace_one".
+      delta: δ in (0, 1); or a guarantee, which says the two below as well.
+      accountant: "pld", the default, or "rdp".
+      neighboring_relation: "add_or_remove_one", the default, or "replace_one".
 
     Raises:
       TypeError: an argument has the wrong type.
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range, or contradicts the guarantee.
 
     Example:
       >>> from jaxdp.accounting import Ledger, PoissonSampling
@@ -143,9 +144,10 @@ class Budget:
     """
 
     epsilon: float
-    delta: float
-    accountant: AccountantName = "pld"
-    neighboring_relation: RelationName = "add_or_remove_one"
+    delta: float | Guarantee
+    accountant: AccountantName | None = None
+    neighboring_relation: RelationName | None = None
+    _asked: Guarantee = field(init=False, repr=False)
     _grant: _Grant | None = field(default=None, init=False, repr=False)
     _bound: _Asked = field(
         default_factory=lambda: _Asked(_HORIZON, _MARGIN), init=False, repr=False
@@ -156,8 +158,10 @@ class Budget:
     _step: tuple[float, SamplingScheme] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.epsilon, self.delta = check_epsilon(self.epsilon), check_delta(self.delta)
-        as_question(self.accountant, self.neighboring_relation)
+        self.epsilon = check_epsilon(self.epsilon)
+        self._asked = as_guarantee(self.delta, self.accountant, self.neighboring_relation)
+        self.delta, self.accountant = self._asked.delta, self._asked.accountant
+        self.neighboring_relation = self._asked.neighboring_relation
 
     def allows(
         self,
@@ -195,7 +199,7 @@ class Budget:
 
         def fits(floor: float, steps: int, rounded: bool) -> bool:
             ahead = supposed(ledger, floor, sampling, steps, draws)
-            return surely_fits(ahead, rounded=rounded, **self._question())
+            return surely_fits(ahead, self.epsilon, self._asked, rounded=rounded)
 
         if self._grant is not None and self._grant.steps == 0:
             self._bound.steps *= 2  # all of the last ones were used
@@ -221,14 +225,8 @@ class Budget:
         # A σ that has just changed is one of a schedule: look one step ahead only.
         horizon = _HORIZON if self._step in (None, step) else 1
         self._step = step
-        steps = ledger.steps_left(*step, at_most=horizon, draws=draws, **self._question())
+        steps = ledger.steps_left(
+            *step, epsilon=self.epsilon, delta=self._asked, at_most=horizon, draws=draws
+        )
         known = frozenset({sigma}) if exact else None
         return _Grant(steps, step[0], known, sampling, ledger, draws)
-
-    def _question(self) -> dict[str, Any]:
-        return {
-            "epsilon": self.epsilon,
-            "delta": self.delta,
-            "accountant": self.accountant,
-            "neighboring_relation": self.neighboring_relation,
-        }

@@ -122,8 +122,8 @@ def test_inner_products_have_the_roundings_that_they_say(positions: int, length:
 
 @pytest.mark.parametrize("weight", 10.0 ** np.arange(-44.0, 1.0, 2.0))
 def test_a_weight_takes_all_entries_or_no_more_than_the_theorem_allows(weight: float) -> None:
-    """Of entries of many sizes some would vanish: w·4u·√e of them may (`engine.factors.gram`, underflow),
-    with e = 2·tiny/u at least."""
+    """Of entries of many sizes some would vanish: w·4u·√e of them may (`engine.factors.gram`,
+    underflow), with e = 2·tiny/u at least."""
     rows = (10.0 ** np.arange(-30.0, 11.0, 0.5)).astype(np.float32)
     weight = float(np.float32(weight))
     with np.errstate(over="ignore", under="ignore"):

@@ -14,8 +14,9 @@ from jaxdp.accounting import (
     SamplingScheme,
     ShuffledEpochs,
 )
-from jaxdp.accounting.composition import _grid_interval
-from jaxdp.accounting.mechanisms import GaussianMechanism
+from jaxdp.accounting.mechanisms.base import Counted
+from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
+from jaxdp.accounting.pld import grid_interval
 from jaxdp.sampling import ShuffledSampler
 from jaxdp.training import Budget
 from jaxdp.training import budget as module
@@ -222,9 +223,9 @@ def test_a_bound_holds_for_a_number_of_new_noise_multipliers_only(
     asked: list[int] = []
     seen = module.surely_fits
 
-    def counting(ledger: Ledger, **question: Any) -> bool:
+    def counting(ledger: Ledger, *question: Any, **options: Any) -> bool:
         asked.append(ledger.steps)
-        return seen(ledger, **question)
+        return seen(ledger, *question, **options)
 
     monkeypatch.setattr(module, "surely_fits", counting)
     scheme, ledger, budget = PoissonSampling(0.001), Ledger(), Budget(8.0, 1e-5)
@@ -241,7 +242,7 @@ def test_a_bound_holds_for_a_number_of_new_noise_multipliers_only(
 def test_the_grid_of_a_bound_is_no_finer_than_that_of_what_it_grants() -> None:
     """As the note at `_MOST_NEW` says, for every number of mechanisms in the bound."""
     for few in range(1, 1025):
-        steps = [GaussianMechanism(PoissonSampling(0.01), 1.0, 1)]
-        bound = 16 * _grid_interval(steps * few, "add_or_remove_one")
-        answer = _grid_interval(steps * (few + 32 + module._MOST_NEW), "add_or_remove_one")
+        steps = [Counted(SampledGaussian(PoissonSampling(0.01), 1.0), 1)]
+        bound = 16 * grid_interval(steps * few, "add_or_remove_one")
+        answer = grid_interval(steps * (few + 32 + module._MOST_NEW), "add_or_remove_one")
         assert answer <= bound

@@ -1,4 +1,4 @@
-"""The privacy of a run of equal steps: its event and its epsilon.
+"""A run of equal steps: its event and its epsilon. Both ask a ledger.
 
 Example:
     >>> round(epsilon([2.0, 3.0, 4.0], steps=250, delta=1e-5, sampling_rate=0.04), 3)
@@ -7,22 +7,11 @@ Example:
 
 import dp_accounting
 
-from jaxdp.accounting.checks import LARGEST_COUNT, check_integer, shown
-from jaxdp.accounting.composition import (
-    AccountantName,
-    RelationName,
-    as_question,
-    check_delta,
-    epsilon_of,
-)
-from jaxdp.accounting.mechanisms import Mechanism, Release, events_of, mechanisms_of
-from jaxdp.accounting.schemes import (
-    NoiseMultiplier,
-    PoissonSampling,
-    SamplingScheme,
-    check_scheme,
-    combined_noise_multiplier,
-)
+from jaxdp.accounting.checks import LARGEST_COUNT, check_integer
+from jaxdp.accounting.guarantee import Guarantee, as_guarantee
+from jaxdp.accounting.ledger import Ledger
+from jaxdp.accounting.question import AccountantName, RelationName
+from jaxdp.accounting.schemes import NoiseMultiplier, SamplingScheme, scheme_meant
 
 
 def dp_event(
@@ -51,55 +40,18 @@ def dp_event(
         >>> dp_event(1.1, ShuffledEpochs(steps_per_epoch=100), steps=250)
         SelfComposedDpEvent(event=GaussianDpEvent(noise_multiplier=1.1), count=3)
     """
-    return events_of(_run_of(noise_multiplier, sampling, steps))
-
-
-def _run_of(
-    noise_multiplier: NoiseMultiplier, sampling: SamplingScheme, steps: int
-) -> tuple[Mechanism, ...]:
-    advice = "Pass the number of noised releases."
-    steps = check_integer("steps", steps, minimum=0, maximum=LARGEST_COUNT, advice=advice)
-    sigma = combined_noise_multiplier(noise_multiplier)
-    check_scheme(sampling)
-    return mechanisms_of([[Release(sigma, sampling, steps)]]) if steps else ()
-
-
-def sampling_of(sampling_rate: float | None, sampling: SamplingScheme | None) -> SamplingScheme:
-    """The scheme meant by the two alternative arguments.
-
-    Args:
-        sampling_rate: shorthand for Poisson sampling.
-        sampling: any scheme.
-
-    Returns:
-        The scheme.
-
-    Raises:
-        TypeError: `sampling` is no scheme, or the rate is no number.
-        ValueError: none or both are given, or the rate is outside (0, 1].
-
-    Example:
-        >>> sampling_of(0.5, None)
-        PoissonSampling(sampling_rate=0.5)
-    """
-    if (sampling_rate is None) == (sampling is None):
-        raise ValueError(
-            "exactly one of sampling_rate and sampling must be given, got "
-            f"sampling_rate={shown(sampling_rate)} and sampling={shown(sampling)}. "
-            "Pass sampling_rate for Poisson sampling, sampling for any other scheme."
-        )
-    return check_scheme(sampling) if sampling_rate is None else PoissonSampling(sampling_rate)
+    return _run(noise_multiplier, sampling, steps).dp_event()
 
 
 def epsilon(
     noise_multiplier: NoiseMultiplier,
     *,
     steps: int,
-    delta: float,
+    delta: float | Guarantee,
     sampling_rate: float | None = None,
     sampling: SamplingScheme | None = None,
-    accountant: AccountantName = "pld",
-    neighboring_relation: RelationName = "add_or_remove_one",
+    accountant: AccountantName | None = None,
+    neighboring_relation: RelationName | None = None,
 ) -> float:
     """The ε of a run of equal steps at a given δ.
 
@@ -111,11 +63,12 @@ def epsilon(
         noise_multiplier: σ ≥ 0, noise std / clip norm, or one for each Gaussian that a step
             releases from the same batch (see `combined_noise_multiplier`).
         steps: number of steps, ≥ 0.
-        delta: δ in (0, 1). "pld" resolves δ down to about 1e-14.
+        delta: δ in (0, 1), of which "pld" resolves down to about 1e-14; or a guarantee, which says
+            accountant and neighbours as well.
         sampling_rate: q in (0, 1], shorthand for `sampling=PoissonSampling(q)`.
         sampling: how the batches are drawn; exactly one of the two is given.
-        accountant: "pld" or "rdp".
-        neighboring_relation: "add_or_remove_one" or "replace_one".
+        accountant: "pld", the default, or "rdp".
+        neighboring_relation: "add_or_remove_one", the default, or "replace_one".
 
     Returns:
         ε ≥ 0: 0.0 for no steps, `math.inf` for no noise (σ < 1e-6 counts as none), and with "pld"
@@ -123,8 +76,8 @@ def epsilon(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range; with "pld", more than 10⁸ sampled steps; or
-            dp-accounting does not support the combination:
+        ValueError: an argument is out of range or contradicts the guarantee; with "pld", there are
+            more than 10⁷ sampled steps; or dp-accounting does not support the combination:
             fixed-size sampling needs "rdp" with "replace_one", Poisson sampling with "replace_one"
             needs "pld".
 
@@ -136,5 +89,12 @@ def epsilon(
         >>> round(epsilon(1.1, steps=250, delta=1e-5, sampling_rate=0.04, accountant="rdp"), 3)
         3.895
     """
-    mechanisms = _run_of(noise_multiplier, sampling_of(sampling_rate, sampling), steps)
-    return epsilon_of(mechanisms, check_delta(delta), as_question(accountant, neighboring_relation))
+    guarantee = as_guarantee(delta, accountant, neighboring_relation)
+    scheme = scheme_meant(sampling_rate, sampling)
+    return _run(noise_multiplier, scheme, steps).epsilon(guarantee)
+
+
+def _run(noise_multiplier: NoiseMultiplier, sampling: SamplingScheme, steps: int) -> Ledger:
+    advice = "Pass the number of noised releases."
+    steps = check_integer("steps", steps, minimum=0, maximum=LARGEST_COUNT, advice=advice)
+    return Ledger().charge(noise_multiplier, sampling, steps)
