@@ -210,8 +210,8 @@ class Checkpoints:
             )
         if run["structure"] != _structure(like):
             raise ValueError(
-                f"the checkpoint in {self.directory} holds another model, clip or optimizer: use "
-                "the same ones, or another directory"
+                f"the checkpoint in {self.directory} holds another model, clip or optimizer, or "
+                "one that an earlier jaxdp wrote: use the same ones, or another directory"
             )
         if run["sampler"] != sampler.to_dict():
             raise ValueError(
