@@ -40,6 +40,7 @@ from jaxdp.accounting.calibration import (
 from jaxdp.accounting.composition import AccountantName, RelationName
 from jaxdp.accounting.draws import BATCHES, EPOCHS, Draws
 from jaxdp.accounting.entries import LedgerEntry
+from jaxdp.accounting.guarantee import Guarantee
 from jaxdp.accounting.ledger import Ledger
 from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.run import dp_event, epsilon
@@ -59,6 +60,7 @@ __all__ = [
     "AccountantName",
     "Draws",
     "FixedSizeSampling",
+    "Guarantee",
     "Ledger",
     "LedgerEntry",
     "NoiseMultiplier",
