@@ -5,7 +5,19 @@ from typing import Any
 
 
 def as_json(name: str, value: Any) -> Any:
-    """The value as it will be read back."""
+    """The value as it will be read back.
+
+    Args:
+      name: of the argument, for the message.
+      value: anything.
+
+    Raises:
+      TypeError: it is no data for JSON.
+
+    Example:
+      >>> as_json("configuration", {"rates": (0.1, 0.2)})
+      {'rates': [0.1, 0.2]}
+    """
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
@@ -16,7 +28,19 @@ def as_json(name: str, value: Any) -> Any:
 
 
 def differences(saved: Any, given: Any, name: str = "configuration") -> list[str]:
-    """What differs between two pieces of JSON data, by name, in words."""
+    """What differs between two pieces of JSON data, by name, in words.
+
+    Args:
+      saved, given: the two.
+      name: what to call them.
+
+    Returns:
+      A clause for each difference; none where they are the same.
+
+    Example:
+      >>> differences({"rate": 0.1, "steps": 3}, {"rate": 0.2, "steps": 3})
+      ['rate is 0.1 there and 0.2 here']
+    """
     if isinstance(saved, dict) and isinstance(given, dict):
         return [
             difference
@@ -27,5 +51,5 @@ def differences(saved: Any, given: Any, name: str = "configuration") -> list[str
     texts = [json.dumps(value, sort_keys=True) for value in (saved, given)]
     if texts[0] == texts[1]:
         return []
-    there, here = (text if len(text) <= 80 else f"{text[:77]}..." for text in texts)
-    return [f"{name} is {there} there and {here} here"]
+    old, new = (text if len(text) <= 80 else f"{text[:77]}..." for text in texts)
+    return [f"{name} is {old} there and {new} here"]
