@@ -23,11 +23,11 @@ from jaxdp.clipping import clip_per_layer as clip_per_layer
 from jaxdp.explanation import Explanation as Explanation
 from jaxdp.explanation import explain as explain
 from jaxdp.noise import add_noise as add_noise
-from jaxdp.noise import executed_noise_multipliers as executed_noise_multipliers
-from jaxdp.noise import noise_draws as noise_draws
 from jaxdp.per_sample import PerSampleGrads as PerSampleGrads
 from jaxdp.per_sample import per_sample_grads as per_sample_grads
 from jaxdp.randomness import random_key as random_key
+from jaxdp.released import executed_noise_multipliers as executed_noise_multipliers
+from jaxdp.released import noise_draws as noise_draws
 from jaxdp.sampling import FixedSizeSampler as FixedSizeSampler
 from jaxdp.sampling import PhysicalBatch as PhysicalBatch
 from jaxdp.sampling import PoissonSampler as PoissonSampler

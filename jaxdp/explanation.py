@@ -6,10 +6,12 @@ print(jaxdp.explain(loss_fn, params, batch))
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 
 from jaxdp.engine.explanation import LeafExplanation
+from jaxdp.engine.sharded import row_sharding
 from jaxdp.options import Options
-from jaxdp.problem import LossFn
+from jaxdp.problem import LossFn, Problem, taken_apart
 from jaxdp.tables import aligned
 
 _HEADER = ("leaf", "shape", "sites", "norms", "MFLOP", "KiB", "reason")
@@ -23,17 +25,21 @@ class Explanation(NamedTuple):
       microbatch_size: how many samples at a time; None for all.
       reason: why this method.
       leaves: one row for each leaf that has a gradient.
+      devices: how many devices the rows of the batch are spread over. All else is of one of them,
+        and of its rows.
     """
 
     method: str
     microbatch_size: int | None
     reason: str
     leaves: tuple[LeafExplanation, ...]
+    devices: int = 1
 
     def __str__(self) -> str:
         lines = aligned([_HEADER, *map(_cells, self.leaves)])
         at_once = f", {self.microbatch_size} samples at a time" if self.microbatch_size else ""
-        return "\n".join([f"method {self.method} ({self.reason}){at_once}", *lines])
+        each = f", on each of {self.devices} devices" if self.devices > 1 else ""
+        return "\n".join([f"method {self.method} ({self.reason}){at_once}{each}", *lines])
 
 
 def explain(
@@ -47,6 +53,7 @@ def explain(
     memory_budget: int | None = None,
     microbatch_size: int | None = None,
     trainable: Any = True,
+    sharding: NamedSharding | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """How `jaxdp.per_sample_grads` computes with these arguments; nothing is computed.
@@ -60,12 +67,14 @@ def explain(
       batch: pytree of `[B, ...]`.
       mask: bool `[B]`.
       has_aux, method, memory_budget, microbatch_size, trainable: as for `per_sample_grads`.
+      sharding: as for `per_sample_grads`. Every device chooses for its own rows, so that the budget
+        and what is told are those of one device.
       **kwargs: for the loss.
 
     Returns:
       The method, and for each leaf its sites, how its norms are computed, floating-point
-      operations and bytes beyond the ordinary gradient of the whole batch, and the reason if it
-      is materialised.
+      operations and bytes beyond the ordinary gradient of the whole batch (of the rows of one
+      device, where these lie on several), and the reason if it is materialised.
 
     Raises:
       TypeError, ValueError: as `per_sample_grads`.
@@ -82,9 +91,33 @@ def explain(
       >>> explain(loss_fn, params, jnp.ones((4, 3))).leaves[1].norms
       'outer product'
     """
-    options = Options(loss_fn, has_aux, method, memory_budget, microbatch_size, trainable)
+    options = Options(loss_fn, has_aux, method, memory_budget, microbatch_size, trainable, sharding)
     options.check()
     problem = options.problem(params, batch, mask, kwargs)
+    placed = row_sharding(problem.batch.examples, sharding)
+    if placed is None:
+        return _explained(options, problem)
+    arrays, problem_of = taken_apart(problem, kwargs, options.problem)
+    shapes = jax.tree.map(_shape, arrays)
+    rows = jax.tree.map(lambda leaf: _shape(leaf, placed.devices), problem.batch)
+    explanations = []
+    jax.eval_shape(
+        lambda arrays, rows: explanations.append(_explained(options, problem_of(arrays, rows))),
+        shapes,
+        rows,
+    )
+    return explanations[0]._replace(devices=placed.devices)
+
+
+def _shape(leaf: Any, devices: int = 1) -> jax.ShapeDtypeStruct:
+    """Of an array, or of its rows on one of several devices."""
+    if devices == 1:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.ShapeDtypeStruct((leaf.shape[0] // devices, *leaf.shape[1:]), leaf.dtype)
+
+
+def _explained(options: Options, problem: Problem) -> Explanation:
+    """What is told of a batch on one device."""
     choice = options.choice(problem)
     leaves = choice.method.explained(problem.names, problem.batch)
     return Explanation(choice.name, choice.microbatch_size, choice.reason, tuple(leaves))

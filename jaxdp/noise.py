@@ -18,6 +18,12 @@ with n_k the number of entries of group k and S = Σ_j Δ_j·√n_j. The law of 
 is from N(0, I) stand in `jaxdp.distributions`.
 """
 
+# The types of JAX and optax are partly unknown.
+# pyright: reportMissingTypeStubs=false
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,32 +38,10 @@ from jaxdp.bounded import Bounded, is_zero, root_sum_squares
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.per_sample import PerSampleGrads
-from jaxdp.randomness import (
-    GRADIENT_NOISE,
-    drawn_alone,
-    fingerprints,
-    leaf_key,
-    own_key,
-    step_key,
-)
+from jaxdp.randomness import GRADIENT_NOISE, drawn_alone, leaf_key
+from jaxdp.released import Released
 from jaxdp.schedules import FloatOrSchedule, checked, checked_number, value_at
 from jaxdp.varying import devices_along, varying_axes
-
-
-class AddNoiseState(NamedTuple):
-    """State of `jaxdp.add_noise`.
-
-    Attributes:
-      step: logical step, int32 scalar.
-      noise_multiplier: σ_eff of the last step, which the ledger charges; NaN before the first.
-      key: where the noise comes from, of this purpose and these leaves alone. Secret.
-    """
-
-    step: jax.Array
-    noise_multiplier: jax.Array
-    key: jax.Array
-
-    purpose = GRADIENT_NOISE
 
 
 def add_noise(
@@ -111,101 +95,39 @@ def add_noise(
     Procedures", theorem 1 (several Gaussians as one).
     """
     checked("noise_multiplier", noise_multiplier, zero=True)
-    spread = _allocation(allocation)
+    allocated = _allocation(allocation)
 
-    def init(params: optax.Params) -> AddNoiseState:
-        own = own_key(key, GRADIENT_NOISE, params)
-        drawn_alone(own, params)
-        return AddNoiseState(jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.float32), own)
+    def init(params: optax.Params) -> Released:
+        return Released.begin(key, GRADIENT_NOISE, params)
 
     def update(
         updates: Any,
-        state: AddNoiseState,
+        state: Released,
         params: optax.Params | None = None,
         *,
         is_last: ArrayLike = True,
         **_: Any,
-    ) -> tuple[Any, AddNoiseState]:
+    ) -> tuple[Any, Released]:
         bounded = _bounded(updates)
         _check_summed(bounded)
-        draw = step_key(state.key, state.step)
+        draw = state.coming_key()
         sigma = value_at(noise_multiplier, state.step)
         alone = drawn_alone(draw, (bounded.value, bounded.sensitivity, sigma, params))
         # Noise for a part of a logical batch is a release that nobody accounts for, noise that
         # another member of a vmap draws, too, cancels, and a negative σ is none at all.
         sigma = jnp.where(_whole(is_last) & alone & (sigma >= 0), sigma, jnp.nan)
         sensitivity = jnp.atleast_1d(bounded.sensitivity)
-        stds = spread.deviations(sensitivity, _group_sizes(bounded, sensitivity.dtype))
+        stds = allocated.deviations(sensitivity, _group_sizes(bounded, sensitivity.dtype))
         noised = _noised(bounded, sigma, stds, draw)
         if params is not None:
-            noised = jax.tree.map(lambda leaf, p: leaf.astype(jnp.result_type(p)), noised, params)
-        effective = sigma * spread.effective(sensitivity.size)
-        return noised, AddNoiseState(state.step + 1, effective, state.key)
+            noised = jax.tree.map(_as_parameter, noised, params)
+        return noised, state.after(sigma * allocated.effective(sensitivity.size))
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:
-    """Noise multipliers of everything that the last logical step released, from its state.
-
-    Finds the state of every `add_noise` and `clip_adaptive`, wherever it lies in the chain. This
-    is what a ledger must be charged with: it is read where the noise is drawn, so that it cannot
-    disagree with it.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> tx = optax.chain(add_noise(1.5, jax.random.key(0)), optax.sgd(1e-3))
-      >>> _, state = tx.update(Bounded(jnp.ones(2), 1.0), tx.init(jnp.ones(2)), jnp.ones(2))
-      >>> [float(sigma) for sigma in executed_noise_multipliers(state)]
-      [1.5]
-    """
-
-    return [state.noise_multiplier for state in _releases(opt_state)]
-
-
-def noise_draws(opt_state: optax.OptState) -> tuple[tuple[str, str, int], ...]:
-    """Which noise comes next: (purpose, fingerprint of the key, step) of everything that is drawn.
-
-    Two runs that state the same draw the same: a ledger that keeps what it was charged for refuses
-    the second one. A run that goes on from its saved state does not repeat itself.
-
-    Args:
-      opt_state: state of an optax chain, not traced. Of a `jax.vmap` over states, each member is
-        told.
-
-    Raises:
-      ValueError: two noised releases would be drawn from one key.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> tx = optax.chain(add_noise(1.5, jax.random.key(0)), optax.sgd(1e-3))
-      >>> state = tx.init(jnp.ones(2))
-      >>> [(purpose, len(key), step) for purpose, key, step in noise_draws(state)]
-      [('gradient noise', 64, 0)]
-      >>> _, state = tx.update(Bounded(jnp.ones(2), 1.0), state, jnp.ones(2))
-      >>> noise_draws(state)[0][2]
-      1
-    """
-    draws = []
-    for state in _releases(opt_state):
-        keys = fingerprints(state.key)
-        steps = np.broadcast_to(np.ravel(jax.device_get(state.step)), len(keys))
-        draws += [(state.purpose, key, int(step)) for key, step in zip(keys, steps, strict=True)]
-    if len({(purpose, key) for purpose, key, _ in draws}) < len(draws):
-        raise ValueError(
-            "every noised release must have a key of its own, got one key twice: members of an "
-            "ensemble need jax.random.split(key, members), see jaxdp.add_noise"
-        )
-    return tuple(draws)
-
-
-def _releases(opt_state: optax.OptState) -> list[Any]:
-    """The states of everything that is released under noise."""
-
-    def releases(state: Any) -> bool:
-        return hasattr(state, "noise_multiplier")
-
-    return [s for s in jax.tree.leaves(opt_state, is_leaf=releases) if releases(s)]
+def _as_parameter(leaf: jax.Array, parameter: Any) -> jax.Array:
+    return leaf.astype(jnp.result_type(parameter))
 
 
 def _whole(is_last: ArrayLike) -> jax.Array:
@@ -265,10 +187,22 @@ def _least_power(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
     return jnp.sqrt(sensitivity) * jnp.sqrt(largest) * jnp.sqrt(total / roots)
 
 
+def _relative_to_own(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
+    return sensitivity
+
+
+def _whole_sigma(groups: int) -> float:
+    return 1.0
+
+
+def _root_of_groups(groups: int) -> float:
+    return groups**-0.5
+
+
 _NAMED = {
-    "global": _Allocation(_same_for_all, lambda k: 1.0),
-    "optimal": _Allocation(_least_power, lambda k: 1.0),
-    "per_layer": _Allocation(lambda sensitivity, sizes: sensitivity, lambda k: k**-0.5),
+    "global": _Allocation(_same_for_all, _whole_sigma),
+    "optimal": _Allocation(_least_power, _whole_sigma),
+    "per_layer": _Allocation(_relative_to_own, _root_of_groups),
 }
 
 
@@ -294,7 +228,10 @@ def _allocation(allocation: str | Sequence[float]) -> _Allocation:
             )
         return sensitivity * jnp.asarray(coefficients, sensitivity.dtype)
 
-    return _Allocation(scaled, lambda k: sum(c**-2 for c in coefficients) ** -0.5)
+    def effective(groups: int) -> float:
+        return sum(c**-2 for c in coefficients) ** -0.5
+
+    return _Allocation(scaled, effective)
 
 
 def _group_sizes(bounded: Bounded, dtype: Any) -> jax.Array:
@@ -326,9 +263,7 @@ def _noised(bounded: Bounded, sigma: jax.Array, stds: jax.Array, key: jax.Array)
     return jax.tree.unflatten(treedef, released)
 
 
-def _deviation(
-    sigma: jax.Array, unit: jax.Array, sensitivity: jax.Array, dtype: Any
-) -> jax.Array:
+def _deviation(sigma: jax.Array, unit: jax.Array, sensitivity: jax.Array, dtype: Any) -> jax.Array:
     """The standard deviation in the precision of a leaf: NaN where it is not what was asked for."""
     wide = max(unit.dtype, jnp.dtype(dtype), key=lambda each: each.itemsize)
     std = (sigma.astype(wide) * unit.astype(wide)).astype(dtype)
@@ -346,5 +281,5 @@ def _normal_like(leaf: jax.Array, key: jax.Array) -> jax.Array:
     for axis in sorted(varying_axes(leaf)):
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     sharding = jax.typeof(leaf).sharding
-    spread = any(entry is not None for entry in sharding.spec)
-    return normal(key, leaf.shape, leaf.dtype, sharding if spread else None)
+    divided = any(entry is not None for entry in sharding.spec)
+    return normal(key, leaf.shape, leaf.dtype, sharding if divided else None)

@@ -256,7 +256,8 @@ def per_sample_grads(
         is materialised.
       memory_budget: bytes of operands and cotangents (of gradients, for "dense") that may be kept
         until the norms are known; the workspace of a single layer comes on top. "auto" chooses a
-        method that fits; where none does, microbatches that fit.
+        method that fits; where none does, microbatches that fit. Where rows lie on several devices
+        it is the budget of each device, for its own rows.
       microbatch_size: at most this many samples at a time. Needs their memory only; the numbers
         are the same up to the order of summation.
       trainable: bool, or a pytree prefix of the parameters of bools: leaves under False are

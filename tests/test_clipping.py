@@ -242,12 +242,12 @@ def test_counts_add_up_over_physical_batches_and_move_the_threshold_once() -> No
             bounded, state = clip.update(part, state, PARAMS, is_last=False)
             assert np.all(np.asarray(state.thresholds) == 1.0)
             assert np.all(np.asarray(bounded.sensitivity) == 1.0)
-            assert int(state.step) == 0
-            assert np.isnan(state.noise_multiplier)
+            assert int(state.released.step) == 0
+            assert np.isnan(state.released.noise_multiplier)
         _, state = clip.update(parts[2], state, PARAMS, is_last=True)
         helpers.assert_trees_close(state, whole)
         assert np.all(np.asarray(state.counts) == 0)
-        assert int(state.step) == 1
+        assert int(state.released.step) == 1
 
 
 def test_the_clip_reports_the_noise_multiplier_of_its_counts() -> None:
@@ -546,7 +546,7 @@ def test_the_range_of_an_adaptive_threshold_is_one_of_float32() -> None:
 def test_counts_without_their_noise_poison_the_threshold(noise: float) -> None:
     clip = helpers.adaptive(1.0, count_noise_multiplier=lambda step: jnp.float32(noise))
     _, state = clip.update(helpers.small_grads(2), clip.init(PARAMS), PARAMS)
-    assert np.isnan(state.thresholds) and np.isnan(state.noise_multiplier)
+    assert np.isnan(state.thresholds) and np.isnan(state.released.noise_multiplier)
 
 
 def test_two_adaptive_clips_with_one_key_draw_counts_of_their_own() -> None:

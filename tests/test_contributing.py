@@ -6,23 +6,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxdp
+from jaxdp.accounting import epsilon
 from jaxdp.engine.kinds import KINDS
 from jaxdp.engine.methods import METHODS
+from jaxdp.sampling import sampler_from_dict
+from jaxdp.sampling.registry import SAMPLERS
 from tests.helpers import KEY
 from tests.oracle import check_against_oracle
+from tests.training import small
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
 
-def example(section: str) -> dict[str, Any]:
-    """What the program of a section defines."""
-    _, text = TEXT.split(f"## {section}\n")
-    (code,) = re.findall(r"```python\n(.*?)```", text.partition("\n## ")[0], re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)
+def example(title: str) -> dict[str, Any]:
+    """What the code of one chapter defines."""
+    _, chapter = TEXT.split(f"## {title}\n")
+    code = re.findall(r"```python\n(.*?)```", chapter.partition("\n## ")[0], re.DOTALL)
+    assert len(code) == 1
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(code[0], names)
     return names
 
 
@@ -68,3 +74,24 @@ def test_the_example_of_a_new_kind_of_site(monkeypatch: pytest.MonkeyPatch) -> N
     assert explanation.leaves[1].sites == "mul in scan of 3"
     for method in ("slots", "taps", "fused"):
         check_against_oracle(loss, params, batch, method=method)
+
+
+def test_the_example_of_a_new_sampler() -> None:
+    try:
+        sampler = example("Adding a sampler")["WholeSampler"](24, physical_batch_size=10, seed=1)
+        assert SAMPLERS["whole"] is type(sampler)
+        batches = sampler.draw(5)
+        assert [batch.is_last for batch in batches] == [False, False, True]
+        taken = np.concatenate([batch.indices[batch.mask] for batch in batches])
+        assert taken.tolist() == list(range(24))
+        assert sampler_from_dict(sampler.to_dict()) == sampler
+
+        run = small.fit(sampler=sampler, steps=3)
+        assert run.ledger.steps == 3
+        # Without sampling three steps cost as much as one with the noise of one over √3.
+        once = epsilon(
+            2.0 / 3**0.5, steps=1, delta=small.DELTA, sampling_rate=1.0, accountant="rdp"
+        )
+        assert run.history[-1]["epsilon"] == pytest.approx(once)
+    finally:
+        SAMPLERS.pop("whole", None)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxdp
 from tests.helpers import KEY
@@ -153,3 +154,32 @@ def test_bad_options_raise_before_there_is_a_batch(options: Any, message: str) -
         jaxdp.per_sample_grads(loss, **options)
     with pytest.raises(ValueError, match=message):
         jaxdp.explain(loss, PARAMS, X, **options)
+
+
+def test_on_several_devices_each_chooses_for_its_own_rows() -> None:
+    """The budget is one device's: what a quarter of the rows needs is enough for each of four."""
+    sharding = jaxdp.distributed.data_parallel(4)
+    whole = jaxdp.explain(loss, PARAMS, X)
+    spread = jaxdp.explain(loss, PARAMS, X, sharding=sharding)
+    assert (whole.devices, spread.devices) == (1, 4)
+    assert spread._replace(devices=1) == jaxdp.explain(loss, PARAMS, X[: B // 4])
+    assert "on each of 4 devices" in str(spread) and "devices" not in str(whole)
+
+    kept = sum(leaf.bytes for leaf in spread.leaves)
+    options: dict[str, Any] = {"method": "slots", "memory_budget": kept}
+    assert jaxdp.explain(loss, PARAMS, X, sharding=sharding, **options).microbatch_size is None
+    assert jaxdp.explain(loss, PARAMS, X, **options).microbatch_size == B // 4
+
+
+def test_what_a_mesh_says_of_the_rows_needs_no_argument() -> None:
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data")))
+        spread = jaxdp.explain(loss, PARAMS, rows)
+    assert spread.devices == 4
+    assert spread._replace(devices=1) == jaxdp.explain(loss, PARAMS, X[: B // 4])
+
+
+def test_rows_that_do_not_divide_among_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="the rows of a batch must divide among 3 devices, got 8"):
+        jaxdp.explain(loss, PARAMS, X, sharding=jaxdp.distributed.data_parallel(3))

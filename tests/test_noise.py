@@ -297,41 +297,6 @@ def test_the_reported_multiplier_does_not_wobble_from_step_to_step() -> None:
         assert len(seen) == 1
 
 
-CHAINS: Mapping[str, tuple[Callable[[Any], Any], list[float]]] = {
-    "chain": (lambda n: optax.chain(jaxdp.clip_flat(1.0), n, optax.sgd(0.1)), [1.5]),
-    "adaptive": (
-        lambda n: optax.chain(helpers.adaptive(1.0, count_noise_multiplier=4.0), n), [4.0, 1.5]
-    ),
-    "accumulate": (
-        lambda n: optax.chain(
-            jaxdp.clip_flat(1.0), jaxdp.accumulate(optax.chain(n, optax.sgd(0.1, momentum=0.9)))
-        ),
-        [1.5],
-    ),
-    "nothing": (lambda n: jaxdp.clip_flat(1.0), []),
-}
-
-
-@pytest.mark.parametrize("name", list(CHAINS))
-def test_the_executed_noise_multipliers_are_found_wherever_they_lie(name: str) -> None:
-    chain, expected = CHAINS[name]
-    tx = optax.with_extra_args_support(chain(jaxdp.add_noise(1.5, KEY)))
-    _, state = tx.update(helpers.small_grads(2), tx.init(PARAMS), PARAMS, is_last=True)
-    assert [float(s) for s in jaxdp.executed_noise_multipliers(state)] == expected
-
-
-def test_the_multiplier_of_a_partitioned_optimizer_is_found() -> None:
-    """Each part of the parameters with its own clip and noise: two releases of one batch."""
-    parts = {
-        "body": optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(1.5, jax.random.key(1))),
-        "head": optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(2.5, jax.random.key(2))),
-    }
-    tx = optax.partition(parts, {"body": "body", "head": "head"})
-    updates, state = tx.update(helpers.small_grads(2), tx.init(PARAMS), PARAMS)
-    assert sorted(float(s) for s in jaxdp.executed_noise_multipliers(state)) == [1.5, 2.5]
-    assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
-
-
 def noise_of(updates: Any, allocation: Any = "global") -> Any:
     noise = jaxdp.add_noise(1.0, KEY, allocation)
     return noise.update(updates, noise.init(PARAMS), PARAMS)
@@ -556,57 +521,6 @@ def test_noise_of_23_bits_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     noise = jaxdp.add_noise(1.0, KEY)
     released, _ = noise.update(Bounded(jnp.zeros(2), 1.0), noise.init(jnp.zeros(2)))
     assert float(jnp.max(released)) > 9.4
-
-
-# Which numbers are drawn.
-
-
-def test_the_draws_of_a_state_are_named_and_go_on_with_the_step() -> None:
-    tx = optax.chain(helpers.adaptive(1.0, key=KEY), jaxdp.add_noise(1.5, KEY), optax.sgd(0.1))
-    state = tx.init(PARAMS)
-    first = jaxdp.noise_draws(state)
-    assert [(purpose, step) for purpose, _, step in first] == [
-        ("count noise", 0), ("gradient noise", 0)
-    ]
-    assert len({name for _, name, _ in first}) == 2 and all(len(name) == 64 for _, name, _ in first)
-    for step in range(1, 3):
-        _, state = tx.update(helpers.small_grads(2), state, PARAMS)
-        assert jaxdp.noise_draws(state) == tuple((p, name, step) for p, name, _ in first)
-    # Begun anew, the noise is that of step 0 again, and says so.
-    assert jaxdp.noise_draws(tx.init(PARAMS)) == first
-    assert jaxdp.noise_draws(optax.sgd(0.1).init(PARAMS)) == ()
-
-
-def test_draws_are_the_same_exactly_where_the_noise_is() -> None:
-    def noise_and_draws(key: jax.Array, params: Any) -> tuple[Any, Any]:
-        tx = jaxdp.add_noise(1.0, key)
-        state = tx.init(params)
-        total = Bounded(jax.tree.map(jnp.zeros_like, params), 1.0)
-        return tx.update(total, state)[0], jaxdp.noise_draws(state)
-
-    noise, draws = noise_and_draws(KEY, PARAMS)
-    for other in (jax.random.key(0), jax.random.PRNGKey(0)):
-        again, named = noise_and_draws(other, PARAMS)
-        helpers.assert_trees_equal(again, noise)
-        assert named == draws
-    for other in (jax.random.key(1), jax.random.key(0, impl="rbg"), jax.random.fold_in(KEY, 0)):
-        different, named = noise_and_draws(other, PARAMS)
-        assert not helpers.any_equal(different, noise)
-        assert named[0][:2] != draws[0][:2]
-
-
-def test_parts_of_the_parameters_may_share_a_key() -> None:
-    """`optax.partition` with one key: other leaves, hence other draws, and other names."""
-
-    def part() -> Any:
-        return optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(1.0, KEY))
-
-    tx = optax.partition({"a": part(), "b": part()}, {"x": "a", "y": "b"})
-    params = {"x": jnp.zeros(64), "y": jnp.zeros(64)}
-    state = tx.init(params)
-    updates, _ = tx.update(jax.tree.map(lambda leaf: leaf[None], params), state, params)
-    assert not helpers.any_equal(updates["x"], updates["y"])
-    assert len({name for _, name, _ in jaxdp.noise_draws(state)}) == 2
 
 
 # Members of a `vmap`.

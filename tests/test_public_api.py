@@ -29,6 +29,7 @@ ROOMS = {
     "jaxdp.varying": 0,
     "jaxdp.accounting": 0,
     "jaxdp.bounded": 1,
+    "jaxdp.released": 1,
     "jaxdp.nn": 1,
     "jaxdp.sampling": 1,
     "jaxdp.engine": 2,

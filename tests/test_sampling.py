@@ -17,6 +17,8 @@ from scipy import stats
 
 from jaxdp import accounting, sampling
 from jaxdp.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler, poisson
+from jaxdp.sampling.registry import SAMPLERS as SAMPLERS_BY_KIND
+from jaxdp.sampling.sized import SizedSampler
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=40)
 
@@ -187,6 +189,24 @@ def test_neither_accounting_nor_sampling_imports_jax():
         "sys.exit(any(name.split('.')[0] in ('jax', 'jaxlib') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_kind_and_a_stream_belong_to_one_sampler() -> None:
+    """Two kinds of one stream would draw from the same random numbers, where seeds are the same."""
+    before = dict(SAMPLERS_BY_KIND)
+    for kind, stream, says in (
+        ("poisson", 99, "kind must be the sampler's own, got 'poisson' for Other, which Poisson"),
+        ("other", 1, "stream must be the sampler's own, got 1 for Other, which FixedSizeSampler"),
+    ):
+        other = type("Other", (FixedSizeSampler,), {"kind": kind, "stream": stream})
+        with pytest.raises(ValueError, match=says):
+            sampling.register(other)
+    with pytest.raises(TypeError, match="got Nothing without expected_batch_size, largest_draw"):
+        sampling.register(type("Nothing", (Sampler,), {"kind": "nothing", "stream": 99}))
+    with pytest.raises(TypeError, match="got SizedSampler without members, scheme, kind, stream"):
+        sampling.register(SizedSampler)
+    assert SAMPLERS_BY_KIND == before
+    assert set(before) == {make(0).kind for make in SAMPLERS.values()}
 
 
 # --- schemes and sizes --------------------------------------------------------------------------
@@ -424,7 +444,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: S(5, batch_size=1, seed=1).draw(-1), ValueError, "step must be at least 0, got -1"),
     (lambda: F(5, batch_size=1, seed=1).draw(0.0), TypeError, "step must be an integer, got 0.0"),
     (lambda: F(5, batch_size=1, seed=1).batches(-2), ValueError, "must be at least 0, got -2"),
-    (lambda: sampling.sampler_from_dict(None), TypeError, "sampler kind must be 'poisson' or"),
+    (lambda: sampling.sampler_from_dict(None), TypeError, "sampler kind must be 'fixed_size' or"),
     (lambda: sampling.sampler_from_dict({"kind": "sobol"}), ValueError, "got 'sobol'"),
     (lambda: sampling.sampler_from_dict({"kind": []}), TypeError, "sampler kind must be"),
     (lambda: sampling.sampler_from_dict({"kind": "poisson"}), ValueError, "sampler must be a map"),

@@ -16,7 +16,8 @@ from jaxdp.distributions import normal
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.weighting import ClipRule
 from jaxdp.per_sample import PerSampleGrads
-from jaxdp.randomness import COUNT_NOISE, drawn_alone, own_key, step_key
+from jaxdp.randomness import COUNT_NOISE, drawn_alone
+from jaxdp.released import Released
 from jaxdp.schedules import FloatOrSchedule, checked, checked_number, value_at
 from jaxdp.varying import summed_over_devices, untracked_axes, varying_axes
 
@@ -25,26 +26,19 @@ class ClipAdaptiveState(NamedTuple):
     """State of `jaxdp.clip_adaptive`.
 
     Attributes:
-      step: logical step, int32 scalar.
+      released: the counts' noise, and how many logical steps have drawn it.
       thresholds: C_t of the coming step, float32, scalar or `[K]`. Private already: releasable.
       counts: Σ_i (1[‖g_i‖ ≤ C_t] − ½) so far in this logical batch: raw until the step ends, when
         it goes back to zero.
       lowest: the least C_t, float32 scalar.
       highest: the largest C_t, float32 scalar.
-      noise_multiplier: of the count released at the last logical step, relative to its
-        sensitivity; NaN before the first.
-      key: where the counts' noise comes from, of this purpose and these leaves alone. Secret.
     """
 
-    step: jax.Array
+    released: Released
     thresholds: jax.Array
     counts: jax.Array
     lowest: jax.Array
     highest: jax.Array
-    noise_multiplier: jax.Array
-    key: jax.Array
-
-    purpose = COUNT_NOISE
 
 
 def clip_adaptive(
@@ -113,18 +107,14 @@ def clip_adaptive(
 
     def init(params: optax.Params) -> ClipAdaptiveState:
         shape = (len(jax.tree.leaves(params)),) if per_layer else ()
-        own = own_key(key, COUNT_NOISE, params)
-        drawn_alone(own, params)
         initial = jnp.asarray(initial_threshold, jnp.float32)
         lowest, highest = adaptive_limits(initial)
         return ClipAdaptiveState(
-            step=jnp.zeros((), jnp.int32),
+            released=Released.begin(key, COUNT_NOISE, params),
             thresholds=jnp.full(shape, initial),
             counts=jnp.zeros(shape, jnp.float32),
             lowest=lowest,
             highest=highest,
-            noise_multiplier=jnp.full((), jnp.nan, jnp.float32),
-            key=own,
         )
 
     def update(
@@ -143,27 +133,25 @@ def clip_adaptive(
 
         counts = state.counts.at[places].add(_halves_below(grads, groups, thresholds))
 
-        draw = step_key(state.key, state.step)
-        noise_multiplier = value_at(count_noise_multiplier, state.step)
+        draw, step = state.released.coming_key(), state.released.step
+        noise_multiplier = value_at(count_noise_multiplier, step)
         alone = drawn_alone(draw, (counts, state.thresholds, noise_multiplier))
         noise_multiplier = jnp.where(alone & (noise_multiplier >= 0), noise_multiplier, jnp.nan)
         std = noise_multiplier * math.sqrt(thresholds.size) / 2  # one sample moves K counts by ½
         noise = normal(draw, counts.shape)
         error = 0.5 + (counts + std * noise) / expected_batch_size - quantile
-        moved = state.thresholds * jnp.exp(-value_at(learning_rate, state.step) * error)
+        moved = state.thresholds * jnp.exp(-value_at(learning_rate, step) * error)
         moved = jnp.clip(moved, state.lowest, state.highest)
 
         def at_end(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(is_last, new, old)
 
         return bounded, ClipAdaptiveState(
-            step=at_end(state.step + 1, state.step),
+            released=state.released.after(noise_multiplier, is_last),
             thresholds=at_end(moved, state.thresholds),
             counts=at_end(jnp.zeros_like(counts), counts),
             lowest=state.lowest,
             highest=state.highest,
-            noise_multiplier=at_end(noise_multiplier, state.noise_multiplier),
-            key=state.key,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

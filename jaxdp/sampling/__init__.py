@@ -33,5 +33,6 @@ from jaxdp.sampling.base import PhysicalBatch as PhysicalBatch
 from jaxdp.sampling.base import Sampler as Sampler
 from jaxdp.sampling.fixed_size import FixedSizeSampler as FixedSizeSampler
 from jaxdp.sampling.poisson import PoissonSampler as PoissonSampler
-from jaxdp.sampling.saved import sampler_from_dict as sampler_from_dict
+from jaxdp.sampling.registry import register as register
+from jaxdp.sampling.registry import sampler_from_dict as sampler_from_dict
 from jaxdp.sampling.shuffled import ShuffledSampler as ShuffledSampler

@@ -47,6 +47,18 @@ class PhysicalBatch(NamedTuple):
 class Sampler(ABC):
     """A value that says, for every step, which examples take part.
 
+    A new sampler is one file: a frozen dataclass under `jaxdp.sampling.register`. It provides
+
+    * `kind` and `stream`, names of its own;
+    * `members(step)`, a function of its fields and of `words` alone, so that draws can be repeated;
+    * `expected_batch_size` and `largest_draw`, constants that do not depend on the data;
+    * `scheme`, whose claim `members` must fulfil: the guarantee rests on it;
+    * `draws`, where its scheme needs to know more of a batch than which seed and step it is of;
+    * a constructor that takes each field by name, checks them, and ends in that of `Sampler`.
+
+    All else is made from these: batches of static shape, parts, checkpoints, and what the ledger is
+    charged with. Nothing else in jaxdp asks which sampler it has.
+
     Attributes:
         num_examples: n.
         physical_batch_size: rows of one physical batch.

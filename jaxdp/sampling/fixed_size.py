@@ -6,9 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxdp.accounting.schemes import FixedSizeSampling
+from jaxdp.sampling.registry import register
 from jaxdp.sampling.sized import SizedSampler
 
 
+@register
 @dataclass(frozen=True, init=False)
 class FixedSizeSampler(SizedSampler):
     """Every step takes a uniform subset of b examples, independent of the other steps.

@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from jaxdp.accounting.checks import check_real, shown
 from jaxdp.accounting.schemes import PoissonSampling
 from jaxdp.sampling.base import LARGEST_PHYSICAL, Sampler, check_num_examples
+from jaxdp.sampling.registry import register
 
 _CHUNK = 1 << 20
 _MOST_EXAMPLES = 1_000_000_000
 _MANTISSA_BITS = 53
 
 
+@register
 @dataclass(frozen=True, init=False)
 class PoissonSampler(Sampler):
     """Every example joins every step independently with probability q.

@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 
 from jaxdp.accounting.draws import EPOCHS, Draws
 from jaxdp.accounting.schemes import ShuffledEpochs
+from jaxdp.sampling.registry import register
 from jaxdp.sampling.sized import SizedSampler
 
 
+@register
 @dataclass(frozen=True, init=False)
 class ShuffledSampler(SizedSampler):
     """A fresh uniform permutation per epoch, cut into batches; every example once per epoch.

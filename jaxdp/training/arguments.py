@@ -1,10 +1,11 @@
 """The arguments of `fit`, checked before anything is read or drawn."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from jax.sharding import NamedSharding
 
-from jaxdp.accounting import AccountantName, Ledger, RelationName
+from jaxdp.accounting import Guarantee, Ledger
 from jaxdp.accounting.checks import (
     LARGEST_COUNT,
     check_bool,
@@ -13,8 +14,8 @@ from jaxdp.accounting.checks import (
     check_integer,
     check_real,
 )
-from jaxdp.accounting.question import as_question, check_delta
 from jaxdp.sampling import Sampler
+from jaxdp.training.budget import Budget
 from jaxdp.training.checkpoints import Checkpoints
 from jaxdp.training.step import Step, TrainState
 
@@ -27,54 +28,53 @@ class Plan(NamedTuple):
 
     Attributes:
       steps: logical steps in total.
-      delta: δ of what is reported and of the budget.
+      guarantee: what ε is stated with, in reports and in the budget.
       budget: ε, or None.
-      accountant: "pld" or "rdp".
-      relation: "add_or_remove_one" or "replace_one".
       report_every: logical steps between reports.
       data_parts: in how many parts the data is kept.
     """
 
     steps: int
-    delta: float
+    guarantee: Guarantee
     budget: float | None
-    accountant: AccountantName
-    relation: RelationName
     report_every: int
     data_parts: int
 
     def spent(self, ledger: Ledger) -> float:
         """The ε that a ledger states."""
-        return ledger.epsilon(
-            self.delta, accountant=self.accountant, neighboring_relation=self.relation
-        )
+        return ledger.epsilon(self.guarantee)
+
+    def limit(self) -> Budget | None:
+        """The budget that is asked before each step."""
+        if self.budget is None:
+            return None
+        return Budget(self.budget, self.guarantee)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As data for JSON."""
+        return self._asdict() | {"guarantee": dataclasses.asdict(self.guarantee)}
 
 
 def check_plan(
     sampler: Sampler,
     *,
     steps: object,
-    delta: object,
+    guarantee: Guarantee,
     budget: object,
-    accountant: Any,
-    relation: Any,
     report_every: object,
     data_parts: object,
 ) -> Plan:
     """The numbers and names that `fit` was given, checked."""
-    question = as_question(accountant, relation)
     if report_every is None:
         report_every = max(round(sampler.num_examples / sampler.expected_batch_size), 1)
     return Plan(
         check_integer(
             "steps", steps, minimum=0, maximum=LARGEST_STEPS, advice="Pass logical steps in total."
         ),
-        check_delta(delta),
+        guarantee,
         None
         if budget is None
         else check_real("budget", budget, above=0, advice="Pass ε, or None for no budget."),
-        question.accountant,
-        question.relation,
         check_integer(
             "report_every",
             report_every,

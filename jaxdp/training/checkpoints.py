@@ -28,6 +28,7 @@ from jaxdp.accounting import Ledger
 from jaxdp.accounting.checks import check_integer, shown
 from jaxdp.accounting.strict_json import check_keys, parse
 from jaxdp.sampling import Sampler, sampler_from_dict
+from jaxdp.training.configuration import as_json, differences
 from jaxdp.training.files import check_seal, seal, sync_folder, write_file
 from jaxdp.training.step import TrainState
 
@@ -92,7 +93,7 @@ class Checkpoints:
             )
         self.directory = Path(directory).absolute()
         self._keep = check_integer("keep", keep, minimum=1, advice="The newest is always kept.")
-        self._configuration = _as_json("configuration", configuration)
+        self._configuration = as_json("configuration", configuration)
         if self.directory.exists():
             self._check_what_is_there()
         if jax.process_index() == 0:
@@ -202,7 +203,7 @@ class Checkpoints:
         if newest is None:
             return None
         run = self._run(newest)
-        different = _differences(run["configuration"], self._configuration)
+        different = differences(run["configuration"], self._configuration)
         if different:
             raise ValueError(
                 f"the checkpoint in {self.directory} is of a run with another configuration: "
@@ -210,8 +211,8 @@ class Checkpoints:
             )
         if run["structure"] != _structure(like):
             raise ValueError(
-                f"the checkpoint in {self.directory} holds another model, clip or optimizer: use "
-                "the same ones, or another directory"
+                f"the checkpoint in {self.directory} holds another model, clip or optimizer, or "
+                "one that an earlier jaxdp wrote: use the same ones, or another directory"
             )
         if run["sampler"] != sampler.to_dict():
             raise ValueError(
@@ -365,33 +366,6 @@ def _unwritable(directory: Path, error: OSError) -> OSError:
 def _wait_for_all(where: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
-
-
-def _as_json(name: str, value: Any) -> Any:
-    """The value as it will be read back."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(
-            f"{name} must be data for JSON, got something else: {error}. Use dicts, lists, "
-            "strings, numbers, booleans and None."
-        ) from error
-
-
-def _differences(saved: Any, given: Any, name: str = "configuration") -> list[str]:
-    """What differs between two pieces of JSON data, by name, in words."""
-    if isinstance(saved, dict) and isinstance(given, dict):
-        return [
-            difference
-            for key in sorted(saved.keys() | given.keys())
-            for difference in _differences(saved.get(key), given.get(key), key)
-        ]
-    # As text, in which true is not 1 and NaN is NaN.
-    texts = [json.dumps(value, sort_keys=True) for value in (saved, given)]
-    if texts[0] == texts[1]:
-        return []
-    there, here = (text if len(text) <= 80 else f"{text[:77]}..." for text in texts)
-    return [f"{name} is {there} there and {here} here"]
 
 
 def _check_can_be_saved(state: TrainState) -> None:

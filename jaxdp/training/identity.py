@@ -2,7 +2,7 @@
 
 from jaxdp.accounting import Draws, Ledger, LedgerEntry
 from jaxdp.accounting.draws import check_draws
-from jaxdp.noise import noise_draws
+from jaxdp.released import noise_draws
 from jaxdp.sampling import Sampler
 from jaxdp.training.step import TrainState
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jaxdp.accumulation import AccumulateState
 from jaxdp.distributed import spread_rows
 from jaxdp.engine.sharded import row_sharding
-from jaxdp.sampling import Sampler
+from jaxdp.sampling import PhysicalBatch, Sampler
 from jaxdp.training.step import TrainState
 
 # A pytree of host arrays [num_examples, ...], or a function from indices [P] to a batch [P, ...].
@@ -23,8 +23,14 @@ Data = Any | Callable[[np.ndarray], Any]
 _ROWS_AT_ONCE = 2**14
 
 
-class Part(NamedTuple):
-    """A physical batch with its data."""
+class LoadedBatch(NamedTuple):
+    """A physical batch with its data.
+
+    Attributes:
+      batch: pytree of `[P, ...]`.
+      mask: bool `[P]`, True for the rows that hold a sample.
+      is_last: whether it completes its logical batch.
+    """
 
     batch: Any
     mask: np.ndarray | jax.Array
@@ -33,8 +39,16 @@ class Part(NamedTuple):
 
 def loader(
     data: Data, sampler: Sampler, sharding: NamedSharding | None, data_parts: int
-) -> Callable[[int], list[Part]]:
-    """`logical step -> its physical batches`, checked against the sampler."""
+) -> Callable[[int], list[LoadedBatch]]:
+    """`logical step -> its physical batches`, checked against the sampler.
+
+    Args:
+      data, sampler, sharding, data_parts: as `fit` takes them.
+
+    Raises:
+      ValueError: the data does not fit the sampler; rows that do not divide among the devices, or
+        these not among the parts of the data.
+    """
     if not callable(data):
         sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
         if sizes != {(sampler.num_examples,)}:
@@ -50,18 +64,17 @@ def loader(
 
     _check_shards(sampler, sharding, data_parts)
 
-    def load(step: int) -> list[Part]:
-        drawn = sampler.draw(step, data_parts)
+    def loaded(drawn: PhysicalBatch) -> LoadedBatch:
         if sharding is None:
-            return [Part(rows(part.indices), part.mask, part.is_last) for part in drawn]
-        return [
-            Part(
-                spread_rows(rows, part.indices, sharding),
-                spread_rows(lambda mask: mask, part.mask, sharding),
-                part.is_last,
-            )
-            for part in drawn
-        ]
+            return LoadedBatch(rows(drawn.indices), drawn.mask, drawn.is_last)
+        return LoadedBatch(
+            spread_rows(rows, drawn.indices, sharding),
+            spread_rows(lambda mask: mask, drawn.mask, sharding),
+            drawn.is_last,
+        )
+
+    def load(step: int) -> list[LoadedBatch]:
+        return [loaded(drawn) for drawn in sampler.draw(step, data_parts)]
 
     return load
 
@@ -81,22 +94,25 @@ def data_digest(data: Data, sampler: Sampler) -> str | None:
     """
     if callable(data):
         return None
-    found = hmac.new(f"jaxdp data\n{sampler.seed}".encode(), digestmod=hashlib.sha256)
+    digest = hmac.new(f"jaxdp data\n{sampler.seed}".encode(), digestmod=hashlib.sha256)
     for path, leaf in jax.tree.leaves_with_path(data):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {np.shape(leaf)}".encode())
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {np.shape(leaf)}".encode())
         if leaf.dtype == object:  # of which an array holds addresses
             continue
         for start in range(0, len(leaf), _ROWS_AT_ONCE):  # files in memory are read once
-            found.update(np.asarray(leaf[start : start + _ROWS_AT_ONCE]).tobytes())
-    return found.hexdigest()
+            digest.update(np.asarray(leaf[start : start + _ROWS_AT_ONCE]).tobytes())
+    return digest.hexdigest()
 
 
 def _check_shards(sampler: Sampler, sharding: NamedSharding | None, data_parts: int) -> None:
     """A row lies on one device, and a device in one place of the data."""
-    rows_at = row_sharding(np.empty(sampler.physical_batch_size), sharding)
-    devices = 1 if rows_at is None else rows_at.devices
+    devices = 1
+    if sharding is not None:
+        rows = jax.ShapeDtypeStruct((sampler.physical_batch_size,), np.bool_)
+        placed = row_sharding(rows, sharding)
+        devices = 1 if placed is None else placed.devices
     if devices % data_parts:
         raise ValueError(
             f"data_parts must divide the {devices} devices that rows are spread over, got "

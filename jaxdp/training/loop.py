@@ -1,27 +1,35 @@
 """The training loop: draws, charges, steps, reports, checkpoints, and stops at the budget."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxdp.accounting import AccountantName, Draws, Ledger, RelationName
+from jaxdp.accounting import (
+    AccountantName,
+    Draws,
+    Guarantee,
+    Ledger,
+    RelationName,
+    SamplingScheme,
+)
+from jaxdp.accounting.guarantee import as_guarantee
 from jaxdp.distributed import check_agreement, spread_state
 from jaxdp.distributed.agreement import program_digest
 from jaxdp.distributed.lost import every_process_needed
 from jaxdp.sampling import Sampler
 from jaxdp.training.arguments import Plan, check_objects, check_plan
-from jaxdp.training.budget import Budget
+from jaxdp.training.bar import Bar, progress_bar
 from jaxdp.training.checkpoints import Checkpoints
 from jaxdp.training.identity import step_draws
-from jaxdp.training.loading import Data, Part, check_overflow, data_digest, loader
+from jaxdp.training.loading import Data, LoadedBatch, check_overflow, data_digest, loader
 from jaxdp.training.logs import LogFn, log_function
-from jaxdp.training.progress import progress_bar
-from jaxdp.training.reports import Evaluate, Seen, report_row
+from jaxdp.training.reports import Evaluate, Totals, report_row
 from jaxdp.training.resume import begin
-from jaxdp.training.run import Live, Run, can_be_read, consumed, interrupts_wait, kept
+from jaxdp.training.run import Progress, Run, can_be_read, consumed, interrupts_wait, kept
 from jaxdp.training.step import Step, StepMetrics, TrainState
 
 
@@ -32,10 +40,10 @@ def fit(
     data: Data,
     *,
     steps: int,
-    delta: float,
+    delta: float | Guarantee,
     budget: float | None = None,
-    accountant: AccountantName = "pld",
-    neighboring_relation: RelationName = "add_or_remove_one",
+    accountant: AccountantName | None = None,
+    neighboring_relation: RelationName | None = None,
     ledger: Ledger = Ledger(),  # noqa: B008 - immutable
     evaluate: Evaluate | None = None,
     report_every: int | None = None,
@@ -74,10 +82,11 @@ def fit(
       data: pytree of arrays `[sampler.num_examples, ...]`, or a function that loads the rows of
         an index array `[P]`.
       steps: total number of logical steps, those before a resume included.
-      delta: δ in (0, 1), for what is reported and for the budget.
+      delta: δ in (0, 1), for what is reported and for the budget; or a
+        `jaxdp.accounting.Guarantee`, which names accountant and relation as well.
       budget: ε that must not be exceeded, or None.
-      accountant: "pld" or "rdp".
-      neighboring_relation: "add_or_remove_one" or "replace_one".
+      accountant: "pld", the default, or "rdp".
+      neighboring_relation: "add_or_remove_one", the default, or "replace_one".
       ledger: what the data has been charged with before; where `state` comes from an earlier
         `fit`, the ledger of that run.
       evaluate: `params -> dict of numbers`, called at every report. Its names must be others than
@@ -132,10 +141,8 @@ def fit(
     plan = check_plan(
         sampler,
         steps=steps,
-        delta=delta,
+        guarantee=as_guarantee(delta, accountant, neighboring_relation),
         budget=budget,
-        accountant=accountant,
-        relation=neighboring_relation,
         report_every=report_every,
         data_parts=data_parts,
     )
@@ -143,9 +150,11 @@ def fit(
     first = jax.process_index() == 0
     log = log_function(log_fn if first else None)
     check_overflow(state, sampler, plan.data_parts)
-    where = checkpoints is not None
     check_agreement(
-        state=state, sampler=sampler.to_dict(), ledger=ledger.to_json(), arguments=[*plan, where]
+        state=state,
+        sampler=sampler.to_dict(),
+        ledger=ledger.to_json(),
+        arguments=plan.to_dict() | {"checkpoints": checkpoints is not None},
     )
     if sharding is not None:
         state = spread_state(state, sharding.mesh)
@@ -153,109 +162,159 @@ def fit(
     plan.spent(ledger.charge(1.0, sampler.scheme))
     # Where each process has a part of the data alone, none can tell for all.
     of_data = data_digest(data, sampler) if checkpoints and plan.data_parts == 1 else None
-    live = Live(*begin(state, ledger, sampler, checkpoints, of_data))
+    run = begin(state, ledger, sampler, checkpoints, of_data)
     if jax.process_count() > 1:
-        check_agreement(checkpoint=live.whole, charges=live.ledger.to_json())
-    done = saved = int(live.whole.step)
-
-    def save() -> None:
-        nonlocal saved
-        if checkpoints is not None and saved < done:
-            saved = done
-            with interrupts_wait():
-                checkpoints.save(live.whole, live.ledger, sampler, live.history, of_data)
-
-    def report(seen: Seen) -> None:
-        if jax.process_count() > 1:
-            check_agreement(parameters=live.whole.params, charges=live.ledger.to_json())
-        row = report_row(live.whole, live.ledger, sampler, plan, seen, evaluate)
-        live.history.append(row)
-        save()
-        log(dict(row))
-        bar.show(epsilon=row["epsilon"])
-
-    reported, stopped_by, seen = done, "steps", Seen.begin()
-    limit = _budget(plan)
+        check_agreement(checkpoint=run.whole, charges=run.ledger.to_json())
     with (
-        kept(live),
+        kept(run),
         every_process_needed(_how_to_resume(checkpoints)),
-        progress_bar(progress and first, total=plan.steps, done=done, budget=plan.budget) as bar,
-        _saved_in_the_end(live, save),
+        progress_bar(
+            progress and first, total=plan.steps, done=run.done, budget=plan.budget
+        ) as bar,
     ):
-        drawn = load(done)
-        if jax.process_count() > 1:
-            check_agreement(step=_program(step, live.whole, drawn[0]))
-        while done < plan.steps:
-            released = _as_typed(step.noise_multipliers(live.whole, drawn[0].batch))
-            draws = step_draws(live.whole, sampler, done)
-            if limit is not None and not limit.allows(live.ledger, released, sampler.scheme, draws):
-                stopped_by = "budget"
-                break
-            with interrupts_wait():
-                metrics = _execute(live, step, sampler, drawn, released, draws)
-                done += 1
-            if done < plan.steps:
-                drawn = load(done)  # on the host, while the device computes the present batch
-            seen = seen.add(jax.device_get(metrics))
-            bar.advance(loss=seen.loss, samples_per_second=seen.samples_per_second)
-            if done % plan.report_every == 0:
-                report(seen)
-                reported, seen = done, Seen.begin()
-        if done > reported:
-            report(seen)
-    return Run(live.whole, live.ledger, live.history, stopped_by)
+        loop = _Loop(step, sampler, plan, load, checkpoints, of_data, evaluate, log, bar)
+        with _saved_in_the_end(run, loop):
+            stopped_by = _executed(run, loop)
+    return Run(run.whole, run.ledger, run.history, stopped_by)
 
 
-def _execute(
-    live: Live,
-    step: Step,
-    sampler: Sampler,
-    drawn: list[Part],
-    released: list[float],
-    draws: tuple[Draws, ...],
+class _Loop(NamedTuple):
+    """What stays the same while a run goes on: see the arguments of `fit`.
+
+    Attributes:
+      load: `logical step -> its physical batches`.
+      data: a digest of what it trains on, where there is one.
+      log: where reports go.
+      bar: where they are shown.
+    """
+
+    step: Step
+    sampler: Sampler
+    plan: Plan
+    load: Callable[[int], list[LoadedBatch]]
+    checkpoints: Checkpoints | None
+    data: str | None
+    evaluate: Evaluate | None
+    log: LogFn
+    bar: Bar
+
+
+class _Charge(NamedTuple):
+    """What a step is charged with.
+
+    Attributes:
+      noise_multipliers: of the Gaussians that it releases.
+      sampling: the scheme that draws its batch.
+      draws: the random numbers of both.
+    """
+
+    noise_multipliers: list[float]
+    sampling: SamplingScheme
+    draws: tuple[Draws, ...]
+
+
+def _executed(run: Progress, loop: _Loop) -> str:
+    """Executes the steps that are left; why it has stopped, "steps" or "budget"."""
+    plan, limit = loop.plan, loop.plan.limit()
+    reported, totals = run.done, Totals.begin()
+    batches = loop.load(run.done)
+    if jax.process_count() > 1:
+        check_agreement(step=_program(loop.step, run.whole, batches[0]))
+    stopped_by = "steps"
+    while run.done < plan.steps:
+        charge = _coming_charge(run, loop, batches[0])
+        if limit is not None and not limit.allows(run.ledger, *charge):
+            stopped_by = "budget"
+            break
+        with interrupts_wait():
+            metrics = _advance(run, loop.step, batches, charge)
+        if run.done < plan.steps:
+            batches = loop.load(run.done)  # on the host, while the device computes the present ones
+        totals = totals.add(jax.device_get(metrics))
+        loop.bar.advance(loss=totals.loss, samples_per_second=totals.samples_per_second)
+        if run.done % plan.report_every == 0:
+            _report(run, loop, totals)
+            reported, totals = run.done, Totals.begin()
+    if run.done > reported:
+        _report(run, loop, totals)
+    return stopped_by
+
+
+def _coming_charge(run: Progress, loop: _Loop, batch: LoadedBatch) -> _Charge:
+    drawn = loop.step.noise_multipliers(run.whole, batch.batch)
+    draws = step_draws(run.whole, loop.sampler, run.done)
+    return _Charge(_as_typed(drawn), loop.sampler.scheme, draws)
+
+
+def _advance(
+    run: Progress, step: Step, batches: Sequence[LoadedBatch], charge: _Charge
 ) -> list[StepMetrics]:
-    """One logical step, charged before anything of it can be released."""
-    state, before = live.whole, live.ledger
-    live.ledger = before.charge(released, sampler.scheme, draws=draws)
-    live.state, metrics = None, []
+    """Executes one logical step, charged before anything of it can be released.
+
+    Args:
+      run: how far it has come; one step further afterwards, or as it was where nothing ran.
+      step: what is executed.
+      batches: the physical batches of the logical step.
+      charge: what the ledger is charged with.
+
+    Returns:
+      What each physical batch looked like.
+    """
+    state, before = run.whole, run.ledger
+    run.ledger = before.charge(charge.noise_multipliers, charge.sampling, draws=charge.draws)
+    run.state, metrics = None, []
     try:
-        for part in drawn:
-            state, part_metrics = step.run(state, part.batch, part.mask, part.is_last)
-            metrics.append(part_metrics)
+        for each in batches:
+            state, batch_metrics = step.run(state, each.batch, each.mask, each.is_last)
+            metrics.append(batch_metrics)
     except BaseException:
         # A program consumes the state it is given: it did not run where the state is still there.
         if not metrics and not consumed(state):
-            live.state, live.ledger = state, before
+            run.state, run.ledger = state, before
         raise
-    live.state = state
+    run.state = state
+    run.done += 1
     return metrics
 
 
+def _report(run: Progress, loop: _Loop, totals: Totals) -> None:
+    """Adds to the history, saves, and tells whoever listens."""
+    if jax.process_count() > 1:
+        check_agreement(parameters=run.whole.params, charges=run.ledger.to_json())
+    row = report_row(run.whole, run.ledger, loop.sampler, loop.plan, totals, loop.evaluate)
+    run.history.append(row)
+    _save(run, loop)
+    loop.log(dict(row))
+    loop.bar.show(epsilon=row["epsilon"])
+
+
+def _save(run: Progress, loop: _Loop) -> None:
+    """Once for each step that was come to."""
+    if loop.checkpoints is not None and run.saved < run.done:
+        run.saved = run.done
+        with interrupts_wait():
+            loop.checkpoints.save(run.whole, run.ledger, loop.sampler, run.history, loop.data)
+
+
 @contextlib.contextmanager
-def _saved_in_the_end(live: Live, save: Callable[[], None]) -> Iterator[None]:
+def _saved_in_the_end(run: Progress, loop: _Loop) -> Iterator[None]:
     """After an exception no step is lost, Ctrl-C included. Its parameters may have been seen: to
     execute it once more, with the same noise and another chain, would show what the noise hides.
     Processes save together, so one of them alone cannot."""
     try:
         yield
     except BaseException as error:
-        if can_be_read(live.state) and jax.process_count() == 1:
+        if can_be_read(run.state) and jax.process_count() == 1:
             try:
-                save()
+                _save(run, loop)
             except Exception as problem:  # of any kind: the user is to see the first one
                 error.add_note(f"jaxdp: the run could not be saved: {problem}")
         raise
 
 
-def _budget(plan: Plan) -> Budget | None:
-    if plan.budget is None:
-        return None
-    return Budget(plan.budget, plan.delta, plan.accountant, plan.relation)
-
-
-def _program(step: Step, state: TrainState, part: Part) -> str:
+def _program(step: Step, state: TrainState, loaded: LoadedBatch) -> str:
     """What a step computes, with the constants that its chain closes over."""
-    return program_digest(step.run, state, part.batch, part.mask, part.is_last)
+    return program_digest(step.run, state, loaded.batch, loaded.mask, loaded.is_last)
 
 
 def _how_to_resume(checkpoints: Checkpoints | None) -> str:

@@ -13,8 +13,15 @@ from jaxdp.training.step import StepMetrics, TrainState
 Evaluate = Callable[[Any], Mapping[str, float]]
 
 
-class Seen(NamedTuple):
-    """Sums since the last report. NOT private."""
+class Totals(NamedTuple):
+    """Sums over the steps since the last report. NOT private.
+
+    Attributes:
+      loss_sum: of the losses of samples.
+      samples: how many there were.
+      nonfinite: how many of them counted for nothing.
+      since: when they began, by the clock of `time.perf_counter`.
+    """
 
     loss_sum: float
     samples: int
@@ -22,18 +29,18 @@ class Seen(NamedTuple):
     since: float
 
     @classmethod
-    def begin(cls) -> "Seen":
-        """Nothing yet."""
+    def begin(cls) -> "Totals":
+        """Of no step yet."""
         return cls(0.0, 0, 0, time.perf_counter())
 
-    def add(self, metrics: Iterable[StepMetrics]) -> "Seen":
+    def add(self, metrics: Iterable[StepMetrics]) -> "Totals":
         """One more logical step, in its physical batches."""
         loss_sum, samples, nonfinite = self[:3]
-        for part in metrics:
-            loss_sum += float(part.loss_sum)
-            samples += int(part.samples)
-            nonfinite += int(part.nonfinite)
-        return Seen(loss_sum, samples, nonfinite, self.since)
+        for batch in metrics:
+            loss_sum += float(batch.loss_sum)
+            samples += int(batch.samples)
+            nonfinite += int(batch.nonfinite)
+        return Totals(loss_sum, samples, nonfinite, self.since)
 
     @property
     def loss(self) -> float:
@@ -51,7 +58,7 @@ def report_row(
     ledger: Ledger,
     sampler: Sampler,
     plan: Plan,
-    seen: Seen,
+    totals: Totals,
     evaluate: Evaluate | None,
 ) -> dict[str, Any]:
     """One row of the history.
@@ -60,8 +67,8 @@ def report_row(
       state: after the step that is reported.
       ledger: charged with it.
       sampler: of the run.
-      plan: at which δ, and by which accountant.
-      seen: since the last report.
+      plan: what ε is stated with.
+      totals: of the steps since the last report.
       evaluate: of the parameters, or None.
 
     Raises:
@@ -73,28 +80,28 @@ def report_row(
         "step": step,
         "epoch": step * sampler.expected_batch_size / sampler.num_examples,
         "epsilon": plan.spent(ledger),
-        "delta": plan.delta,
-        "loss": seen.loss,
-        "nonfinite": seen.nonfinite,
-        "samples_per_second": seen.samples_per_second,
+        "delta": plan.guarantee.delta,
+        "loss": totals.loss,
+        "nonfinite": totals.nonfinite,
+        "samples_per_second": totals.samples_per_second,
     }
     return row if evaluate is None else row | _evaluated(evaluate, state, row)
 
 
 def _evaluated(evaluate: Evaluate, state: TrainState, row: Mapping[str, Any]) -> dict[str, float]:
-    found = evaluate(state.params)
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+    metrics = evaluate(state.params)
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise TypeError(
-            f"evaluate must return a dict of numbers by name, got {shown(found)}. Return "
+            f"evaluate must return a dict of numbers by name, got {shown(metrics)}. Return "
             '{"accuracy": ...}, or {} for nothing.'
         )
-    taken = sorted(set(found) & set(row))
+    taken = sorted(set(metrics) & set(row))
     if taken:
         raise ValueError(
             f"evaluate must return names that the report has not, got {taken}, which come from the "
             f'ledger and the steps. Call yours "test_{taken[0]}", say.'
         )
-    return {name: _number(name, value) for name, value in found.items()}
+    return {name: _number(name, value) for name, value in metrics.items()}
 
 
 def _number(name: str, value: Any) -> float:

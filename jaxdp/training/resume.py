@@ -2,8 +2,9 @@
 
 from jaxdp.accounting import Ledger
 from jaxdp.sampling import Sampler
-from jaxdp.training.checkpoints import Checkpoints, Saved
+from jaxdp.training.checkpoints import Checkpoints
 from jaxdp.training.identity import check_charged
+from jaxdp.training.run import Progress
 from jaxdp.training.step import TrainState
 
 
@@ -13,7 +14,7 @@ def begin(
     sampler: Sampler,
     checkpoints: Checkpoints | None,
     data: str | None,
-) -> Saved:
+) -> Progress:
     """At the newest checkpoint, or at what `fit` was given where that is as far.
 
     Args:
@@ -34,20 +35,20 @@ def begin(
     done = int(state.step)
     if saved is not None and (int(saved.state.step) > done or done == 0):
         check_charged(saved.state, saved.ledger)
-        return saved._replace(ledger=_both(saved.ledger, ledger))
+        return Progress(saved.state, _both(saved.ledger, ledger), saved.history)
     if done == 0:
         # What the data was charged with before is closed: a new run begins its own epochs.
-        return Saved(state, Ledger().merge(ledger), [])
+        return Progress(state, Ledger().merge(ledger), [])
     check_charged(state, ledger)
     if saved is None:
-        return Saved(state, ledger, [])
+        return Progress(state, ledger, [])
     if not ledger.extends(saved.ledger):
         raise ValueError(
             f"ledger must hold what the checkpoint of step {int(saved.state.step)} was charged "
             "with, got one that does not extend it: pass ledger=run.ledger with run.state, or "
             "another directory"
         )
-    return Saved(state, ledger, saved.history)
+    return Progress(state, ledger, saved.history)
 
 
 def _both(saved: Ledger, given: Ledger) -> Ledger:

@@ -4,6 +4,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -31,19 +32,26 @@ class Run(NamedTuple):
     stopped_by: str
 
 
-class Live:
-    """The run as it stands, for whoever asks while it goes on.
+@dataclass
+class Progress:
+    """How far a run has come. It changes as the run goes on, so that an exception can carry it.
 
     Attributes:
       state: after the last whole step; None during a step, which consumes it.
       ledger: charged with what is, or is about to be, executed.
       history: the reports so far.
+      done: whole steps executed.
+      saved: of these, how many need not be saved any more.
     """
 
-    def __init__(self, state: TrainState, ledger: Ledger, history: list[dict[str, Any]]):
-        self.state: TrainState | None = state
-        self.ledger = ledger
-        self.history = history
+    state: TrainState | None
+    ledger: Ledger
+    history: list[dict[str, Any]]
+    done: int = field(init=False)
+    saved: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.done = self.saved = int(self.whole.step)
 
     @property
     def whole(self) -> TrainState:
@@ -77,13 +85,13 @@ _ATTRIBUTE = "_jaxdp_run"
 
 
 @contextlib.contextmanager
-def kept(live: Live) -> Iterator[None]:
+def kept(progress: Progress) -> Iterator[None]:
     """Lets an exception carry the run as it stands; see `run_of`."""
     try:
         yield
     except BaseException as error:
-        state: Any = live.state if can_be_read(live.state) else None
-        run = Run(state, live.ledger, live.history, type(error).__name__)
+        state: Any = progress.state if can_be_read(progress.state) else None
+        run = Run(state, progress.ledger, progress.history, type(error).__name__)
         with contextlib.suppress(AttributeError):  # an exception may have no room
             setattr(error, _ATTRIBUTE, run)
             error.add_note(

@@ -10,9 +10,9 @@ from jax.typing import ArrayLike
 
 from jaxdp.accounting.checks import check_bool, check_callable, check_instance
 from jaxdp.bounded import Bounded, Groups
-from jaxdp.noise import executed_noise_multipliers
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.problem import check_arrays, merged_tree, with_gradient
+from jaxdp.released import executed_noise_multipliers
 
 
 class TrainState(NamedTuple):

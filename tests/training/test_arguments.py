@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.accounting import PoissonSampling
+from jaxdp.accounting import Guarantee, PoissonSampling
 from tests.training import small
 from tests.training.small import fit
 
@@ -41,7 +41,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     *(({"budget": v}, TypeError, "budget must be a real number, got") for v in NO_NUMBERS),
     *(({"budget": v}, ValueError, "budget must be") for v in (0, -1.0, math.nan, math.inf)),
     ({"accountant": "moments"}, ValueError, "accountant must be 'pld' or 'rdp', got 'moments'"),
-    ({"accountant": None}, TypeError, "accountant must be 'pld' or 'rdp', got None"),
+    ({"accountant": 3}, TypeError, "accountant must be 'pld' or 'rdp', got 3"),
+    (
+        {"delta": Guarantee(1e-5), "accountant": "rdp"},
+        ValueError,
+        "accountant must be that of the guarantee, 'pld', got 'rdp'",
+    ),
     ({"neighboring_relation": "some"}, ValueError, "neighboring_relation must be"),
     ({"neighboring_relation": 3}, TypeError, "neighboring_relation must be"),
     ({"ledger": {}}, TypeError, "ledger must be of type Ledger, got {}. Pass run.ledger"),
@@ -85,3 +90,14 @@ def test_numbers_of_any_kind_are_numbers() -> None:
     run = fit(**options)
     small.assert_same(run, fit())
     assert all(type(value) in (int, float) for value in run.history[-1].values())
+
+
+def test_a_guarantee_says_what_three_arguments_say() -> None:
+    names: dict[str, Any] = {"accountant": "pld", "neighboring_relation": "replace_one"}
+    options: dict[str, Any] = {"budget": 6.0, "steps": 40}
+    named = fit(**names, **options)
+    assert named.stopped_by == "budget"
+    guarantee = Guarantee(small.DELTA, **names)
+    small.assert_same(fit(delta=guarantee, accountant=None, **options), named)
+    # Said twice alike it is said once.
+    small.assert_same(fit(delta=guarantee, **names, **options), named)

@@ -13,7 +13,7 @@ import pytest
 import jaxdp
 from jaxdp import training
 from jaxdp.accounting import Draws, Ledger, LedgerEntry, PoissonSampling, ShuffledEpochs
-from jaxdp.noise import noise_draws
+from jaxdp.released import noise_draws
 from tests.training import small
 from tests.training.small import chain, fit, poisson, shuffled, start
 

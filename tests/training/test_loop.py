@@ -19,6 +19,7 @@ from jaxdp.accounting import (
     FixedSizeSampling,
     Ledger,
     LedgerEntry,
+    LedgerEntry,
     PoissonSampling,
     RelationName,
     SamplingScheme,
@@ -139,7 +140,8 @@ def test_the_ledger_holds_the_noise_of_the_chain(
 ) -> None:
     run = fit(tx)
     assert entries(run.ledger) == expected
-    assert {entry.sampling for entry in run.ledger.entries} == {PoissonSampling(0.2)}
+    steps = [entry for entry in run.ledger.entries if isinstance(entry, LedgerEntry)]
+    assert {entry.sampling for entry in steps} == {PoissonSampling(0.2)}
 
 
 def test_noise_for_each_of_k_layers_is_charged_as_less() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 import jaxdp
 from jaxdp import training
-from jaxdp.noise import executed_noise_multipliers
 from jaxdp.recipes import classify, models
+from jaxdp.released import executed_noise_multipliers
 
 EXAMPLES = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 KEY = jax.random.key(5)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import rich
 
-from jaxdp.training.progress import progress_bar
+from jaxdp.training.bar import progress_bar
 
 
 def console(*, terminal: bool) -> io.StringIO:

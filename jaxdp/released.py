@@ -1,0 +1,169 @@
+"""What a release under noise leaves in an optimizer state, for the ledger.
+
+Every transformation that draws noise carries one `Released` in its state, and everybody who must
+know of its noise finds it there, by its type, wherever it lies: in a chain, under
+`jaxdp.accumulate`, `optax.masked` or `optax.partition`, or in a state of the user's own, whatever
+the names of its fields. A mechanism of your own carries one, too:
+
+    class State(NamedTuple):
+        released: Released
+        momentum: Any
+
+    released = Released.begin(key, "my noise", params)                  # in init
+    noise = normal(released.coming_key(), shape)                        # in update
+    state = State(released.after(sigma), momentum)
+"""
+
+# The types of JAX and optax are partly unknown.
+# pyright: reportMissingTypeStubs=false
+# pyright: reportUnknownMemberType=false
+
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from jaxdp.randomness import drawn_alone, fingerprints, own_key, step_key
+
+
+@final
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Released:
+    """One noised release of every logical step: what the last one drew, and what the next one will.
+
+    Attributes:
+      step: the coming logical step, int32 scalar.
+      noise_multiplier: of the last step, relative to the sensitivity of what was released, float32
+        scalar; the ledger is charged with it. NaN before the first.
+      key: where the noise comes from, of this purpose and these leaves alone. Secret.
+      purpose: what the noise is for, see `jaxdp.randomness`.
+    """
+
+    step: jax.Array
+    noise_multiplier: jax.Array
+    key: jax.Array
+    purpose: str = field(metadata={"static": True})
+
+    @classmethod
+    def begin(cls, key: jax.Array, purpose: str, params: optax.Params) -> "Released":
+        """Before the first step.
+
+        Args:
+          key: the user's, of one run.
+          purpose: what the noise is for: noise of two purposes is independent, whatever the key.
+          params: the parameters that the transformation sees; leaves may be abstract.
+
+        Raises:
+          TypeError: `key` is no key.
+          ValueError: a generator whose derived keys are not known to be independent; under a `vmap`
+            that maps `params`, but not the key.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> released = Released.begin(jax.random.key(0), "my noise", jnp.zeros(3))
+          >>> int(released.step), float(released.noise_multiplier)
+          (0, nan)
+        """
+        own = own_key(key, purpose, params)
+        drawn_alone(own, params)
+        never = jnp.full((), jnp.nan, jnp.float32)
+        return cls(jnp.zeros((), jnp.int32), never, own, purpose)
+
+    def coming_key(self) -> jax.Array:
+        """The key that the noise of the coming step is drawn from."""
+        return step_key(self.key, self.step)
+
+    def after(self, noise_multiplier: jax.Array, is_last: ArrayLike = True) -> "Released":
+        """Behind the coming step.
+
+        Args:
+          noise_multiplier: what it drew.
+          is_last: whether it is over; as it is where its logical batch goes on.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> released = Released.begin(jax.random.key(0), "my noise", jnp.zeros(3))
+          >>> released = released.after(jnp.float32(1.5))
+          >>> int(released.step), float(released.noise_multiplier)
+          (1, 1.5)
+        """
+        return replace(
+            self,
+            step=jnp.where(is_last, self.step + 1, self.step),
+            noise_multiplier=jnp.where(is_last, noise_multiplier, self.noise_multiplier),
+        )
+
+
+def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:
+    """Noise multipliers of everything that the last logical step released, from its state.
+
+    Finds the noise of every `add_noise` and `clip_adaptive`, wherever it lies in the chain. This
+    is what a ledger must be charged with: it is read where the noise is drawn, so that it cannot
+    disagree with it.
+
+    Args:
+      opt_state: state of an optax chain.
+
+    Returns:
+      Float32 scalars, in the order of the state.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxdp
+      >>> tx = optax.chain(jaxdp.add_noise(1.5, jax.random.key(0)), optax.sgd(1e-3))
+      >>> total = jaxdp.Bounded(jnp.ones(2), sensitivity=1.0)
+      >>> _, state = tx.update(total, tx.init(jnp.ones(2)), jnp.ones(2))
+      >>> [float(sigma) for sigma in executed_noise_multipliers(state)]
+      [1.5]
+    """
+    return [released.noise_multiplier for released in _all_released(opt_state)]
+
+
+def noise_draws(opt_state: optax.OptState) -> tuple[tuple[str, str, int], ...]:
+    """Which noise comes next: (purpose, fingerprint of the key, step) of everything that is drawn.
+
+    Two runs that state the same draw the same: a ledger that keeps what it was charged for refuses
+    the second one. A run that goes on from its saved state does not repeat itself.
+
+    Args:
+      opt_state: state of an optax chain, not traced. Of a `jax.vmap` over states, each member is
+        told.
+
+    Returns:
+      One triple for each release, in the order of the state.
+
+    Raises:
+      ValueError: two noised releases would be drawn from one key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxdp
+      >>> tx = optax.chain(jaxdp.add_noise(1.5, jax.random.key(0)), optax.sgd(1e-3))
+      >>> state = tx.init(jnp.ones(2))
+      >>> [(purpose, len(key), step) for purpose, key, step in noise_draws(state)]
+      [('gradient noise', 64, 0)]
+      >>> _, state = tx.update(jaxdp.Bounded(jnp.ones(2), 1.0), state, jnp.ones(2))
+      >>> noise_draws(state)[0][2]
+      1
+    """
+    draws: list[tuple[str, str, int]] = []
+    for released in _all_released(opt_state):
+        keys = fingerprints(released.key)
+        steps = np.broadcast_to(np.ravel(jax.device_get(released.step)), len(keys))
+        draws += [(released.purpose, key, int(step)) for key, step in zip(keys, steps, strict=True)]
+    if len({(purpose, key) for purpose, key, _ in draws}) < len(draws):
+        raise ValueError(
+            "every noised release must have a key of its own, got one key twice: members of an "
+            "ensemble need jax.random.split(key, members), see jaxdp.add_noise"
+        )
+    return tuple(draws)
+
+
+def _all_released(opt_state: optax.OptState) -> list[Released]:
+    # By type: a name, such as that of an attribute, may be another's, and what is looked for may
+    # lie inside. A `Released` holds arrays alone, so that nothing lies inside one.
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Released))
+    return [node for node in nodes if isinstance(node, Released)]
