@@ -66,7 +66,7 @@ def _leaf(
     name: str, gradients: LeafGradients, uses: list[Use], tapped: list[Use]
 ) -> LeafExplanation:
     pieces = gradients.pieces
-    methods = list(dict.fromkeys(piece.method for piece in pieces)) or ["unused"]
+    methods = list(dict.fromkeys(piece.form for piece in pieces)) or ["unused"]
     arrays = [] if tapped else jax.tree.leaves(pieces)
     method = ", ".join(methods)
     return LeafExplanation(

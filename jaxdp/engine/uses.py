@@ -177,7 +177,7 @@ def _walk(
 
     outputs = walker.evaluate(program, inputs, rule, lift=lambda _: _CONSTANT, path=block.path)
     if block.path:
-        for root in frozenset().union(*(value.roots for value in outputs)):
+        for root in frozenset[int]().union(*(value.roots for value in outputs)):
             promoted[root] = "leaves a loop or block unchanged"
     return _Walked(_with_twins(uses, program, block.path), outputs, promoted)
 
@@ -186,7 +186,7 @@ def _with_twins(uses: list[Use], program: Program, path: Path) -> list[Use]:
     """Marks factored uses at this level whose cotangent an earlier one has, too."""
     classes = cotangent_classes(program)
     first: dict[Any, Path] = {}
-    marked = []
+    marked: list[Use] = []
     for use in uses:
         if use.kind is not None and use.path[:-1] == path:
             earlier = first.setdefault(classes[use.path[-1]], use.path)
@@ -197,7 +197,7 @@ def _with_twins(uses: list[Use], program: Program, path: Path) -> list[Use]:
 
 def _derived(eqn: Equation, values: list[_Value]) -> list[_Value]:
     """Outputs that depend on parameters alone, or on nothing."""
-    roots = frozenset().union(*(value.roots for value in values))
+    roots = frozenset[int]().union(*(value.roots for value in values))
     if not roots or eqn.name == "stop_gradient":
         return [_CONSTANT] * len(eqn.outputs)
     shown = views.apply(eqn, [value.view for value in values])
@@ -211,7 +211,7 @@ def _derived(eqn: Equation, values: list[_Value]) -> list[_Value]:
 
 def _boxes(view: View | None, block: _Block) -> tuple[Box, ...] | None:
     """The boxes of all parts of a view, if each of them is one."""
-    boxes = []
+    boxes: list[Box] = []
     for part in view or ():
         if (at := views.box(part, block.leaves[part.source])) is None:
             return None
