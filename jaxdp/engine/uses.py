@@ -2,12 +2,12 @@
 
 `find_uses` walks the program of the per-example loss once. Every value is a constant, depends on
 parameters alone, or depends on the sample; an operand of the second sort in an equation of the
-third is a *use*. The gradient of a parameter is the sum over its uses, each seen from the output
-cotangent of one equation.
+third is a *use*, and the equation its *site*. The gradient of a parameter is the sum over its uses,
+each seen from the output cotangent of one equation.
 
-A use of a recognised kind (`kinds.KINDS`) is factored: its gradient is never formed unless that
-pays. Any other is *promoted*: each sample gets the operand for itself, so that its gradient is
-materialised for that operand alone. Always right, whatever the equation does.
+A use at a site of a recognised kind (`kinds.KINDS`) is factored: its gradient is never formed
+unless that pays. Any other is *promoted*: each sample gets the operand for itself, so that its
+gradient is materialised for that operand alone. Always right, whatever the equation does.
 
 Within a loop or a rematerialised block only factored uses of views of a parameter stay inside; for
 any other the parameter is promoted where it enters the block, and all of its uses with it.
