@@ -32,6 +32,16 @@ ROOMS = {
     "jaxdp.released": 1,
     "jaxdp.nn": 1,
     "jaxdp.sampling": 1,
+    # Within the engine: programs, boxes and arithmetic know nothing of each other, factors nothing
+    # of programs, kinds of site nothing of where they are looked for.
+    "jaxdp.engine.walker": 1,
+    "jaxdp.engine.boxes": 1,
+    "jaxdp.engine.rounding": 1,
+    "jaxdp.engine.numerics": 1.2,
+    "jaxdp.engine.sums": 1.4,
+    "jaxdp.engine.factors": 1.6,
+    "jaxdp.engine.views": 1.6,
+    "jaxdp.engine.kinds": 1.8,
     "jaxdp.engine": 2,
     "jaxdp.problem": 3,
     "jaxdp.options": 4,
@@ -105,6 +115,14 @@ def test_a_module_imports_from_its_own_room_and_from_below(name: str) -> None:
         assert there == here or ROOMS[there] < ROOMS[here], f"{name} imports {other}"
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if name.startswith("jaxdp.engine.kinds.")]
+)
+def test_no_kind_of_site_knows_another(name: str) -> None:
+    kinds = {other for other in imported(name) if other.startswith("jaxdp.engine.kinds")}
+    assert kinds <= {"jaxdp.engine.kinds.base"}
+
+
 def everything_imported(name: str) -> set[str]:
     """What a module imports, directly or through other modules of the package."""
     seen, waiting = set(), {name}
@@ -130,6 +148,20 @@ def test_nothing_is_imported_from_the_inside_of_jax(name: str) -> None:
     assert inside == []
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         assert not (isinstance(node, ast.Attribute) and node.attr == "_src")
+
+
+# What JAX calls the parts of a program, which differs between its versions.
+PARTS_OF_PROGRAMS = {"jaxpr", "consts", "eqns", "invars", "outvars", "in_avals", "out_avals"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "jaxdp.engine.walker"])
+def test_one_module_looks_into_programs(name: str) -> None:
+    attributes = {
+        node.attr
+        for node in ast.walk(ast.parse(FILES[name].read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    assert not attributes & PARTS_OF_PROGRAMS
 
 
 def modules() -> list[str]:

@@ -9,7 +9,7 @@ loss:
    than compute on one example, `batch_of_one` finds what is left of statistics over a batch.
 2. `uses` finds where each parameter meets the sample, `views` which parameter that is, and `boxes`
    which entries of it; `plan` holds them.
-3. `kinds/` has one file per kind of use: which primitives it knows, and of what its gradients are
+3. `kinds/` has one file per kind of site: which primitives it knows, and of what its gradients are
    made. `factors/` has one file per form that these are kept in: how norms, sums and rows come from
    it.
 4. `instrument` runs the program with a slot or a tap at every use, and `assemble` makes the

@@ -5,11 +5,14 @@ the squares of their norms add. Uses of the same box are joined into one factor,
 included. Where neither holds the leaf is materialised: norms of overlapping uses never just add.
 """
 
-from collections.abc import Mapping, Sequence
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,9 @@ from jaxdp.engine.rounding import joint_norm, rounded_up
 from jaxdp.engine.uses import Use, by_path
 from jaxdp.engine.views import Part
 from jaxdp.engine.walker import Equation, Path, Program
+
+# Cotangents of all results to those of all arguments.
+PullBack = Callable[[list[jax.Array]], tuple[list[jax.Array]]]
 
 
 @factored
@@ -142,7 +148,7 @@ def _with_derived(
 ) -> list[LeafGradients]:
     """Adds the gradients with respect to values computed from parameters, pulled back to these
     sample by sample."""
-    roots = sorted(frozenset().union(*(uses[number].sources for number in derived)))
+    roots = sorted(frozenset[int]().union(*(uses[number].sources for number in derived)))
     batch_size = jax.tree.leaves(list(derived.values()))[0].shape[0]
 
     def derive(chosen: list[jax.Array]) -> list[jax.Array]:
@@ -152,7 +158,7 @@ def _with_derived(
         operands = _operands(program, {number: uses[number] for number in derived}, merged)
         return [operands[number] for number in derived]
 
-    _, pull_back = jax.vjp(derive, [leaves[root] for root in roots])
+    pull_back = cast(PullBack, jax.vjp(derive, [leaves[root] for root in roots])[1])
     rows = [gradients.rows(batch_size) for gradients in derived.values()]
     (pulled,) = jax.vmap(pull_back)(rows)
     total = list(direct)

@@ -5,6 +5,9 @@ repeats an entry. A `Box` is a range along every axis of an array. Gradients wit
 entries of a leaf come with the dims that say where these lie, and a `Target` places them.
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

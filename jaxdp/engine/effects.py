@@ -19,6 +19,9 @@ What is not known to be harmless is named, too: a new effect is refused until so
 about it. Backward rules are programs as well; who asks must trace the gradient.
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Iterator, Set
 from typing import Any, Literal, NamedTuple
 
@@ -124,7 +127,10 @@ def check(
         seen += _refused(hazards(differentiated, apart), excused)
     if any(hazard.excuse == "alone" for hazard in seen):
         # Their rules for a batch are programs, too.
-        rows = jax.tree.map(lambda leaf: leaf[:1], batch.examples)
+        def first_row(leaf: jax.Array) -> jax.Array:
+            return leaf[:1]
+
+        rows = jax.tree.map(first_row, batch.examples)
         mapped, _ = walker.trace(jax.vmap(gradient, in_axes=(None, 0)), leaves, rows)
         _refused(hazards(mapped, apart), excused)
 

@@ -44,7 +44,7 @@ def explain_leaf(
       tapped: whether its factors are not kept (`methods.taps`).
     """
     pieces = gradients.pieces
-    methods = list(dict.fromkeys(piece.method for piece in pieces)) or ["unused"]
+    methods = list(dict.fromkeys(piece.form for piece in pieces)) or ["unused"]
     arrays = [] if tapped else jax.tree.leaves(pieces)
     norms = ", ".join(methods)
     return LeafExplanation(

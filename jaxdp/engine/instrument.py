@@ -8,8 +8,11 @@ A tap replaces the equation of a factored use by one with another backward pass.
 its slot, which is the operand's, and what it captures is its own affair.
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -49,7 +52,14 @@ class Replacement(NamedTuple):
     arrays: ByUse
 
 
-NO_REPLACEMENT = Replacement(lambda use, values, slot, array: (use.eqn.bind(values), []), {})
+def _unreplaced(
+    use: Use, values: list[Any], slot: jax.Array, array: jax.Array
+) -> tuple[list[Any], list[Any]]:
+    del slot, array
+    return use.eqn.bind(values), []
+
+
+NO_REPLACEMENT = Replacement(_unreplaced, {})
 
 
 def run(
@@ -131,7 +141,10 @@ def _run_inside(
         def block(values: list[Any], slots: ByUse, arrays: ByUse) -> tuple[list[Any], Captures]:
             return run(remat.body, uses, values, slots, taps._replace(arrays=arrays), path)
 
-        wrapped = jax.checkpoint(block, policy=remat.policy, prevent_cse=remat.prevent_cse)
+        wrapped = cast(
+            Callable[..., tuple[list[Any], Captures]],
+            jax.checkpoint(block, policy=remat.policy, prevent_cse=remat.prevent_cse),
+        )
         return wrapped(values, slots, arrays)
 
     scan = eqn.scan

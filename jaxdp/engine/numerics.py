@@ -1,5 +1,8 @@
 """Zeros by selection, and sums in a precision that is wide enough."""
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 from typing import Any
 
 import jax
@@ -54,7 +57,10 @@ def once(tree: Any) -> Any:
     time, with a fused multiply-add here and without one there. Where terms cancel, the norm of one
     result says nothing about the other. So what norms and sums have in common goes through here.
     """
-    arrays, structure = jax.tree.flatten(tree)
-    each_once = {id(array): array for array in arrays}
+    each_once = {id(array): array for array in jax.tree.leaves(tree)}
     behind = {key: jax.lax.optimization_barrier(array) for key, array in each_once.items()}
-    return jax.tree.unflatten(structure, [behind[id(array)] for array in arrays])
+
+    def computed(array: jax.Array) -> jax.Array:
+        return behind[id(array)]
+
+    return jax.tree.map(computed, tree)

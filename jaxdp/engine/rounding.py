@@ -13,8 +13,11 @@ Sources: Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 
 lemma 3.1 and theorem 3.1 (γ_k, inner products in any order), section 4.2 (sums in blocks).
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +62,14 @@ def rounded_up(value: jax.Array, roundings: int) -> jax.Array:
     return value * (1 + gamma(roundings + 2, value.dtype))
 
 
+def _smallest_normal(dtype: Any) -> float:
+    """`tiny` of the model."""
+    return float(cast(float, jnp.finfo(dtype).tiny))
+
+
 def lost(count: int, dtype: Any) -> float:
     """What so many products or sums may lack because they underflowed to zero."""
-    return count * float(jnp.finfo(dtype).tiny)
+    return count * _smallest_normal(dtype)
 
 
 def total(terms: jax.Array) -> jax.Array:
@@ -129,4 +137,4 @@ def least_weight(dtype: Any) -> float:
     would no longer cancel as the norm says (`engine.factors.gram`). In float32 it is 6e-13: of a
     sample whose gradient is larger than 10¹² thresholds nothing is left.
     """
-    return 2.0**13 * math.sqrt(float(jnp.finfo(dtype).tiny) / (32 * unit_roundoff(dtype)))
+    return 2.0**13 * math.sqrt(_smallest_normal(dtype) / (32 * unit_roundoff(dtype)))

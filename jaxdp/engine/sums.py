@@ -32,6 +32,9 @@ Source: Casacuberta et al. 2022, "Widespread Underestimation of Sensitivity in D
 Private Libraries and How to Fix It" (arXiv 2207.10635), on running totals.
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,7 +64,11 @@ class Running(NamedTuple):
     @classmethod
     def start(cls, zeros: Any) -> "Running":
         """The sum over no terms, from zeros like them."""
-        return cls(zeros, jax.tree.map(jnp.zeros_like, zeros))
+
+        def nothing_lost(array: jax.Array) -> jax.Array:
+            return jnp.zeros_like(array)
+
+        return cls(zeros, jax.tree.map(nothing_lost, zeros))
 
     def add(self, term: Any) -> "Running":
         """The sum with one more term."""

@@ -2,12 +2,12 @@
 
 `find_uses` walks the program of the per-example loss once. Every value is a constant, depends on
 parameters alone, or depends on the sample; an operand of the second sort in an equation of the
-third is a *use*. The gradient of a parameter is the sum over its uses, each seen from the output
-cotangent of one equation.
+third is a *use*, and the equation its *site*. The gradient of a parameter is the sum over its uses,
+each seen from the output cotangent of one equation.
 
-A use of a recognised kind (`kinds.KINDS`) is factored: its gradient is never formed unless that
-pays. Any other is *promoted*: each sample gets the operand for itself, so that its gradient is
-materialised for that operand alone. Always right, whatever the equation does.
+A use at a site of a recognised kind (`kinds.KINDS`) is factored: its gradient is never formed
+unless that pays. Any other is *promoted*: each sample gets the operand for itself, so that its
+gradient is materialised for that operand alone. Always right, whatever the equation does.
 
 Within a loop or a rematerialised block only factored uses of views of a parameter stay inside; for
 any other the parameter is promoted where it enters the block, and all of its uses with it.
@@ -177,7 +177,7 @@ def _walk(
 
     outputs = walker.evaluate(program, inputs, rule, lift=lambda _: _CONSTANT, path=block.path)
     if block.path:
-        for root in frozenset().union(*(value.roots for value in outputs)):
+        for root in frozenset[int]().union(*(value.roots for value in outputs)):
             promoted[root] = "leaves a loop or block unchanged"
     return _Walked(_with_twins(uses, program, block.path), outputs, promoted)
 
@@ -186,7 +186,7 @@ def _with_twins(uses: list[Use], program: Program, path: Path) -> list[Use]:
     """Marks factored uses at this level whose cotangent an earlier one has, too."""
     classes = cotangent_classes(program)
     first: dict[Any, Path] = {}
-    marked = []
+    marked: list[Use] = []
     for use in uses:
         if use.kind is not None and use.path[:-1] == path:
             earlier = first.setdefault(classes[use.path[-1]], use.path)
@@ -197,7 +197,7 @@ def _with_twins(uses: list[Use], program: Program, path: Path) -> list[Use]:
 
 def _derived(eqn: Equation, values: list[_Value]) -> list[_Value]:
     """Outputs that depend on parameters alone, or on nothing."""
-    roots = frozenset().union(*(value.roots for value in values))
+    roots = frozenset[int]().union(*(value.roots for value in values))
     if not roots or eqn.name == "stop_gradient":
         return [_CONSTANT] * len(eqn.outputs)
     shown = views.apply(eqn, [value.view for value in values])
@@ -211,7 +211,7 @@ def _derived(eqn: Equation, values: list[_Value]) -> list[_Value]:
 
 def _boxes(view: View | None, block: _Block) -> tuple[Box, ...] | None:
     """The boxes of all parts of a view, if each of them is one."""
-    boxes = []
+    boxes: list[Box] = []
     for part in view or ():
         if (at := views.box(part, block.leaves[part.source])) is None:
             return None

@@ -12,8 +12,11 @@ entry: an axis that was broadcast, or a loop that shares the parameter. An opera
 view of this kind gives None, and its result is treated as an array of its own.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 
@@ -91,19 +94,19 @@ def apply(eqn: Equation, views: Sequence[View | None]) -> list[View | None]:
 
 
 def _same(_: Equation, views: list[View]) -> list[View | None]:
-    return [views[0]]
+    return list(views)
 
 
 def _cast(eqn: Equation, views: list[View]) -> list[View | None]:
     dtype = eqn.outputs[0].dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         return [None]
-    half = jnp.finfo(dtype).bits < 32
+    half = cast(int, jnp.finfo(dtype).bits) < 32
     return [tuple(part._replace(half=part.half or half) for part in views[0])]
 
 
 def _transpose(eqn: Equation, views: list[View]) -> list[View | None]:
-    order = eqn.params["permutation"]
+    order: tuple[int, ...] = eqn.params["permutation"]
 
     def permuted(part: Part) -> Part:
         start = tuple(part.start[axis] for axis in order)
@@ -156,8 +159,9 @@ def _slice(eqn: Equation, views: list[View]) -> list[View | None]:
 
 
 def _split(eqn: Equation, views: list[View]) -> list[View | None]:
-    axis, begin, outputs = eqn.params["axis"], 0, []
-    shape = eqn.operands[0].shape
+    axis: int = eqn.params["axis"]
+    begin, outputs = 0, list[View | None]()
+    shape: tuple[int, ...] = eqn.operands[0].shape
     for size in map(int, eqn.params["sizes"]):
         starts, limits = [0] * len(shape), list(shape)
         starts[axis], limits[axis] = begin, begin + size
@@ -169,9 +173,9 @@ def _split(eqn: Equation, views: list[View]) -> list[View | None]:
 def _sliced(
     view: View, starts: Sequence[int], limits: Sequence[int], steps: Sequence[int]
 ) -> View | None:
-    parts = []
+    parts: list[Part] = []
     for part in view:
-        start, dims, offset = [], [], part.offset
+        start, dims, offset = list[int](), list[Dim](), part.offset
         for begin, dim, low, high, step in zip(
             part.start, part.dims, starts, limits, steps, strict=True
         ):
@@ -190,7 +194,8 @@ def _sliced(
 
 
 def _concatenate(eqn: Equation, views: list[View]) -> list[View | None]:
-    axis, begin, parts = eqn.params["dimension"], 0, []
+    axis: int = eqn.params["dimension"]
+    begin, parts = 0, list[Part]()
     for view, operand in zip(views, eqn.operands, strict=True):
         for part in view:
             start = list(part.start)
@@ -201,7 +206,8 @@ def _concatenate(eqn: Equation, views: list[View]) -> list[View | None]:
 
 
 def _stack(eqn: Equation, views: list[View]) -> list[View | None]:
-    axis, parts = eqn.params["axis"], []
+    axis: int = eqn.params["axis"]
+    parts: list[Part] = []
     for index, view in enumerate(views):
         for part in view:
             start, dims = list(part.start), list(part.dims)
@@ -228,7 +234,7 @@ def _unstack(eqn: Equation, views: list[View]) -> list[View | None]:
     return [entry(index) for index in range(shape[axis])]
 
 
-_RULES = {
+_RULES: dict[str, Callable[[Equation, list[View]], list[View | None]]] = {
     "transpose": _transpose,
     "squeeze": _squeeze,
     "reshape": _reshape,
@@ -241,7 +247,7 @@ _RULES = {
     "convert_element_type": _cast,
     "copy": _same,
     "copy_p": _same,
-    "optimization_barrier": lambda eqn, views: list(views),
+    "optimization_barrier": _same,
     "sharding_constraint": _same,
 }
 

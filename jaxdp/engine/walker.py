@@ -13,10 +13,13 @@ A `Path` names an equation: its position in the program, behind the positions of
 that hold it. Loops and rematerialised blocks are equations with a `body`.
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.core import AbstractValue
@@ -37,10 +40,11 @@ class Program:
     """A traced function, or the body of a call, a loop, a branch or a block.
 
     Attributes:
+      jaxpr: as JAX has it; this module alone looks into it.
       constants: the arrays that it closes over.
     """
 
-    _jaxpr: Any
+    jaxpr: Any
     constants: Sequence[Any]
 
     @classmethod
@@ -52,26 +56,26 @@ class Program:
     @property
     def inputs(self) -> list[Any]:
         """Abstract values (shape, dtype) of the inputs."""
-        return [variable.aval for variable in self._jaxpr.invars]
+        return [variable.aval for variable in self.jaxpr.invars]
 
     @property
     def outputs(self) -> list[Any]:
         """Abstract values (shape, dtype) of the outputs."""
-        return [atom.aval for atom in self._jaxpr.outvars]
+        return [atom.aval for atom in self.jaxpr.outvars]
 
     @property
     def takes(self) -> list[Key]:
         """The keys of the inputs."""
-        return list(self._jaxpr.invars)
+        return list(self.jaxpr.invars)
 
     @property
     def returns(self) -> list[Key | None]:
         """The keys of the outputs; None for a literal."""
-        return list(map(_key, self._jaxpr.outvars))
+        return list(map(_key, self.jaxpr.outvars))
 
     def equations(self, caller: "Equation | None" = None) -> list["Equation"]:
         """Those at its own level, in their order; `caller` holds the program."""
-        return [Equation(eqn, caller) for eqn in self._jaxpr.eqns]
+        return [Equation(eqn, caller) for eqn in self.jaxpr.eqns]
 
 
 def _key(atom: Any) -> Key | None:
@@ -259,7 +263,7 @@ Rule = Callable[[Path, Equation, list[Any]], Sequence[Any]]
 def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
     """The program of `fun` and the structure of what it returns; args may be shapes only."""
     jaxpr, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
-    return Program.of(jaxpr), jax.tree.structure(shapes)
+    return Program.of(jaxpr), cast(Any, jax.tree.structure(shapes))
 
 
 def evaluate(
@@ -283,7 +287,7 @@ def evaluate(
       path: of the equation that holds this program.
       caller: that equation, if it calls this program and nothing else.
     """
-    jaxpr = program._jaxpr
+    jaxpr = program.jaxpr
     values: dict[Key, Any] = dict(zip(jaxpr.constvars, map(lift, program.constants), strict=True))
     values |= zip(jaxpr.invars, args, strict=True)
 

@@ -22,6 +22,9 @@ from tests import helpers
 
 ROWS = 3
 
+OF_PRODUCTS = f"{outer.__name__}.form_of_products"
+OF_PATCHES = f"{patches.__name__}.form_of_patches"
+
 
 class Site(NamedTuple):
     """`apply(parameter, input) -> output`, and what to apply it to: shapes, or arrays of ids."""
@@ -56,12 +59,12 @@ def plan_of(site: Site) -> Plan:
     return TracedLoss.of(lambda leaves, x: (loss(leaves[0], x), None), [leaf], example).plan
 
 
-def check(site: Site, chooser: Any = None, *forced: str) -> None:
+def check(site: Site, chooser: str = "", *forced: str) -> None:
     """The factors of a site that must have some.
 
     Args:
       site: has one use.
-      chooser: the module whose `choose_method` decides how norms are computed.
+      chooser: the function, with its module, that decides what norms are computed from.
       *forced: what it is made to decide, besides what it does by itself.
     """
     leaf, batch = data_of(site)
@@ -79,10 +82,10 @@ def check(site: Site, chooser: Any = None, *forced: str) -> None:
 
     def every_way(leaf: jax.Array, batch: jax.Array) -> dict[str, Any]:
         answers = {"as chosen": answer(leaf, batch)}
-        for method in forced:
+        for form in forced:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(chooser, "choose_method", lambda extent, method=method: method)
-                answers[method] = answer(leaf, batch)
+                patch.setattr(chooser, lambda extent, form=form: form)
+                answers[form] = answer(leaf, batch)
         return answers
 
     answers = jax.jit(every_way)(leaf, batch)
@@ -93,14 +96,14 @@ def check(site: Site, chooser: Any = None, *forced: str) -> None:
     true = np.sum(expected.reshape(count, -1) ** 2, axis=1)
     scale = np.sqrt(np.max(true)) + 1e-30
     expected_sum = np.tensordot(np.asarray(weights, np.float64), expected, 1)
-    for method, (norms, total, rows) in answers.items():
+    for form, (norms, total, rows) in answers.items():
         # Gram matrices round up where terms cancel; nothing rounds down, but the cotangents that
         # the norms are made of are in single precision.
         low = true * (1 - 2e-6) - 1e-9 * scale**2
         high = true * (1 + 3e-4) + 2e-5 * scale**2
         squared = np.asarray(norms, np.float64) ** 2
-        assert np.all((low <= squared) & (squared <= high)), (method, norms, np.sqrt(true))
-        close = {"rtol": 1e-5, "atol": 1e-5 * scale, "err_msg": method}
+        assert np.all((low <= squared) & (squared <= high)), (form, norms, np.sqrt(true))
+        close = {"rtol": 1e-5, "atol": 1e-5 * scale, "err_msg": form}
         np.testing.assert_allclose(rows, expected, **close)
         np.testing.assert_allclose(total, expected_sum, **close)
 
@@ -152,7 +155,7 @@ def dot_site(numbers: Numbers, kernel: int) -> Site:
 @pytest.mark.parametrize("kernel", [0, 1])
 @pytest.mark.parametrize("name", list(PRODUCTS))
 def test_products(name: str, kernel: int) -> None:
-    check(dot_site(PRODUCTS[name], kernel), outer, "gram", "rows")
+    check(dot_site(PRODUCTS[name], kernel), OF_PRODUCTS, "gram", "rows")
 
 
 KERNEL_CHANGES = {
@@ -168,37 +171,37 @@ KERNEL_CHANGES = {
 def test_products_with_a_view(name: str) -> None:
     """Gradients return to the leaf that the kernel is a view of."""
     shape, change = KERNEL_CHANGES[name]
-    check(Site(lambda leaf, x: x @ change(leaf), shape, (5, 3)), outer, "gram", "rows")
+    check(Site(lambda leaf, x: x @ change(leaf), shape, (5, 3)), OF_PRODUCTS, "gram", "rows")
 
 
 @pytest.mark.parametrize(
-    ("extent", "method"),
+    ("extent", "form"),
     [
-        (outer.Extent(1, 1, 5, 7), "outer product"),
-        (outer.Extent(9, 1, 1, 1), "outer product"),
+        (outer.ProductExtent(1, 1, 5, 7), "outer product"),
+        (outer.ProductExtent(9, 1, 1, 1), "outer product"),
         # 2 · 10 · 40 = 800 operations against 3 · 400, 200 entries against 400.
-        (outer.Extent(1, 10, 20, 20), "gram"),
+        (outer.ProductExtent(1, 10, 20, 20), "gram"),
         # 1200 against 1200, and 450 entries against 400.
-        (outer.Extent(1, 14, 20, 20), "gram"),
-        (outer.Extent(1, 15, 20, 20), "rows"),
+        (outer.ProductExtent(1, 14, 20, 20), "gram"),
+        (outer.ProductExtent(1, 15, 20, 20), "rows"),
         # Few operations for long thin matrices are never many rows.
-        (outer.Extent(1, 2, 1000, 1), "rows"),
-        (outer.Extent(1, 2, 1000, 8), "gram"),
+        (outer.ProductExtent(1, 2, 1000, 1), "rows"),
+        (outer.ProductExtent(1, 2, 1000, 8), "gram"),
         # Attention and perceptron of GPT-2 small: matrices about as large as the vectors, and
         # Gram matrices dearer from some length on.
-        (outer.Extent(1, 128, 768, 768), "gram"),
-        (outer.Extent(1, 512, 768, 768), "rows"),
-        (outer.Extent(1, 512, 768, 3072), "rows"),
+        (outer.ProductExtent(1, 128, 768, 768), "gram"),
+        (outer.ProductExtent(1, 512, 768, 768), "rows"),
+        (outer.ProductExtent(1, 512, 768, 3072), "rows"),
         # Its head: matrices of all words would be larger than the logits.
-        (outer.Extent(1, 512, 768, 50257), "gram"),
+        (outer.ProductExtent(1, 512, 768, 50257), "gram"),
     ],
 )
-def test_the_method_of_a_product(extent: outer.Extent, method: str) -> None:
-    assert outer.choose_method(extent) == method
+def test_the_form_of_a_product(extent: outer.ProductExtent, form: str) -> None:
+    assert outer.form_of_products(extent) == form
 
 
 @pytest.mark.parametrize(
-    ("extent", "method"),
+    ("extent", "form"),
     [
         # Small images with many channels, and what makes each of the two conditions fail.
         (patches.PatchExtent(pixels=16, positions=16, window=9, inputs=64, outputs=64), "gram"),
@@ -207,8 +210,8 @@ def test_the_method_of_a_product(extent: outer.Extent, method: str) -> None:
         (patches.PatchExtent(pixels=4, positions=4, window=1, inputs=3, outputs=3), "rows"),
     ],
 )
-def test_the_method_of_a_convolution(extent: patches.PatchExtent, method: str) -> None:
-    assert patches.choose_method(extent) == method
+def test_the_form_of_a_convolution(extent: patches.PatchExtent, form: str) -> None:
+    assert patches.form_of_patches(extent) == form
 
 
 # ---- conv_general_dilated -----------------------------------------------------------------------
@@ -288,7 +291,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))
 def test_convolutions(name: str) -> None:
     pointwise = "pointwise" in name and "groups" not in name
-    check(CONVOLUTIONS[name], outer if pointwise else patches, "gram", "rows")
+    check(CONVOLUTIONS[name], OF_PRODUCTS if pointwise else OF_PATCHES, "gram", "rows")
 
 
 @pytest.mark.slow
@@ -305,7 +308,7 @@ def test_every_window(stride: int, spread: int, dilation: int, low: int, high: i
         lhs_dilation=(spread,),
         rhs_dilation=(dilation,),
     )
-    check(site, patches, "gram", "rows")
+    check(site, OF_PATCHES, "gram", "rows")
 
 
 # ---- gather and dynamic_slice -------------------------------------------------------------------

@@ -362,28 +362,6 @@ def test_what_is_no_view_is_not_taken_for_one(name: str) -> None:
     assert view_of(NO_VIEW[name], [(2, 3), (2, 3)]) is None
 
 
-BOXES = st.tuples(st.integers(0, 3), st.integers(1, 3))
-
-
-@EXAMPLES
-@hypothesis.given(a=st.tuples(BOXES, BOXES), b=st.tuples(BOXES, BOXES))
-def test_disjoint_boxes_have_no_entry_in_common(a: Box, b: Box) -> None:
-    assert boxes.disjoint(a, b) == (not inside(a, (6, 6)) & inside(b, (6, 6)))
-
-
-@EXAMPLES
-@hypothesis.given(
-    sizes=st.lists(st.sampled_from((1, 2, 3, 4, 6)), min_size=1, max_size=3), data=st.data()
-)
-def test_a_reshape_of_a_whole_leaf_needs_no_copy(sizes: list[int], data: st.DataObject) -> None:
-    new = data.draw(st.permutations(sizes))
-    dims = [Dim(size, math.prod(sizes[k + 1 :])) for k, size in enumerate(sizes)]
-    result = boxes.reshaped(dims, new)
-    assert result is not None
-    part = Part(0, 0, (0,) * len(new), result)
-    np.testing.assert_array_equal(positions_of(part), np.arange(math.prod(sizes)).reshape(new))
-
-
 # ---- loops --------------------------------------------------------------------------------------
 
 

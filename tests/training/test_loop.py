@@ -19,7 +19,6 @@ from jaxdp.accounting import (
     FixedSizeSampling,
     Ledger,
     LedgerEntry,
-    LedgerEntry,
     PoissonSampling,
     RelationName,
     SamplingScheme,

@@ -28,8 +28,8 @@ class Factored(Protocol):
     def target(self) -> Target: ...
 
     @property
-    def method(self) -> str:
-        """How the norms are computed, for `explain`."""
+    def form(self) -> str:
+        """What the norms are computed from, for `explain`."""
         ...
 
     @property

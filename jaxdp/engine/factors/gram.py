@@ -39,8 +39,11 @@ below `rounding.least_weight`: four more roundings in n pay for it.
 No zero is made by selection: a length of zero times NaN is NaN.
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +84,7 @@ class Gram(NamedTuple):
     @classmethod
     def of_products(cls, products: jax.Array, terms: int, off: int) -> "Gram":
         """From inner products of so many terms, each with `off` roundings."""
-        squares = jnp.diagonal(products, axis1=-2, axis2=-1)
+        squares = cast(jax.Array, jnp.diagonal(products, axis1=-2, axis2=-1))
         return cls(products, lengths_of_squares(squares, off, terms, off), off)
 
 

@@ -18,7 +18,7 @@ class Materialized:
     values: jax.Array
     dims: tuple[Dim, ...] = static()
     target: Target = static()
-    method: str = static()
+    form: str = static()
 
     @property
     def flops(self) -> int:

@@ -13,6 +13,9 @@ Source: Goodfellow 2015, "Efficient Per-Example Gradient Computations" (T = 1); 
 "Large Language Models Can Be Strong Differentially Private Learners", section 4 (T > 1).
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -31,7 +34,7 @@ from jaxdp.engine.rounding import joint_norm, norms, rounded_up
 from jaxdp.engine.sums import in_blocks
 
 
-class Extent(NamedTuple):
+class ProductExtent(NamedTuple):
     """E slices, T positions, d inputs, p outputs."""
 
     slices: int
@@ -40,8 +43,8 @@ class Extent(NamedTuple):
     outputs: int
 
 
-def choose_method(extent: Extent) -> str:
-    """How the norms of products of this extent are computed."""
+def form_of_products(extent: ProductExtent) -> str:
+    """What the norms of products of this extent are computed from."""
     if extent.positions == 1:
         return "outer product"
     matrix = extent.inputs * extent.outputs
@@ -141,18 +144,18 @@ class OuterProducts:
     target: Target = static()
 
     @property
-    def method(self) -> str:
-        return choose_method(self._extent())
+    def form(self) -> str:
+        return form_of_products(self._extent())
 
     @property
     def flops(self) -> int:
         slices, positions, inputs, outputs = self._extent()
-        pairs = positions**2 if self.method == "gram" else positions
+        pairs = positions**2 if self.form == "gram" else positions
         return 2 * self.products[0].cotangent.shape[0] * slices * pairs * (inputs + outputs)
 
-    def _extent(self) -> Extent:
+    def _extent(self) -> ProductExtent:
         u, v = jax.eval_shape(OuterProducts.vectors, self)
-        return Extent(u.shape[1], u.shape[2], u.shape[3], v.shape[3])
+        return ProductExtent(u.shape[1], u.shape[2], u.shape[3], v.shape[3])
 
     def vectors(self) -> tuple[jax.Array, jax.Array]:
         """u `[B, E, T, d]` and v `[B, E, T, p]` of all products."""
@@ -162,11 +165,11 @@ class OuterProducts:
         return jnp.concatenate(inputs, axis=2), jnp.concatenate(outputs, axis=2)
 
     def prepared(self) -> Factored:
-        return self._materialized() if self.method == "rows" else self
+        return self._materialized() if self.form == "rows" else self
 
     def certified_norms(self) -> jax.Array:
         u, v = self.vectors()
-        if self.method == "outer product":
+        if self.form == "outer product":
             # The weight may be cast, and is multiplied into one of the two; one product of these.
             slices = rounded_up((norms(u) * norms(v))[..., 0], 1 + 4)
         else:
@@ -174,7 +177,7 @@ class OuterProducts:
         return joint_norm(slices)
 
     def certified_norms_elsewhere(self) -> jax.Array:
-        if self.method != "rows":
+        if self.form != "rows":
             return self.certified_norms()
         # Both the matrices here and the sum there are off by `sum_error`.
         u, v = self.vectors()

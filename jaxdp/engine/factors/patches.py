@@ -13,11 +13,14 @@ Networks" (per-sample kernels); Bu et al. 2022, "Scalable and Efficient Training
 Convolutional Neural Networks with Differential Privacy" (Gram matrices of patches).
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 import math
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +155,8 @@ def gram_operations(extent: PatchExtent) -> int:
     return extent.pixels**2 * extent.inputs + extent.positions**2 * by_position
 
 
-def choose_method(extent: PatchExtent) -> str:
-    """How the norms of a convolution are computed."""
+def form_of_patches(extent: PatchExtent) -> str:
+    """What the norms of a convolution are computed from."""
     kernel = extent.window * extent.inputs * extent.outputs
     # Gram matrices where they take clearly fewer operations, and no more memory.
     fewer = 2 * gram_operations(extent) < extent.positions * kernel
@@ -193,8 +196,8 @@ class Patches:
         return self.geometry.groups
 
     @property
-    def method(self) -> str:
-        return choose_method(self._extent())
+    def form(self) -> str:
+        return form_of_patches(self._extent())
 
     @property
     def flops(self) -> int:
@@ -213,13 +216,13 @@ class Patches:
         )
 
     def prepared(self) -> Factored:
-        return self._materialized() if self.method == "rows" else self
+        return self._materialized() if self.form == "rows" else self
 
     def certified_norms(self) -> jax.Array:
         return self._map(self._certified_norm)
 
     def certified_norms_elsewhere(self) -> jax.Array:
-        if self.method != "rows":
+        if self.form != "rows":
             return self.certified_norms()
         # Both the kernels here and the sum there are off by `sum_error`.
         error = jax.vmap(self._sum_error)(self.images, self.cotangents)
@@ -267,12 +270,12 @@ class Patches:
         padded = self.window.padded(images)
         pixels = jnp.swapaxes(self._grouped(padded), 1, 2)
         gram, off = inner_products(pixels)
-        where = padded.shape[1:-1]
-        gram = gram.reshape(*gram.shape[:2], *where, *where)
+        positions = padded.shape[1:-1]
+        gram = gram.reshape(*gram.shape[:2], *positions, *positions)
 
         def at_both_positions(offset: tuple[int, ...]) -> jax.Array:
             rows = self.window.under(offset, gram, first_axis=3)
-            return self.window.under(offset, rows, first_axis=3 + len(where))
+            return self.window.under(offset, rows, first_axis=3 + len(positions))
 
         offsets = self.window.offsets()
         v_gram = Gram.of(jnp.swapaxes(self._grouped(cotangents), 1, 2))
@@ -319,8 +322,12 @@ class Patches:
 
         def gradient(images: jax.Array, cotangents: jax.Array) -> jax.Array:
             kernel = jnp.zeros([dim.size for dim in self.dims], images.dtype)
-            _, pull_back = jax.vjp(lambda kernel: self.geometry.convolve(images, kernel), kernel)
+            fun = partial(self.geometry.convolve, images)
+            pull_back = cast(Callable[..., tuple[jax.Array]], jax.vjp(fun, kernel)[1])
             return pull_back(cotangents)[0]
+
+        def of_pair(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return gradient(*pair)
 
         # All samples are images of one large batch, once for each slice of the kernel.
         def whole_batch(array: jax.Array) -> jax.Array:
@@ -331,7 +338,7 @@ class Patches:
         if images.shape[0] == 1:
             kernels = gradient(images[0], cotangents[0])[None]
         else:  # in turns: their batched form is a grouped convolution, an order slower
-            kernels = jax.lax.map(lambda pair: gradient(*pair), (images, cotangents))
+            kernels = cast(jax.Array, jax.lax.map(of_pair, (images, cotangents)))
         sizes = [dim.size for dim in self.slices]
         kernels = kernels.reshape(*sizes, *kernels.shape[1:])
         return self.target.place(kernels, (*self.slices, *self.dims))
@@ -346,4 +353,8 @@ def _map_samples(
     at_once = 2 ** max(0, limit.bit_length() - 1)
     while at_once > 1 and arrays[0].shape[0] % at_once:
         at_once //= 2
-    return jax.lax.map(lambda sample: fun(*sample), arrays, batch_size=at_once)
+
+    def of_sample(sample: tuple[jax.Array, ...]) -> jax.Array:
+        return fun(*sample)
+
+    return cast(jax.Array, jax.lax.map(of_sample, arrays, batch_size=at_once))

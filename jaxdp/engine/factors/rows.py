@@ -8,8 +8,12 @@ for every looked-up n and zeros elsewhere. Equal ids add up before they are squa
 in memory of the T looked-up rows, never of the table.
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,7 @@ from jaxdp.engine.factors.base import Factored, factored, static
 from jaxdp.engine.factors.gram import Gram, certificate, gram_sum, mass, sum_error
 from jaxdp.engine.factors.outer import OuterProducts
 from jaxdp.engine.numerics import scale_rows, widened
-from jaxdp.engine.rounding import norms, rounded_up, roundings, total, unit_roundoff
+from jaxdp.engine.rounding import lost, norms, rounded_up, roundings, total, unit_roundoff
 from jaxdp.engine.sums import BLOCK, Running, as_blocks, row_norms
 from jaxdp.varying import zeros
 
@@ -41,7 +45,7 @@ class LookedUp:
     target: Target = static()
 
     @property
-    def method(self) -> str:
+    def form(self) -> str:
         return "looked-up rows"
 
     @property
@@ -58,8 +62,9 @@ class LookedUp:
 
     def certified_norms_elsewhere(self) -> jax.Array:
         # Of one-hot vectors u: both the rows here and the sum there are off by `sum_error`.
-        each = norms(widened(self.cotangents))
-        error = sum_error(rounded_up(total(each), roundings(each.shape[1])), each.shape[1])
+        lengths = norms(widened(self.cotangents))
+        positions = lengths.shape[1]
+        error = sum_error(rounded_up(total(lengths), roundings(positions)), positions)
         return rounded_up(self.prepared().certified_norms() + 2 * error, 2)
 
     def rows(self) -> jax.Array:
@@ -94,10 +99,14 @@ class LookedUp:
             ids, rows = block
             # Each row of the table once; an id outside of it is dropped.
             places, rows = _distinct_rows(ids.reshape(-1), rows.reshape(-1, width), unused=size)
-            touched = jax.tree.map(lambda table: table.at[places].get(mode="clip"), sums).add(rows)
-            return jax.tree.map(
-                lambda table, rows: table.at[places].set(rows, mode="drop"), sums, touched
-            ), None
+
+            def read(table: jax.Array) -> jax.Array:
+                return table.at[places].get(mode="clip")
+
+            def write(table: jax.Array, rows: jax.Array) -> jax.Array:
+                return table.at[places].set(rows, mode="drop")
+
+            return jax.tree.map(write, sums, jax.tree.map(read, sums).add(rows)), None
 
         start = Running.start(zeros((size, width), rows.dtype, (ids, rows)))
         return jax.lax.scan(add, start, (ids, rows))[0].value
@@ -122,8 +131,8 @@ class Tied:
     target: Target = static()
 
     @property
-    def method(self) -> str:
-        return f"{self.looked_up.method}, {self.products.method} and their cross term"
+    def form(self) -> str:
+        return f"{self.looked_up.form}, {self.products.form} and their cross term"
 
     @property
     def flops(self) -> int:
@@ -147,7 +156,7 @@ class Tied:
         u, v = (side[:, 0] for side in self.products.vectors())
         w, ids = widened(self.looked_up.cotangents), self.looked_up.ids
         # [B, T, S]: the vocabulary side of every position at every looked-up id.
-        at_ids = jax.vmap(lambda side, ids: jnp.take(side, ids, axis=1))(u, ids)
+        at_ids = jax.vmap(partial(jnp.take, axis=1))(u, ids)
         inner = jnp.einsum("btp,bsp->bts", v, w, precision=Precision.HIGHEST)
         positions, looked_up = inner.shape[1:]
         cross = total(total(at_ids * inner))
@@ -165,7 +174,7 @@ class Tied:
     def _looked_up_norms(self, w: jax.Array) -> jax.Array:
         """‖L‖ `[B]`, with √e for each looked-up row, so that the theorem counts underflow; unused
         rows have the id 0 once more, and are zero."""
-        tiny = math.sqrt(2 * float(jnp.finfo(w.dtype).tiny) / unit_roundoff(w.dtype))
+        tiny = math.sqrt(lost(2, w.dtype) / unit_roundoff(w.dtype))
         return rounded_up(norms(w.reshape(w.shape[0], -1)) + w.shape[1] * tiny, 2)
 
     def rows(self) -> jax.Array:
@@ -189,9 +198,9 @@ def tied(looked_up: LookedUp, products: OuterProducts) -> Tied | None:
     if products.dims.slices:
         return None
     table = ((looked_up.row,), looked_up.features)
-    for each in (products, products.turned()):
-        if (each.dims.inputs, each.dims.outputs) == table:
-            return Tied(looked_up, each, looked_up.target)
+    for candidate in (products, products.turned()):
+        if (candidate.dims.inputs, candidate.dims.outputs) == table:
+            return Tied(looked_up, candidate, looked_up.target)
     return None
 
 

@@ -1,4 +1,4 @@
-"""The kinds of use whose gradients are factored: one file each, and none knows another."""
+"""The kinds of site whose gradients are factored: one file each, and none knows another."""
 
 from jaxdp.engine.kinds.base import Kind as Kind
 from jaxdp.engine.kinds.conv import Convolution

@@ -1,4 +1,4 @@
-"""What a kind of use must provide."""
+"""What a kind of site must provide."""
 
 from typing import NamedTuple, Protocol
 

@@ -62,7 +62,10 @@ def _layout(eqn: Equation, kernel: int, part: Part) -> Layout:
     in_output = [[first[side] + k for k in range(len(free[side]))] for side in range(2)]
 
     def outermost_first(pairs: Iterable[Any]) -> tuple[Any, ...]:
-        return tuple(sorted(pairs, key=lambda pair: -part.dims[pair[0]].stride))
+        def inwards(pair: tuple[int, ...]) -> int:
+            return -part.dims[pair[0]].stride
+
+        return tuple(sorted(pairs, key=inwards))
 
     return Layout(
         batch=outermost_first(zip(batch[kernel], batch[other], range(len(batch[0])), strict=True)),

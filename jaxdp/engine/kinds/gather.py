@@ -3,6 +3,9 @@
 The gradients are those of `engine.factors.rows`.
 """
 
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
 import math
 
 import jax
