@@ -37,8 +37,8 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_bool, check_instance, check_real, shown
 from jaxdp.bounded import Bounded, Groups
+from jaxdp.checks import check_bool, check_instance, check_real, shown
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.rule import ClipRule
@@ -47,8 +47,8 @@ from jaxdp.randomness import COUNT_NOISE, drawn_alone, own_key, step_key
 from jaxdp.schedules import (
     NUMBER_OR_SCHEDULE,
     FloatOrSchedule,
-    checked,
-    checked_number,
+    check_number,
+    check_schedule,
     value_at,
 )
 from jaxdp.trees import prefix_leaves
@@ -72,7 +72,7 @@ def check_threshold(name: str, value: FloatOrSchedule) -> None:
         number = check_real(name, value, above=0, advice=NUMBER_OR_SCHEDULE)
         advice = "Scale the loss up: gradients of that size underflow."
         check_real(name, number, minimum=SMALLEST_THRESHOLD, advice=advice)
-    checked(name, value)
+    check_schedule(name, value)
 
 
 def threshold_at(value: FloatOrSchedule, step: jax.Array) -> jax.Array:
@@ -273,7 +273,7 @@ def clip_automatic(
     and Stronger", equation 5.5 (AUTO-S).
     """
     check_threshold("threshold", threshold)
-    checked_number("stability", stability)
+    check_number("stability", stability)
     check_bool("per_layer", per_layer, advice="Leave it out for one norm over all leaves.")
 
     def normalise(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
@@ -374,10 +374,10 @@ def clip_adaptive(
     equation 1 and section 2.2, theorem 1.
     """
     check_threshold("initial_threshold", initial_threshold)
-    checked_number("initial_threshold", initial_threshold)
-    checked("count_noise_multiplier", count_noise_multiplier, zero=True)
-    checked_number("expected_batch_size", expected_batch_size)
-    checked("learning_rate", learning_rate)
+    check_number("initial_threshold", initial_threshold)
+    check_schedule("count_noise_multiplier", count_noise_multiplier, zero=True)
+    check_number("expected_batch_size", expected_batch_size)
+    check_schedule("learning_rate", learning_rate)
     advice = "Pass the share of samples that are not to be clipped."
     quantile = check_real("quantile", quantile, minimum=0, maximum=1, advice=advice)
     per_layer = check_bool("per_layer", per_layer, advice="Leave it out for one threshold.")

@@ -27,8 +27,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_sequence, shown
 from jaxdp.bounded import Bounded, is_zero, root_sum_squares
+from jaxdp.checks import check_sequence, shown
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.per_sample import PerSampleGrads
@@ -40,7 +40,7 @@ from jaxdp.randomness import (
     own_key,
     step_key,
 )
-from jaxdp.schedules import FloatOrSchedule, checked, checked_number, value_at
+from jaxdp.schedules import FloatOrSchedule, check_number, check_schedule, value_at
 from jaxdp.varying import devices_along, varying_axes
 
 
@@ -110,7 +110,7 @@ def add_noise(
     McMahan et al. 2018, "A General Approach to Adding Differential Privacy to Iterative Training
     Procedures", theorem 1 (several Gaussians as one).
     """
-    checked("noise_multiplier", noise_multiplier, zero=True)
+    check_schedule("noise_multiplier", noise_multiplier, zero=True)
     spread = _allocation(allocation)
 
     def init(params: optax.Params) -> AddNoiseState:
@@ -284,7 +284,7 @@ def _allocation(allocation: str | Sequence[float]) -> _Allocation:
     advice = f"Pass one of {sorted(_NAMED)}, or one number for each group."
     coefficients = check_sequence("allocation", allocation, minimum=1, advice=advice)
     for k, coefficient in enumerate(coefficients):
-        checked_number(f"allocation[{k}]", coefficient)
+        check_number(f"allocation[{k}]", coefficient)
 
     def scaled(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
         if len(coefficients) != sensitivity.size:

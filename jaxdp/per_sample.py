@@ -14,8 +14,8 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_bool, check_choice, check_integer
 from jaxdp.bounded import Bounded, Groups
+from jaxdp.checks import check_bool, check_choice, check_integer
 from jaxdp.engine import batches, lowerings
 from jaxdp.engine.dense import Given
 from jaxdp.engine.lowerings import METHODS, Choice

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.accounting.checks import check_array, check_callable
 from jaxdp.bounded import Groups
+from jaxdp.checks import check_array, check_callable
 from jaxdp.coupling import refuse_batch_statistics
 from jaxdp.engine.reduction import Batch
-from jaxdp.trees import prefix_leaves
+from jaxdp.trees import is_float, path_name, prefix_leaves
 from jaxdp.varying import vary, varying_axes
 
 LossFn = Callable[..., Any]
@@ -42,7 +42,7 @@ class Problem(NamedTuple):
         """Paths of the leaves that have a gradient, as in "body/kernel"."""
         paths = jax.tree.leaves_with_path(self.params)
         return [
-            jax.tree_util.keystr(path, simple=True, separator="/")
+            path_name(path)
             for (path, _), group in zip(paths, self.groups, strict=True)
             if group is not None
         ]
@@ -149,7 +149,7 @@ def check_arrays(params: Any, trainable: Any = True) -> None:
     """
     flags = prefix_leaves("trainable", trainable, params)
     for (path, leaf), flag in zip(jax.tree.leaves_with_path(params), flags, strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         attribute = path and isinstance(path[-1], jax.tree_util.GetAttrKey)
         if type(leaf) is float and attribute and flag:
             raise TypeError(
@@ -176,7 +176,7 @@ def trainable_groups(params: Any, trainable: Any) -> Groups:
                 "parameters must be real, got a complex leaf of shape "
                 f"{leaf.shape}: split it into its real and imaginary part"
             )
-        groups.append(0 if flag and jnp.issubdtype(leaf.dtype, jnp.floating) else None)
+        groups.append(0 if flag and is_float(leaf) else None)
     if all(group is None for group in groups):
         raise ValueError("params must have at least one trainable floating-point leaf, got none")
     return tuple(groups)

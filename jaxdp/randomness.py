@@ -16,7 +16,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental import multihost_utils
 
-from jaxdp.accounting.checks import shown
+from jaxdp.checks import shown
 
 # Purposes. The same key given by mistake to the noise and to an adaptive clip still gives
 # independent draws.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_real
+from jaxdp.checks import check_real
 
 # A number, or a function of the logical step (optax's schedules are such functions).
 FloatOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
@@ -19,8 +19,8 @@ NUMBER_OR_SCHEDULE = "Pass one number, or a schedule: a function of the step."
 _SMALLEST, _LARGEST = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
 
 
-def checked(name: str, value: FloatOrSchedule, *, zero: bool = False) -> None:
-    """Raises unless `value` is a schedule, or passes `checked_number`.
+def check_schedule(name: str, value: FloatOrSchedule, *, zero: bool = False) -> None:
+    """Raises unless `value` is a schedule, or passes `check_number`.
 
     Args:
       name: of the argument, for the message.
@@ -32,10 +32,10 @@ def checked(name: str, value: FloatOrSchedule, *, zero: bool = False) -> None:
       ValueError: it is negative, zero where that is not allowed, or no normal float32.
     """
     if not callable(value):
-        checked_number(name, value, zero=zero, advice=NUMBER_OR_SCHEDULE)
+        check_number(name, value, zero=zero, advice=NUMBER_OR_SCHEDULE)
 
 
-def checked_number(
+def check_number(
     name: str, value: ArrayLike, *, zero: bool = False, advice: str = "Pass one number."
 ) -> float | Tracer:
     """Returns `value` as a float, or as the traced scalar that it is; raises unless it is finite

@@ -1,8 +1,19 @@
-"""Pytree prefixes: one value for a whole subtree of the parameters."""
+"""Leaves of pytrees: their names, their dtypes, and prefixes that give a subtree one value."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+
+def path_name(path: Any) -> str:
+    """The path of a leaf as users read it, as in "body/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf holds floating-point numbers, and so can have a gradient and a norm."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def prefix_leaves(name: str, prefix: Any, tree: Any, whole: str = "the parameters") -> list[Any]:
@@ -19,11 +30,11 @@ def prefix_leaves(name: str, prefix: Any, tree: Any, whole: str = "the parameter
     """
     values: list[Any] = []
 
-    def spread(value: Any, subtree: Any) -> None:
+    def give(value: Any, subtree: Any) -> None:
         values.extend([value] * len(jax.tree.leaves(subtree)))
 
     try:
-        jax.tree.map(spread, prefix, tree)
+        jax.tree.map(give, prefix, tree)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{name} must be a pytree prefix of {whole}: got structure "

@@ -10,12 +10,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdp.accounting.checks import check_callable
+from jaxdp.checks import check_callable
 from jaxdp.coupling import BatchStatisticsError, refuse_batch_statistics
 from jaxdp.engine import walker
 from jaxdp.engine.batch_of_one import own_statistics
 from jaxdp.engine.effects import ON_ONE_EXAMPLE, hazards
 from jaxdp.engine.walker import Equation, Program
+from jaxdp.trees import is_float, path_name
 
 Kind = Literal["couples samples", "escapes clipping", "check"]
 
@@ -118,7 +119,7 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
         def outputs(moving: list[Any]) -> list[jax.Array]:
             rest = iter(moving)
             return _floats(
-                flat([next(rest) if _is_float(leaf) else leaf for leaf in leaves], inputs)
+                flat([next(rest) if is_float(leaf) else leaf for leaf in leaves], inputs)
             )
 
         values, pull_back = jax.vjp(outputs, _floats(leaves))
@@ -157,11 +158,7 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
 
 def _floats(output: Any) -> list[jax.Array]:
     """What a gradient can be taken of."""
-    return [leaf for leaf in jax.tree.leaves(output) if _is_float(leaf)]
-
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return [leaf for leaf in jax.tree.leaves(output) if is_float(leaf)]
 
 
 def _callback(eqn: Equation) -> bool:
@@ -263,7 +260,7 @@ def _returned(
     for path in found:
         yield Finding(
             "escapes clipping",
-            _name(path),
+            path_name(path),
             "the parameter comes back changed by the example",
             "Take it from its gradient, or keep it fixed: written back as it is, it tells what the "
             "example was",
@@ -311,14 +308,10 @@ def _closed_over(program: Program) -> Iterator[Finding]:
 def _unused(roots: list[frozenset[int]], paths: list[Any], leaves: list[Any]) -> Iterator[Finding]:
     used = frozenset().union(*roots)
     for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        if index not in used and _is_float(leaf):
+        if index not in used and is_float(leaf):
             yield Finding(
                 "check",
-                _name(path),
+                path_name(path),
                 "a parameter without gradient: in training it gets noise alone",
                 "Freeze it: per_sample_grads(..., trainable=...)",
             )
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxdp.accounting.checks import LARGEST_COUNT, check_integer, check_real
 from jaxdp.accounting.composition import (
     AccountantName,
     Question,
@@ -31,6 +30,7 @@ from jaxdp.accounting.schemes import (
     SamplingScheme,
     combined_noise_multiplier,
 )
+from jaxdp.checks import LARGEST_COUNT, check_integer, check_real
 
 _LOG_TOLERANCE = 8e-4
 # Enough for a rough answer that is off by as much.

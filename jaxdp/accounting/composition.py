@@ -25,7 +25,6 @@ from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp.rdp_privacy_accountant import compute_delta, compute_epsilon
 from numpy.typing import NDArray
 
-from jaxdp.accounting.checks import check_choice, check_real
 from jaxdp.accounting.mechanisms import (
     GaussianMechanism,
     Mechanism,
@@ -36,6 +35,7 @@ from jaxdp.accounting.mechanisms import (
 from jaxdp.accounting.one_step import pld_of_gaussian
 from jaxdp.accounting.pure import PureRelease
 from jaxdp.accounting.schemes import FixedSizeSampling, PoissonSampling
+from jaxdp.checks import check_choice, check_real
 
 AccountantName = Literal["pld", "rdp"]
 """Privacy loss distributions (tight) or Rényi differential privacy (fast, looser)."""

@@ -14,7 +14,7 @@ from bisect import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from jaxdp.accounting.checks import (
+from jaxdp.checks import (
     check_instance,
     check_integer,
     check_keys,

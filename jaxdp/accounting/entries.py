@@ -10,7 +10,6 @@ Example:
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from jaxdp.accounting.checks import check_integer, check_keys, shown
 from jaxdp.accounting.draws import BATCHES, EPOCHS, Draws, check_draws, continued, draws_from_list
 from jaxdp.accounting.mechanisms import Release
 from jaxdp.accounting.pure import PureRelease
@@ -21,6 +20,7 @@ from jaxdp.accounting.schemes import (
     combined_noise_multiplier,
     scheme_from_dict,
 )
+from jaxdp.checks import check_integer, check_keys, shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 import dp_accounting
 
 from jaxdp.accounting.calibration import check_epsilon, largest_count
-from jaxdp.accounting.checks import check_integer, check_keys, check_real, shown
 from jaxdp.accounting.composition import (
     AccountantName,
     RelationName,
@@ -41,6 +40,7 @@ from jaxdp.accounting.schemes import (
     check_scheme,
 )
 from jaxdp.accounting.strict_json import parse
+from jaxdp.checks import check_integer, check_keys, check_real, shown
 
 _FORMAT = "jaxdp.ledger"
 _VERSION = 2

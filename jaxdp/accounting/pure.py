@@ -10,9 +10,9 @@ Example:
 import math
 from dataclasses import dataclass, field
 
-from jaxdp.accounting.checks import check_real, shown
 from jaxdp.accounting.draws import Draws, check_draws
 from jaxdp.accounting.schemes import PoissonSampling
+from jaxdp.checks import check_real, shown
 
 
 @dataclass(frozen=True, slots=True)

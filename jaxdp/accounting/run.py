@@ -7,7 +7,6 @@ Example:
 
 import dp_accounting
 
-from jaxdp.accounting.checks import LARGEST_COUNT, check_integer, shown
 from jaxdp.accounting.composition import (
     AccountantName,
     RelationName,
@@ -23,6 +22,7 @@ from jaxdp.accounting.schemes import (
     check_scheme,
     combined_noise_multiplier,
 )
+from jaxdp.checks import LARGEST_COUNT, check_integer, shown
 
 
 def dp_event(

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from jaxdp.accounting.checks import (
+from jaxdp.checks import (
     LARGEST_COUNT,
     check_choice,
     check_integer,

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from jaxdp.accounting.checks import check_instance
 from jaxdp.bounded import Bounded
+from jaxdp.checks import check_instance
 from jaxdp.varying import untracked_axes, varying_axes
 
 

@@ -4,7 +4,7 @@ import os
 
 import jax
 
-from jaxdp.accounting.checks import check_integer
+from jaxdp.checks import check_integer
 
 # JAX makes them one after the other: a thousand take a second, and a typing error would take days.
 _MOST_DEVICES = 1024

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdp.accounting.checks import check_integer
+from jaxdp.checks import check_integer
 
 
 def data_parallel(devices: int | None = None) -> NamedSharding:

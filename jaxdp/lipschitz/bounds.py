@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdp.accounting.checks import check_real
+from jaxdp.checks import check_real
 from jaxdp.engine import effects, walker
 from jaxdp.engine.rounding import roundings
 from jaxdp.lipschitz.propagation import Cotangents, Step, Tape, culprit, propagate, pull_back
@@ -21,7 +21,7 @@ from jaxdp.lipschitz.rounding import root_of_squares, up
 from jaxdp.lipschitz.value import UNKNOWN, Cotangent, Range, Value, known_infinite
 from jaxdp.problem import LossFn, Problem, pose
 from jaxdp.tables import aligned
-from jaxdp.trees import prefix_leaves
+from jaxdp.trees import is_float, path_name, prefix_leaves
 
 LONGEST = 2.0**64
 """The norm of an example without a bound: the root of the largest number of float32, since an
@@ -289,13 +289,4 @@ def _limit(value: Any) -> float:
 def float_leaves(example: Any) -> dict[int, str]:
     """Index among the leaves of an example -> path, of those with a norm."""
     leaves = jax.tree.leaves_with_path(example)
-    return {
-        index: jax.tree_util.keystr(path, simple=True, separator="/")
-        for index, (path, leaf) in enumerate(leaves)
-        if is_float(leaf)
-    }
-
-
-def is_float(leaf: Any) -> bool:
-    """Whether it has a norm."""
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return {index: path_name(path) for index, (path, leaf) in enumerate(leaves) if is_float(leaf)}

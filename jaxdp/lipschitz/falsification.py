@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.accounting.checks import check_integer
-from jaxdp.lipschitz.bounds import input_limits, is_float, leaf_bounds, pose_one
+from jaxdp.checks import check_integer
+from jaxdp.lipschitz.bounds import input_limits, leaf_bounds, pose_one
 from jaxdp.lipschitz.gradients import admitted
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, merged_tree, with_gradient
 from jaxdp.tables import aligned
+from jaxdp.trees import is_float
 
 _STEP = 0.3
 """Of the gradient ascent, relative to the norm of the input."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_array, check_real, shown
+from jaxdp.checks import check_array, check_real, shown
 from jaxdp.clipping import adaptive_limits
 from jaxdp.engine.numerics import once, square_sums
 from jaxdp.engine.rounding import roundings
@@ -25,7 +25,8 @@ from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import SHARED, Cotangent, Range, Value
 from jaxdp.nn.composition import function
 from jaxdp.nn.layer import Layer, Params
-from jaxdp.schedules import checked_number
+from jaxdp.schedules import check_number
+from jaxdp.trees import is_float
 
 
 def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
@@ -53,10 +54,10 @@ def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
     C per sample.
     """
     advice = "Clip an array that the loss is differentiated through."
-    if not jnp.issubdtype(jnp.result_type(check_array("x", x, advice=advice)), jnp.floating):
+    if not is_float(check_array("x", x, advice=advice)):
         raise TypeError(f"x must be of floating-point numbers, got {shown(x)}. {advice}")
     x = jnp.asarray(x)
-    checked_number("clip_value", clip_value, zero=True)
+    check_number("clip_value", clip_value, zero=True)
     return _clip_gradient(x, jnp.asarray(clip_value, x.dtype))
 
 
@@ -76,7 +77,7 @@ def gradient_clip(clip_value: float) -> Layer:
       >>> print(gradient_clip(1.0).apply({}, jnp.ones(2)))
       [1. 1.]
     """
-    checked_number("clip_value", clip_value)
+    check_number("clip_value", clip_value)
     return function(lambda x: clip_gradient(x, clip_value))
 
 
@@ -108,7 +109,7 @@ def adaptive_gradient_clip(initial: float = 1.0) -> Layer:
     Source: Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", for the
     count, here of cotangents.
     """
-    checked_number("initial", initial)
+    check_number("initial", initial)
 
     def apply(params: Params, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         return _counted_clip(x, params["clip_value"])
@@ -166,8 +167,8 @@ def track_quantile(
     """
     advice = "Pass the share of samples that are not to be clipped."
     quantile = check_real("quantile", quantile, above=0, below=1, advice=advice)
-    checked_number("learning_rate", learning_rate)
-    checked_number("expected_batch_size", expected_batch_size)
+    check_number("learning_rate", learning_rate)
+    check_number("expected_batch_size", expected_batch_size)
 
     def init(params: Any) -> TrackQuantileState:
         limits = [adaptive_limits(leaf) for leaf in jax.tree.leaves(params)]

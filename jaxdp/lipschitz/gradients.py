@@ -14,18 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxdp.accounting.checks import check_bool
 from jaxdp.bounded import Bounded
+from jaxdp.checks import check_bool
 from jaxdp.clipping import SMALLEST_THRESHOLD, check_threshold, clip_per_layer
 from jaxdp.engine.numerics import once, select_rows, square_sums, widened
 from jaxdp.engine.reduction import Batch, zero_sum
 from jaxdp.engine.sharded import on_each_device, row_sharding
-from jaxdp.lipschitz.bounds import LeafBounds, input_limits, is_float, leaf_bounds
+from jaxdp.lipschitz.bounds import LeafBounds, input_limits, leaf_bounds
 from jaxdp.lipschitz.value import known_infinite
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, Problem, check_function, pose, taken_apart, with_gradient
-from jaxdp.schedules import checked_number
-from jaxdp.trees import prefix_leaves
+from jaxdp.schedules import check_number
+from jaxdp.trees import is_float, prefix_leaves
 from jaxdp.varying import sample_axes
 
 
@@ -247,4 +247,4 @@ def _is_infinite(cap: Any) -> bool:
 
 def _threshold(cap: Any) -> Any:
     check_threshold("thresholds", cap)
-    return checked_number("thresholds", cap)
+    return check_number("thresholds", cap)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdp.accounting.checks import check_choice
+from jaxdp.checks import check_choice, check_sizes
 from jaxdp.engine.numerics import once
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare
@@ -30,10 +30,10 @@ from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
 from jaxdp.nn.composition import LayerLike, combined, function
 from jaxdp.nn.convolution import conv2d as nn_conv2d
-from jaxdp.nn.layer import Layer, Params, add_bias, check_input, check_sizes
+from jaxdp.nn.layer import Layer, Params, add_bias, check_input
 from jaxdp.nn.linear import linear as nn_linear
 from jaxdp.nn.sizes import Size, sizes
-from jaxdp.schedules import checked_number
+from jaxdp.schedules import check_number
 
 KERNEL_CONSTRAINTS = ("orthogonal", "spectral", "frobenius")
 
@@ -57,7 +57,7 @@ def bounded_input(bound: float) -> Layer:
       >>> print(bounded_input(1.0).apply({}, jnp.array([3.0, 4.0])))
       [0.6 0.8]
     """
-    checked_number("bound", bound)
+    check_number("bound", bound)
     return function(_bounded_input(float(bound)))
 
 
@@ -160,7 +160,7 @@ def bias(features: int, *, max_norm: float = 1.0) -> Layer:
       {'bias': Array([0.6, 0.8, 0. ], dtype=float32)}
     """
     check_sizes(features=features)
-    checked_number("max_norm", max_norm)
+    check_number("max_norm", max_norm)
 
     def apply(params: Params, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         check_input("bias", x, last=features)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_array, check_real, check_sequence
+from jaxdp.checks import check_array, check_real, check_sequence
 from jaxdp.engine.numerics import once
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.declaration import declare

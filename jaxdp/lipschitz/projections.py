@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdp.accounting.checks import check_array, check_callable, shown
+from jaxdp.checks import check_array, check_callable, shown
 from jaxdp.lipschitz.operator_norm import matrix_norm
-from jaxdp.schedules import checked_number
+from jaxdp.schedules import check_number
 
 _BJORCK_STEPS = 12
 
@@ -28,7 +28,7 @@ def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
       >>> print(onto_ball(jnp.array([3.0, 4.0])))
       [0.6 0.8]
     """
-    checked_number("norm", norm)
+    check_number("norm", norm)
     check_array("array", array, advice=_ARRAY)
     if not jnp.issubdtype(jnp.result_type(array), jnp.inexact):
         raise TypeError(f"array must be of a float dtype, got {shown(array)}. {_ARRAY}")
@@ -44,7 +44,7 @@ def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
       [[1.   0.  ]
        [0.   0.25]]
     """
-    checked_number("norm", norm)
+    check_number("norm", norm)
     check_array("matrix", matrix, advice=_MATRIX)
     if jnp.ndim(matrix) != 2:
         raise ValueError(f"matrix must have two axes, got {shown(matrix)}. {_MATRIX}")

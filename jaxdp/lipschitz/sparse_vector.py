@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import (
+from jaxdp.checks import (
     check_array,
     check_integer,
     check_real,
@@ -31,7 +31,7 @@ from jaxdp.lipschitz.bounds import input_limits
 from jaxdp.lipschitz.gradients import admitted
 from jaxdp.problem import LossFn, Problem, check_function, pose
 from jaxdp.randomness import SELECTION_NOISE, drawn_alone, fingerprint, own_key, step_key
-from jaxdp.schedules import checked_number
+from jaxdp.schedules import check_number
 
 # Below, the noise would exceed the integers that it is compared in.
 _SMALLEST_EPSILON = 1e-7
@@ -181,12 +181,12 @@ def select_clip_value(
         )
     advice = "Pass the share of samples that are not to be clipped."
     quantile = check_real("quantile", quantile, above=0, below=1, advice=advice)
-    checked_number("expected_count", expected_count)
+    check_number("expected_count", expected_count)
     advice = "Count a Poisson draw of the data, which costs less privacy, too."
     expected_count = check_real(
         "expected_count", expected_count, maximum=_LARGEST_COUNT, advice=advice
     )
-    checked_number("epsilon", epsilon)
+    check_number("epsilon", epsilon)
     advice = "Less is a choice at random: make it without looking at the data."
     epsilon = check_real("epsilon", epsilon, minimum=_SMALLEST_EPSILON, advice=advice)
     # Why Lap(1/ε) is enough. Let D' be D with one example more. It counts from some candidate a

@@ -27,15 +27,8 @@ from jax.nn import softmax as softmax
 from jax.nn import softplus as softplus
 from jax.numpy import tanh as tanh
 
-from jaxdp.nn.layer import (
-    Layer,
-    Params,
-    TorchName,
-    along_last,
-    check_input,
-    check_sizes,
-    deterministic,
-)
+from jaxdp.checks import check_sizes
+from jaxdp.nn.layer import Layer, Params, TorchName, along_last, check_input, deterministic
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)

@@ -7,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdp.checks import check_flags, check_rate, check_sizes
 from jaxdp.nn.layer import (
     Layer,
     Params,
     TorchName,
     TorchNames,
     affine,
-    check_flags,
     check_input,
-    check_rate,
-    check_sizes,
     deterministic,
     drop,
     kernel_from_torch,

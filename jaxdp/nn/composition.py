@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdp.accounting.checks import check_callable, shown
-from jaxdp.nn.layer import Layer, Params, below, check_flags, check_rate, drop, split_key
+from jaxdp.checks import check_callable, check_flags, check_rate, shown
+from jaxdp.nn.layer import Layer, Params, below, drop, split_key
 
 # A function of one array counts as a layer without parameters.
 LayerLike = Layer | Callable[[Any], Any]

@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdp.accounting.checks import check_choice
+from jaxdp.checks import check_choice, check_flags, check_sizes
 from jaxdp.nn.layer import (
     Layer,
     Params,
     add_bias,
-    check_flags,
     check_input,
     check_output,
-    check_sizes,
     deterministic,
     kernel_and_bias,
 )

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdp.accounting.checks import check_integer, check_real
-from jaxdp.nn.layer import Layer, Params, TorchName, check_flags, check_sizes, deterministic
+from jaxdp.checks import check_flags, check_integer, check_real, check_sizes
+from jaxdp.nn.layer import Layer, Params, TorchName, deterministic
 
 # As torch has it, in the divisor of rows that are too long.
 _NORM_EPS = 1e-7

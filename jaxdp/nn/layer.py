@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.accounting.checks import check_bool, check_integer, check_real
-
 Params = dict[str, Any]
 
 
@@ -27,10 +25,6 @@ class TorchName(NamedTuple):
 
 # Path of a parameter -> names that it may have; the first one found counts.
 TorchNames = Mapping[tuple[str, ...], Sequence[TorchName]]
-
-
-LARGEST_SIZE = 2**31 - 1
-"""The longest axis that a layer is asked to have."""
 
 
 def _unconstrained(params: Params) -> Params:
@@ -119,24 +113,6 @@ def affine(params: Params, x: jax.Array) -> jax.Array:
     return add_bias(params, x @ params["kernel"])
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raises unless all of them are positive integers that an axis may have."""
-    advice = "It is the length of an axis, or a number of parts."
-    for name, size in sizes.items():
-        check_integer(name, size, minimum=1, maximum=LARGEST_SIZE, advice=advice)
-
-
-def check_rate(name: str, rate: float) -> None:
-    """Raises unless it is a probability."""
-    check_real(name, rate, minimum=0, maximum=1, advice="It is the chance that an entry is zeroed.")
-
-
-def check_flags(**flags: bool) -> None:
-    """Raises unless all of them are True or False."""
-    for name, flag in flags.items():
-        check_bool(name, flag, advice="It says whether the layer has or does this.")
-
-
 def check_input(layer: str, x: jax.Array, *, last: int, rank: int | None = None) -> None:
     """Raises unless x has `last` features in its last axis, and rank axes in all."""
     if x.ndim == 0 or x.shape[-1] != last or (rank is not None and x.ndim != rank):
@@ -157,8 +133,8 @@ def check_output(layer: str, x: jax.Array, y: jax.Array) -> None:
         )
 
 
-def widened(x: jax.Array) -> jax.Array:
-    """In float32 at least."""
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """x, or in half precision x as float32."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from jaxdp.checks import check_flags, check_sizes
 from jaxdp.nn.layer import (
     Layer,
     Params,
@@ -11,9 +12,7 @@ from jaxdp.nn.layer import (
     TorchNames,
     add_bias,
     affine,
-    check_flags,
     check_input,
-    check_sizes,
     deterministic,
     kernel_and_bias,
     kernel_from_torch,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxdp.accounting.checks import check_real, check_sequence
+from jaxdp.checks import check_real, check_sequence, check_sizes
 from jaxdp.nn.layer import (
     Layer,
     Params,
@@ -17,10 +17,9 @@ from jaxdp.nn.layer import (
     TorchNames,
     add_bias,
     along_last,
+    at_least_float32,
     check_input,
-    check_sizes,
     deterministic,
-    widened,
 )
 
 
@@ -97,7 +96,7 @@ def rms_norm(
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         _check_last("rms_norm", x, shape)
-        wide = widened(x)
+        wide = at_least_float32(x)
         floor = jnp.finfo(wide.dtype).eps if eps is None else eps
         square = jnp.mean(jnp.square(wide), axis=_last(shape), keepdims=True)
         return _scaled(params, (wide * lax.rsqrt(square + floor)).astype(x.dtype))
@@ -227,7 +226,7 @@ def _check_last(layer: str, x: jax.Array, shape: tuple[int, ...]) -> None:
 def _moments(x: jax.Array, axes: tuple[int, ...], eps: float) -> tuple[jax.Array, jax.Array]:
     """x minus its mean, and one over its standard deviation; in float32 at least, where squares
     neither overflow nor lose the small differences."""
-    x = widened(x)
+    x = at_least_float32(x)
     centred = x - jnp.mean(x, axis=axes, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
     return centred, lax.rsqrt(variance + eps)

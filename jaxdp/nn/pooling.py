@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxdp.accounting.checks import check_integer, shown
+from jaxdp.checks import check_flags, check_integer, shown
 from jaxdp.nn.composition import function
-from jaxdp.nn.layer import Layer, check_flags, check_output
+from jaxdp.nn.layer import Layer, check_output
 from jaxdp.nn.sizes import Size, sizes
 
 # Of an adaptive pooling along an axis, which holds a row of weights for each.

@@ -8,16 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdp.accounting.checks import check_choice, check_integer
+from jaxdp.checks import check_choice, check_flags, check_integer, check_rate, check_sizes
 from jaxdp.nn.layer import (
     Layer,
     Params,
     TorchName,
     TorchNames,
-    check_flags,
     check_input,
-    check_rate,
-    check_sizes,
     drop,
     kernel_from_torch,
     split_key,

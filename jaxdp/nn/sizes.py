@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxdp.accounting.checks import check_integer, check_sequence, shown
-from jaxdp.nn.layer import LARGEST_SIZE
+from jaxdp.checks import LARGEST_SIZE, check_integer, check_sequence, shown
 
 Size = int | Sequence[int]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.accounting.checks import check_instance
+from jaxdp.checks import check_instance
 from jaxdp.nn.layer import Layer, Params, TorchName
 
 

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from jax import lax
 
+from jaxdp.checks import check_flags
 from jaxdp.nn.convolution import check_channels, layout
 from jaxdp.nn.layer import (
     Layer,
     Params,
     add_bias,
-    check_flags,
     check_input,
     deterministic,
     kernel_and_bias,

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 from jaxdp import accounting, lipschitz, training
-from jaxdp.accounting.checks import check_choice
 from jaxdp.accumulation import accumulate
+from jaxdp.checks import check_choice
 from jaxdp.clipping import clip_adaptive, clip_automatic, clip_flat, clip_per_layer
 from jaxdp.distributed import check_agreement, data_parallel, shared_seed
 from jaxdp.noise import add_noise
@@ -26,7 +26,7 @@ from jaxdp.randomness import random_key
 from jaxdp.recipes.data import Dataset
 from jaxdp.recipes.models import LIPSCHITZ_MODELS, Model, build
 from jaxdp.sampling import PoissonSampler
-from jaxdp.schedules import checked_number
+from jaxdp.schedules import check_number
 from jaxdp.training.arguments import LARGEST_STEPS
 from jaxdp.training.logs import LogFn
 
@@ -81,8 +81,8 @@ class Config:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        checked_number("epochs", self.epochs)
-        checked_number("learning_rate", self.learning_rate)
+        check_number("epochs", self.epochs)
+        check_number("learning_rate", self.learning_rate)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if self.seed is not None and not 0 <= self.seed < 2**32:

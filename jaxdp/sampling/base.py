@@ -11,9 +11,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxdp.accounting.checks import LARGEST_COUNT, check_integer
 from jaxdp.accounting.draws import BATCHES, Draws
 from jaxdp.accounting.schemes import SamplingScheme
+from jaxdp.checks import LARGEST_COUNT, check_integer
 
 _SEED_BITS = 128
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from jaxdp.accounting.checks import check_choice, check_keys
+from jaxdp.checks import check_choice, check_keys
 from jaxdp.sampling.base import Sampler
 from jaxdp.sampling.fixed_size import FixedSizeSampler
 from jaxdp.sampling.poisson import PoissonSampler

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from jax.sharding import NamedSharding
 
 from jaxdp.accounting import AccountantName, Ledger, RelationName
-from jaxdp.accounting.checks import (
+from jaxdp.accounting.composition import as_question, check_delta
+from jaxdp.checks import (
     LARGEST_COUNT,
     check_bool,
     check_callable,
@@ -13,7 +14,6 @@ from jaxdp.accounting.checks import (
     check_integer,
     check_real,
 )
-from jaxdp.accounting.composition import as_question, check_delta
 from jaxdp.sampling import Sampler
 from jaxdp.training.checkpoints import Checkpoints
 from jaxdp.training.step import Step, TrainState

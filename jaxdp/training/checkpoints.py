@@ -25,8 +25,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxdp.accounting import Ledger
-from jaxdp.accounting.checks import check_integer, check_keys, shown
 from jaxdp.accounting.strict_json import parse
+from jaxdp.checks import check_integer, check_keys, shown
 from jaxdp.sampling import Sampler, sampler_from_dict
 from jaxdp.training.files import check_seal, seal, sync_folder, write_file
 from jaxdp.training.step import TrainState

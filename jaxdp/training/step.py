@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_bool, check_callable, check_instance
 from jaxdp.bounded import Bounded, Groups
+from jaxdp.checks import check_bool, check_callable, check_instance
 from jaxdp.noise import executed_noise_multipliers
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.problem import check_arrays, merged_tree, with_gradient
+from jaxdp.trees import path_name
 
 
 class TrainState(NamedTuple):
@@ -192,7 +193,7 @@ def _updated(params: Any, updates: Any, groups: Groups) -> Any:
         if jnp.shape(update) != jnp.shape(leaf):
             raise ValueError(
                 "an update must have the shape of its parameter, got "
-                f"{jnp.shape(update)} for {jax.tree_util.keystr(path, simple=True, separator='/')} "
+                f"{jnp.shape(update)} for {path_name(path)} "
                 f"of shape {jnp.shape(leaf)}: every leaf must pass the clip and jaxdp.add_noise, "
                 "which a branch of optax.partition or optax.masked may lack"
             )
