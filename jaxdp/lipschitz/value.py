@@ -225,3 +225,11 @@ def largest(bounds: Sequence[Cotangent]) -> Cotangent:
 def scaled(bound: Cotangent, *gains: ArrayLike) -> Cotangent:
     """Behind linear maps of these operator norms, one after the other."""
     return bound if bound is None or is_infinite(bound) else times(bound, *gains)
+
+
+def through_entries(bound: Cotangent, x: Value, gain: float) -> Cotangent:
+    """The cotangent behind a layer that multiplies it by entries of x on the way: infinite where
+    that may overflow."""
+    if bound is None:
+        return None
+    return times(bound, gain) + 0 * times(bound, x.norm)
