@@ -26,6 +26,7 @@ def residual(
       ValueError: another merge.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> block = residual(lambda x: 3 * x)
       >>> print(block.apply({}, jnp.ones(2)))
       [2. 2.]
