@@ -154,14 +154,14 @@ def check_arrays(params: Any, trainable: Any = True) -> None:
         if type(leaf) is float and attribute and flag:
             raise TypeError(
                 "attributes that are parameters must be arrays, got the number "
-                f"{leaf} for {name}: make it an array if it is to be trained; if it is a setting, "
+                f"{leaf} for {name}. Make it an array if it is to be trained; if it is a setting, "
                 "close over it (with Equinox: params, static = eqx.partition(model, "
-                "eqx.is_inexact_array)), or make it an array and freeze it with trainable="
+                "eqx.is_inexact_array)), or make it an array and freeze it (trainable=)."
             )
         if jnp.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.prng_key):
             raise TypeError(
-                f"parameters must hold no random keys, got one for {name}: no optimizer can take "
-                "it. Close over it, or make a key for each sample part of the batch"
+                f"parameters must hold no random keys, got one for {name}. No optimizer can take "
+                "it. Close over it, or make a key for each sample part of the batch."
             )
         check_array(f"params ({name})", leaf, advice="Make it an array, or close over it.")
 
@@ -174,11 +174,14 @@ def trainable_groups(params: Any, trainable: Any) -> Groups:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
                 "parameters must be real, got a complex leaf of shape "
-                f"{leaf.shape}: split it into its real and imaginary part"
+                f"{leaf.shape}. Split it into its real and imaginary part."
             )
         groups.append(0 if flag and is_float(leaf) else None)
     if all(group is None for group in groups):
-        raise ValueError("params must have at least one trainable floating-point leaf, got none")
+        raise ValueError(
+            "params must have at least one trainable floating-point leaf, got none. Convert them "
+            "(astype), or let trainable= be True for some."
+        )
     return tuple(groups)
 
 
@@ -187,13 +190,14 @@ def batch_size(batch: Any, name: str) -> int:
     shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(batch)}
     if not shapes or () in shapes:
         raise ValueError(
-            f"every leaf of {name} must have a leading sample axis, got shapes {sorted(shapes)}"
+            f"every leaf of {name} must have a leading sample axis, got shapes {sorted(shapes)}. "
+            "Stack the examples along it."
         )
     sizes = {shape[0] for shape in shapes}
     if len(sizes) > 1:
         raise ValueError(
             f"all leaves of {name} must have the same leading axis, the samples, got sizes "
-            f"{sorted(sizes)}"
+            f"{sorted(sizes)}. Stack the same number of examples in each."
         )
     return sizes.pop()
 
@@ -205,10 +209,12 @@ def checked_mask(mask: jax.Array | None, count: int) -> jax.Array:
     mask = jnp.asarray(mask)
     if mask.dtype != bool:
         raise TypeError(
-            f"mask must be boolean, got {mask.dtype}: it selects rows, it does not weigh them"
+            f"mask must be boolean, got {mask.dtype}. It selects rows, it does not weigh them."
         )
     if mask.shape != (count,):
-        raise ValueError(f"mask must have shape ({count},), one per row, got {mask.shape}")
+        raise ValueError(
+            f"mask must have shape ({count},), got {mask.shape}. Pass one entry for each row."
+        )
     return mask
 
 
@@ -216,7 +222,10 @@ def checked_loss(value: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     """What the loss of one example returned, as (loss, aux)."""
     if has_aux:
         if not (isinstance(value, tuple) and len(value) == 2):
-            raise TypeError(f"loss_fn with has_aux must return (loss, aux), got {type(value)}")
+            raise TypeError(
+                f"loss_fn with has_aux must return (loss, aux), got {type(value)}. Return that "
+                "pair, or leave out has_aux."
+            )
         loss, aux = value
     else:
         loss, aux = value, None
@@ -224,7 +233,7 @@ def checked_loss(value: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             "loss_fn must return one real scalar, the loss of ONE example, got "
-            f"{type(loss).__name__} of shape {shape}: drop the batch axis, or pass "
-            "has_aux=True if it returns a pair"
+            f"{type(loss).__name__} of shape {shape}. Drop the batch axis, or pass "
+            "has_aux=True if it returns a pair."
         )
     return loss, aux

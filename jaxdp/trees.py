@@ -37,8 +37,9 @@ def prefix_leaves(name: str, prefix: Any, tree: Any, whole: str = "the parameter
         jax.tree.map(give, prefix, tree)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{name} must be a pytree prefix of {whole}: got structure "
+            f"{name} must be a pytree prefix of {whole}, got structure "
             f"{jax.tree.structure(prefix)} for {whole.removeprefix('the ')} "
-            f"{jax.tree.structure(tree)}"
+            f"{jax.tree.structure(tree)}. Give one value for all leaves, "
+            "for a subtree or for a leaf."
         ) from error
     return values

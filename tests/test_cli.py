@@ -624,7 +624,7 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "train: no device": (lambda d: [*SMALL, "--devices", "0"], "devices must be at least 1"),
     "train: processes alone": (
         lambda d: [*SMALL, "--num-processes", "2"],
-        "need a coordinator: pass host:port of process 0",
+        "need a coordinator. Pass host:port of process 0",
     ),
     "epsilon: missing": (lambda d: ["epsilon", *RUN], "--noise-multiplier"),
     "epsilon: unsupported": (

@@ -54,9 +54,9 @@ def check_agreement(**values: Any) -> None:
     ]
     if different:
         raise ValueError(
-            f"all processes must have the same {' and '.join(different)}, got others on some: give "
+            f"all processes must have the same {' and '.join(different)}, got others on some. Give "
             "every process the same arguments, clip, noise and optimizer, a seed "
-            "(jaxdp.distributed.shared_seed()) and keys (jaxdp.random_key())"
+            "(jaxdp.distributed.shared_seed()) and keys (jaxdp.random_key())."
         )
 
 

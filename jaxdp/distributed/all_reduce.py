@@ -51,7 +51,10 @@ def all_reduce(*axis_names: str) -> optax.GradientTransformation:
     over the lot runs over all devices here.
     """
     if not axis_names:
-        raise ValueError("all_reduce needs the axis along which samples are spread, got none")
+        raise ValueError(
+            "all_reduce needs the axis along which samples are spread, got none. Pass the name of "
+            'that axis of the mesh, as "data".'
+        )
     for name in axis_names:
         check_instance("axis_names", name, str, advice="Pass the names of the axes, one by one.")
     axes = frozenset(axis_names)
@@ -59,8 +62,8 @@ def all_reduce(*axis_names: str) -> optax.GradientTransformation:
     def update(updates: Any, params: Any) -> Any:
         if not isinstance(updates, Bounded):
             raise TypeError(
-                f"all_reduce takes the jaxdp.Bounded of a clip, got {type(updates).__name__}: put "
-                "it between the clip and jaxdp.add_noise"
+                f"all_reduce takes the jaxdp.Bounded of a clip, got {type(updates).__name__}. Put "
+                "it between the clip and jaxdp.add_noise."
             )
         _check_spread(updates, axes)
         leaves, treedef = jax.tree.flatten(updates.value)
@@ -81,8 +84,8 @@ def _check_spread(updates: Bounded, axes: frozenset[str]) -> None:
     if others:
         raise ValueError(
             f"all_reduce needs samples that are spread along {others}, but they are the same on "
-            "all devices there, or added up already: each would count several times, with the "
-            "noise for one. Shard the batch along that axis (in_specs), and reduce once"
+            "all devices there, or added up already. Each would count several times, with the "
+            "noise for one. Shard the batch along that axis (in_specs), and reduce once."
         )
 
 

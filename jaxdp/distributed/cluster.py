@@ -37,8 +37,8 @@ def join(
     """
     if coordinator is None and not (num_processes is None and process_id is None):
         raise ValueError(
-            f"num_processes={num_processes} and process_id={process_id} need a coordinator: pass "
-            "host:port of process 0, or 'auto'"
+            f"num_processes={num_processes} and process_id={process_id} need a coordinator. Pass "
+            "host:port of process 0, or 'auto'."
         )
     if devices is not None:
         advice = "Pass the devices of this process."

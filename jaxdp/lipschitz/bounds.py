@@ -195,7 +195,7 @@ def leaf_bounds(problem: Problem, limits: list[float]) -> LeafBounds:
         if jnp.finfo(leaf.dtype).bits < 32:
             raise TypeError(
                 f"parameters must be float32 at least to have bounded gradients, but {name} is "
-                f"{leaf.dtype}: keep it in float32, or clip (jaxdp.clip_flat)"
+                f"{leaf.dtype}. Keep it in float32, or clip (jaxdp.clip_flat)."
             )
     example = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), problem.batch.examples
@@ -255,8 +255,8 @@ def input_limits(input_bound: Any, example: Any) -> list[float]:
         if len(held) > 1:
             raise ValueError(
                 "input_bound must say a norm for each floating-point leaf of the example, got one "
-                f"number for {len(held)} of them ({', '.join(held)}): pass a structure like the "
-                "example, with math.inf for what is not to be scaled, as targets"
+                f"number for {len(held)} of them ({', '.join(held)}). Pass a structure like the "
+                "example, with math.inf for what is not to be scaled, as targets."
             )
     return [
         _limit(number.value) if index in names else math.inf for index, number in enumerate(which)

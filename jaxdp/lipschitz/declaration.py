@@ -117,7 +117,7 @@ def _side_by_side(declared: _Declared) -> BoundRule:
         if len(counts) != 1:
             raise NotImplementedError(
                 f"no bound is known for a declared function under jax.vmap ({eqn.source}) with "
-                "operands that it maps in different ways: call it in a loop (jax.lax.scan)"
+                "operands that it maps in different ways. Call it in a loop (jax.lax.scan)."
             )
         (calls,) = counts
         one = [

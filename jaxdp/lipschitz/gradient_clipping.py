@@ -180,8 +180,8 @@ def track_quantile(
     ) -> tuple[Any, TrackQuantileState]:
         if params is None:
             raise ValueError(
-                "track_quantile needs the parameters, got None: call "
-                "tx.update(updates, state, params)"
+                "track_quantile needs the parameters, got None. Call "
+                "tx.update(updates, state, params)."
             )
 
         def moved(
@@ -229,12 +229,13 @@ def _clip_rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range],
     x, clip_value = values
     if clip_value.array is None:
         raise NotImplementedError(
-            f"a clip of gradients needs a threshold that depends on no example ({eqn.source})"
+            f"a clip of gradients needs a threshold that depends on no example ({eqn.source}). "
+            "Take it from the parameters, or a constant."
         )
     if not x.per_sample:
         raise NotImplementedError(
-            "a clip of gradients needs a value that depends on the example "
-            f"({eqn.source}): {SHARED}"
+            f"a clip of gradients needs a value that depends on the example ({eqn.source}), since "
+            f"{SHARED}. Put the clip behind the example."
         )
 
     # The norm that it is compared with, the quotient and the product are rounded.

@@ -157,9 +157,9 @@ def refuse_infinite(found: LeafBounds, caps: Sequence[float], names: Sequence[st
         reason = found.reason()
         raise ValueError(
             f"the gradient of {', '.join(map(repr, without))} must have a bound, got infinity, "
-            f"because {reason}: use another function there, declare one with its bound "
+            f"because {reason}. Use another function there, declare one with its bound "
             "(jaxdp.lipschitz.declare), clip the cotangent behind it (lipschitz.clip_gradient), or "
-            "give these leaves a threshold (thresholds=)"
+            "give these leaves a threshold (thresholds=)."
         )
 
 

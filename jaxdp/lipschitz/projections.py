@@ -106,7 +106,7 @@ def project(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
     def update(updates: Any, params: Any) -> Any:
         if params is None:
             raise ValueError(
-                "project needs the parameters, got None: call tx.update(updates, state, params)"
+                "project needs the parameters, got None. Call tx.update(updates, state, params)."
             )
         nearest = projection(optax.apply_updates(params, updates))
         return jax.tree.map(jnp.subtract, nearest, params)

@@ -209,13 +209,13 @@ def _check_precision(eqn: Equation) -> None:
     for aval in eqn.outputs:
         if jnp.issubdtype(aval.dtype, jnp.complexfloating):
             raise NotImplementedError(
-                f"no bound is known for complex numbers, as {eqn.name} gives ({eqn.source}): clip "
-                "instead (jaxdp.clip_flat)"
+                f"no bound is known for complex numbers, as {eqn.name} gives ({eqn.source}). Clip "
+                "instead (jaxdp.clip_flat)."
             )
         if jnp.issubdtype(aval.dtype, jnp.floating) and jnp.finfo(aval.dtype).bits < 32:
             raise TypeError(
-                f"bounds need at least float32, got {aval.dtype} ({eqn.source}): half precision "
-                "rounds by more than a bound has room for; clip instead (jaxdp.clip_flat)"
+                f"bounds need at least float32, got {aval.dtype} ({eqn.source}). Half precision "
+                "rounds by more than a bound has room for; clip instead (jaxdp.clip_flat)."
             )
 
 
@@ -309,7 +309,7 @@ def _own_derivative(
     if eqn.custom_vjp is not None and not all(output.per_sample for output in outputs):
         raise NotImplementedError(
             f"the gradient of {eqn.name} ({eqn.source}) need not be linear in the cotangent, and "
-            f"{SHARED}: use jax.custom_jvp, or declare the function (jaxdp.lipschitz.declare)"
+            f"{SHARED}. Use jax.custom_jvp, or declare the function (jaxdp.lipschitz.declare)."
         )
     moving = [index for index, value in enumerate(values) if value.moves]
 
@@ -330,8 +330,8 @@ def _own_derivative(
         if not all(vanishing(program, [False] * len(shapes) + [True] * len(outs))):
             raise NotImplementedError(
                 f"the gradient of {eqn.name} ({eqn.source}) is not known to be zero where its "
-                "cotangent is, so that rows without a sample might count: multiply it by the "
-                "cotangent, or declare the function (jaxdp.lipschitz.declare)"
+                "cotangent is, so that rows without a sample might count. Multiply it by the "
+                "cotangent, or declare the function (jaxdp.lipschitz.declare)."
             )
         upstream = [
             Value(

@@ -172,12 +172,12 @@ def select_clip_value(
     counts = jnp.asarray(check_array("counts", counts, advice="Pass sums of unclipped_counts."))
     if not jnp.issubdtype(counts.dtype, jnp.integer):
         raise TypeError(
-            f"counts must be integers, got {counts.dtype}: pass sums of unclipped_counts"
+            f"counts must be integers, got {counts.dtype}. Pass sums of unclipped_counts."
         )
     if counts.shape != thresholds.shape:
         raise ValueError(
             f"counts must have one entry for each of the {thresholds.size} candidates, got shape "
-            f"{counts.shape}"
+            f"{counts.shape}. Pass sums of unclipped_counts for the same candidates."
         )
     advice = "Pass the share of samples that are not to be clipped."
     quantile = check_real("quantile", quantile, above=0, below=1, advice=advice)
@@ -248,7 +248,8 @@ def _ascending(candidates: Candidates) -> np.ndarray:
         values = values.astype(np.float32)
     if not (np.all(np.isfinite(values)) and values[0] > 0 and np.all(np.diff(values) > 0)):
         raise ValueError(
-            f"candidates must be finite, above 0 and ascending in float32, got {values.tolist()}"
+            f"candidates must be finite, above 0 and ascending in float32, got {values.tolist()}. "
+            "Leave out what float32 cannot tell apart."
         )
     return values
 
@@ -261,6 +262,6 @@ def _place(leaf: str, problem: Problem) -> int:
     if leaf not in scalars:
         raise ValueError(
             f"leaf must name a scalar parameter, the threshold of an adaptive_gradient_clip, got "
-            f"{shown(leaf)}: the scalars here are {scalars}"
+            f"{shown(leaf)}. The scalars here are {scalars}."
         )
     return problem.names.index(leaf)

@@ -79,7 +79,10 @@ def multi_head_attention(
     check_rate("dropout", dropout)
     check_flags(bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn)
     if embed_dim % num_heads:
-        raise ValueError(f"embed_dim must be a multiple of num_heads={num_heads}, got {embed_dim}")
+        raise ValueError(
+            f"embed_dim must be a multiple of num_heads={num_heads}, got {embed_dim}. Each head "
+            "takes an equal part of it."
+        )
     width = embed_dim // num_heads
     extra = sequence_bias(embed_dim)
 
@@ -118,7 +121,8 @@ def multi_head_attention(
         check_input("multi_head_attention (values)", values, last=vdim, rank=2)
         if len(keys) != len(values):
             raise ValueError(
-                f"keys and values must be equally many, got {len(keys)} and {len(values)}"
+                f"keys and values must be equally many, got {len(keys)} and {len(values)}. Pass "
+                "one value for each key."
             )
         allowed = _allowed(len(queries), len(keys), num_heads, mask, key_mask, is_causal)
         q, k, v = (
@@ -188,10 +192,15 @@ def _allowed(
         if given is None:
             continue
         if given.dtype != bool:
-            raise TypeError(f"{name} must be boolean, True where allowed, got {given.dtype}")
+            raise TypeError(
+                f"{name} must be boolean, True where allowed, got {given.dtype}. Pass mask == 0 "
+                "for a mask that is added to the scores."
+            )
         if given.shape not in shapes:
             wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"{name} must have shape {wanted}, got {given.shape}")
+            raise ValueError(
+                f"{name} must have shape {wanted}, got {given.shape}. Leave out the batch axis."
+            )
         masks.append(given.reshape((1,) * (3 - given.ndim) + given.shape))
     if is_causal:
         masks.append(jnp.tri(queries, keys, dtype=bool)[None])

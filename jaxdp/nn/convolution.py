@@ -198,7 +198,7 @@ def _pads(
         return [(0, 0)] * len(window)
     if isinstance(padding, str):
         if set(steps) != {1}:
-            raise ValueError(f"padding 'same' needs a stride of 1, got {steps}: give a number")
+            raise ValueError(f"padding 'same' needs a stride of 1, got {steps}. Give a number.")
         totals = [d * (k - 1) for k, d in zip(window, spread, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
     return [(n, n) for n in sizes("padding", padding, len(window), least=0)]
@@ -211,7 +211,7 @@ def _check_room(padding_mode: str, pads: list[tuple[int, int]], x: jax.Array) ->
         if max(sides) > room:
             raise ValueError(
                 f"padding must be at most {room} with padding_mode {padding_mode!r} on an axis of "
-                f"{size}, got {max(sides)}"
+                f"{size}, got {max(sides)}. Pad by less, or with zeros."
             )
 
 
@@ -220,7 +220,10 @@ def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
     check_sizes(in_channels=in_channels, out_channels=out_channels, groups=groups)
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if channels % groups:
-            raise ValueError(f"{name} must be a multiple of groups={groups}, got {channels}")
+            raise ValueError(
+                f"{name} must be a multiple of groups={groups}, got {channels}. Each group takes "
+                "an equal part of the channels."
+            )
 
 
 def layout(rank: int) -> tuple[str, str, str]:

@@ -77,7 +77,7 @@ def embedding(
     def apply(params: Params, ids: jax.Array) -> jax.Array:
         ids = jnp.asarray(ids)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"embedding takes integer ids, got {ids.dtype}")
+            raise TypeError(f"embedding takes integer ids, got {ids.dtype}. Convert them (astype).")
         ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
         # Negative ids would count from the end: they go to the other side.
         inside = jnp.where(ids < 0, jnp.full_like(ids, num_embeddings), ids)

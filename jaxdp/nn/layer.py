@@ -120,7 +120,7 @@ def check_input(layer: str, x: jax.Array, *, last: int, rank: int | None = None)
         wanted = f"[{axes}, {last}]" if axes else f"[{last}]"
         raise ValueError(
             f"{layer} takes one example of shape {wanted}, without a batch axis, got "
-            f"{tuple(x.shape)}: channels come last, and jax.vmap adds the batch"
+            f"{tuple(x.shape)}. Channels come last, and jax.vmap adds the batch."
         )
 
 
@@ -128,8 +128,9 @@ def check_output(layer: str, x: jax.Array, y: jax.Array) -> None:
     """Raises if windows do not fit into x anywhere, so that y is empty."""
     if y.size == 0 and x.size > 0:
         raise ValueError(
-            f"{layer}: the window must be at most as large as the input, padding included, got an "
-            f"input of shape {tuple(x.shape)}, which leaves an output of {tuple(y.shape)}"
+            f"the window of {layer} must be at most as large as the input, padding included, got "
+            f"an input of shape {tuple(x.shape)}, which leaves an output of {tuple(y.shape)}. Take "
+            "a smaller window, or more padding."
         )
 
 

@@ -133,7 +133,8 @@ def group_norm(
     _check_eps(eps)
     if num_channels % num_groups:
         raise ValueError(
-            f"num_channels must be a multiple of num_groups={num_groups}, got {num_channels}"
+            f"num_channels must be a multiple of num_groups={num_groups}, got {num_channels}. "
+            "Each group takes an equal part of the channels."
         )
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
@@ -177,8 +178,8 @@ def instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False)
         check_input("instance_norm", x, last=num_features)
         if math.prod(x.shape[:-1]) == 1:
             raise ValueError(
-                f"instance_norm needs more than one position, got shape {tuple(x.shape)}: with one "
-                "the result is zero whatever the input"
+                f"instance_norm needs more than one position, got shape {tuple(x.shape)}. With one "
+                "the result is zero whatever the input."
             )
         positions = tuple(range(x.ndim - 1))
         return add_bias(params, _per_channel(params, x, (num_features,), positions, eps))
@@ -195,7 +196,7 @@ def batch_norm(*args: object, **kwargs: object) -> NoReturn:
     raise ValueError(
         "batch_norm normalises a sample by others, which no clip can undo, so it has no private "
         "form. Use nn.group_norm(32, channels), nn.instance_norm, nn.layer_norm or nn.rms_norm; "
-        "for a trained model fold the running statistics into the layer before"
+        "for a trained model fold the running statistics into the layer before."
     )
 
 
@@ -220,7 +221,10 @@ def _last(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _check_last(layer: str, x: jax.Array, shape: tuple[int, ...]) -> None:
     if tuple(x.shape[-len(shape) :]) != shape:
-        raise ValueError(f"{layer} takes inputs whose last axes are {shape}, got {x.shape}")
+        raise ValueError(
+            f"{layer} takes inputs whose last axes are {shape}, got {x.shape}. Build the layer "
+            "with the sizes of its input."
+        )
 
 
 def _moments(x: jax.Array, axes: tuple[int, ...], eps: float) -> tuple[jax.Array, jax.Array]:

@@ -125,7 +125,8 @@ def _reduce(
     pads = sizes("padding", padding, rank, least=0)
     if any(2 * pad > size for pad, size in zip(pads, window, strict=True)):
         raise ValueError(
-            f"padding must be at most half of kernel_size={window}, got {shown(padding)}"
+            f"padding must be at most half of kernel_size={window}, got {shown(padding)}. Pad by "
+            "less, or take a larger window."
         )
     y = lax.reduce_window(
         x,

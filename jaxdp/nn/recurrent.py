@@ -303,7 +303,7 @@ def _start(cell: _Cell, state: Any, shape: tuple[int, int], dtype: Any) -> State
     if shapes != [shape] * cell.states:
         raise ValueError(
             f"{cell.name} takes an initial state of {cell.states} array(s) of shape {shape}, got "
-            f"{shapes}: layers times directions, then features, without a batch axis"
+            f"{shapes}. Its axes are layers times directions, then features."
         )
     return given
 
@@ -312,9 +312,9 @@ def _check_mask(mask: jax.Array | None, steps: int) -> None:
     if mask is None:
         return
     if mask.dtype != bool:
-        raise TypeError(f"mask must be boolean, got {mask.dtype}: use jnp.arange(T) < length")
+        raise TypeError(f"mask must be boolean, got {mask.dtype}. Use jnp.arange(T) < length.")
     if mask.shape != (steps,):
-        raise ValueError(f"mask must have shape ({steps},), one for each step, got {mask.shape}")
+        raise ValueError(f"mask must have shape ({steps},), one for each step, got {mask.shape}.")
 
 
 def _torch_names(num_layers: int, directions: tuple[str, ...], bias: bool) -> TorchNames:

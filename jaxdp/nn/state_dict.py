@@ -59,20 +59,23 @@ def from_torch_state_dict(
         candidates = layer.torch_names.get(where, ())
         if not candidates:
             raise ValueError(
-                f"parameter {'/'.join(where)} must have a torch name, got a layer without: add it "
-                "to the layer's torch_names"
+                f"parameter {'/'.join(where)} must have a torch name, got a layer without. Add it "
+                "to the layer's torch_names."
             )
         # Opacus keeps some arrays under two names.
         found = [each for each in candidates if each.name in given]
         if not found:
             wanted = " or ".join(prefix + each.name for each in candidates)
-            raise ValueError(f"state_dict must hold {wanted}, got {sorted(state_dict)}")
+            raise ValueError(
+                f"state_dict must hold {wanted}, got {sorted(state_dict)}. Name the layer's part "
+                "of it by prefix, and build the layer as the torch layer was built."
+            )
         used |= {each.name for each in found}
         params.append(_converted(found[0], given[found[0].name], leaf))
     if unused := sorted(set(given) - used):
         raise ValueError(
-            f"state_dict must hold nothing but the layer's parameters, got {unused}: name the "
-            "layer's part of it by prefix. Running statistics of a batch norm have no counterpart"
+            f"state_dict must hold nothing but the layer's parameters, got {unused}. Name the "
+            "layer's part of it by prefix. Running statistics of a batch norm have no counterpart."
         )
     return jax.tree.unflatten(treedef, params)
 
@@ -83,7 +86,7 @@ def _converted(source: TorchName, value: Any, leaf: jax.ShapeDtypeStruct) -> jax
     except TypeError as error:
         raise TypeError(
             f"{source.name} must be an array that NumPy can read, got {type(value).__name__} "
-            f"({error}): convert bfloat16 tensors with .float()"
+            f"({error}). Convert bfloat16 tensors with .float()."
         ) from error
     try:
         converted = source.convert(array)
@@ -92,6 +95,6 @@ def _converted(source: TorchName, value: Any, leaf: jax.ShapeDtypeStruct) -> jax
     if converted.shape != leaf.shape:
         raise ValueError(
             f"{source.name} must become a parameter of shape {leaf.shape}, got an array of shape "
-            f"{array.shape}: build the layer with the sizes of the torch layer"
+            f"{array.shape}. Build the layer with the sizes of the torch layer."
         )
     return jnp.asarray(converted, leaf.dtype)

@@ -148,7 +148,7 @@ def _conv_transpose(
     if any(extra >= max(s, d) for extra, s, d in zip(behind, steps, spread, strict=True)):
         raise ValueError(
             f"output_padding must be below the stride or the dilation, got {output_padding} with "
-            f"stride {stride} and dilation {dilation}"
+            f"stride {stride} and dilation {dilation}. Lower it, or raise the stride."
         )
     pads = [
         (d * (k - 1) - p, d * (k - 1) - p + extra)
@@ -169,7 +169,7 @@ def _conv_transpose(
         if min(lengths) < 1:
             raise ValueError(
                 f"conv_transpose{rank}d must have an output, got sizes {lengths} from an input of "
-                f"{tuple(x.shape)}: lower the padding"
+                f"{tuple(x.shape)}. Lower the padding."
             )
         y = lax.conv_general_dilated(
             x[None],

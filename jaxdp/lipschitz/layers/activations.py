@@ -71,7 +71,9 @@ def householder(features: int) -> Layer:
     """
     check_sizes(features=features)
     if features % 2:
-        raise ValueError(f"features must be even, got {features}")
+        raise ValueError(
+            f"features must be even, got {features}. The first half pairs with the second."
+        )
 
     def apply(params: Params, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         check_input("householder", x, last=features)
@@ -111,7 +113,8 @@ def gradient_norm_preserving(fun: Callable[[jax.Array], jax.Array]) -> Layer:
 def _check_groups(layer: str, x: jax.Array, group_size: int) -> None:
     if x.ndim == 0 or x.shape[-1] % group_size:
         raise ValueError(
-            f"{layer} needs a last axis that is a multiple of {group_size}, got {tuple(x.shape)}"
+            f"{layer} needs a last axis that is a multiple of {group_size}, got {tuple(x.shape)}. "
+            "Choose a group_size that divides the channels."
         )
 
 

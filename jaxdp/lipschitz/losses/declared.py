@@ -39,8 +39,8 @@ def declared(
         prediction, target = values
         if target.moves:
             raise NotImplementedError(
-                f"no bound is known for a target that depends on parameters ({eqn.source}): use "
-                "jax.lax.stop_gradient on it"
+                f"no bound is known for a target that depends on parameters ({eqn.source}). Use "
+                "jax.lax.stop_gradient on it."
             )
         # Sums over the outputs, of shares or of squares, are what is rounded; a margin between two
         # outputs must not overflow.

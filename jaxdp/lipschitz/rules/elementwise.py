@@ -131,7 +131,7 @@ def _power(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pul
     exponent = eqn.params.get("y", 2)
     if exponent < 1:
         raise NotImplementedError(
-            f"no bound is known for x ** {exponent} ({eqn.source}): write it as a division"
+            f"no bound is known for x ** {exponent} ({eqn.source}). Write it as a division."
         )
     slope = power(x.largest, exponent - 1)
     norm = times(x.norm, slope)

@@ -21,8 +21,8 @@ def _gather(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pu
         fill is not None and math.isfinite(fill)
     ):
         raise NotImplementedError(
-            f"no bound is known for a look-up that gives NaN outside of the table ({eqn.source}): "
-            'use x.at[index].get(mode="clip"), or fill_value=0'
+            f"no bound is known for a look-up that gives NaN outside of the table ({eqn.source}). "
+            'Use x.at[index].get(mode="clip"), or fill_value=0.'
         )
     repeats = _repeats(eqn, x, index)
     low, high = x.low, x.high

@@ -72,7 +72,7 @@ def _convolution(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range
     if kernel.array is None or eqn.params["batch_group_count"] != 1:
         raise NotImplementedError(
             f"no bound is known for a convolution with a kernel that depends on the example "
-            f"({eqn.source}): clip instead (jaxdp.clip_flat)"
+            f"({eqn.source}). Clip instead (jaxdp.clip_flat)."
         )
     _, axes, out_axes = eqn.params["dimension_numbers"]
     stride, dilation = eqn.params["window_strides"], eqn.params["rhs_dilation"]

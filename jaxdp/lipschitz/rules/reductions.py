@@ -64,7 +64,7 @@ def _window_extremum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[R
     ):
         raise NotImplementedError(
             f"no bound is known for {eqn.name} with windows that may lie in the padding alone "
-            f"({eqn.source}): pad by less than the window, without dilation"
+            f"({eqn.source}). Pad by less than the window, without dilation."
         )
     gain = math.sqrt(_multiplicity(eqn)) * (1 + gamma(_multiplicity(eqn)))
     return [Range(gain * x.norm, x.low, x.high)], lambda cotangents: [scaled(cotangents[0], gain)]

@@ -133,8 +133,8 @@ def rule_of(eqn: Equation) -> Registered:
     """
     if eqn.name not in _RULES:
         raise NotImplementedError(
-            f"no bound is known for the primitive {eqn.name} ({eqn.source}): use another function, "
+            f"no bound is known for the primitive {eqn.name} ({eqn.source}). Use another function, "
             "declare the one around it (jaxdp.lipschitz.declare), add a rule "
-            "(jaxdp.lipschitz.register_bound_rule), or clip instead (jaxdp.clip_flat)"
+            "(jaxdp.lipschitz.register_bound_rule), or clip instead (jaxdp.clip_flat)."
         )
     return _RULES[eqn.name]
