@@ -22,6 +22,12 @@ class Explanation(NamedTuple):
       microbatch_size: how many samples at a time; None for all.
       reason: why this lowering.
       leaves: one row for each leaf that has a gradient.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> found = explain(lambda params, x: params @ x, jnp.ones(3), jnp.ones((2, 3)))
+      >>> isinstance(found, Explanation), len(found.leaves)
+      (True, 1)
     """
 
     method: str

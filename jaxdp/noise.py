@@ -152,6 +152,12 @@ def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:
     is what a ledger must be charged with: it is read where the noise is drawn, so that it cannot
     disagree with it.
 
+    Args:
+      opt_state: state of an optax chain.
+
+    Returns:
+      One scalar for each release, in the order of the chain.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> tx = optax.chain(add_noise(1.5, jax.random.key(0)), optax.sgd(1e-3))
@@ -172,6 +178,9 @@ def noise_draws(opt_state: optax.OptState) -> tuple[tuple[str, str, int], ...]:
     Args:
       opt_state: state of an optax chain, not traced. Of a `jax.vmap` over states, each member is
         told.
+
+    Returns:
+      A triple for each release, in the order of the chain.
 
     Raises:
       ValueError: two noised releases would be drawn from one key.

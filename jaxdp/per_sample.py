@@ -47,6 +47,11 @@ class PerSampleGrads:
     `jaxdp.per_sample_grads` (or `from_arrays`) and hand it to a clip in the same function.
 
     Everything it returns is computed from raw data and NOT private.
+
+    Example:
+      >>> grads = PerSampleGrads.from_arrays(jnp.array([[3.0, 4.0], [0.0, 1.0]]))
+      >>> print(grads.norms().round(3), grads.weighted_sum(jnp.ones(2)), grads.materialize().shape)
+      [5. 1.] [3. 5.] (2, 2)
     """
 
     def __init__(self, handle: Handle, params: Any, groups: Groups):
@@ -69,6 +74,9 @@ class PerSampleGrads:
         Args:
           grads: the gradients; leaves that are not floating-point take no part.
           mask: bool `[B]`; rows that are False count for nothing.
+
+        Returns:
+          A handle on these gradients.
 
         Raises:
           TypeError, ValueError: the leaves are not arrays with one common leading axis B; inside
@@ -142,6 +150,9 @@ class PerSampleGrads:
 
         Args:
           groups: for each leaf of the parameters a group index in 0..K-1 (`None`: left out).
+
+        Returns:
+          The norms, zero in masked rows.
         """
         norms = self._reduction().norms
         if groups is None:
@@ -149,7 +160,14 @@ class PerSampleGrads:
         return group_norms(norms, self._kept(groups))
 
     def clipped_sum(self, rule: ClipRule) -> Bounded:
-        """Σ_i w_i g_i with the weights of the rule, as a `Bounded` of sensitivity C."""
+        """Σ_i w_i g_i with the weights of the rule, as a `Bounded` of sensitivity C.
+
+        Args:
+          rule: what a clip asks for, such as groups of leaves and their thresholds.
+
+        Returns:
+          The sum, with the thresholds of the rule as sensitivities.
+        """
         kept = rule._replace(groups=self._kept(rule.groups))
         groups = tuple(group for group in kept.groups if group is not None)
 
@@ -165,6 +183,15 @@ class PerSampleGrads:
         """Σ_i w_i g_i for weights `[B]`: a pytree like the parameters. No bound is claimed.
 
         Rows that are masked, have weight zero or are not `counted` count for nothing.
+
+        Args:
+          weights: w, one number for each row.
+
+        Returns:
+          The sum; zeros at leaves without a gradient.
+
+        Raises:
+          ValueError: weights of another shape.
         """
         weights = jnp.asarray(weights)
         if weights.shape != self.mask.shape:
@@ -182,6 +209,9 @@ class PerSampleGrads:
         """The per-sample gradients themselves: a pytree of `[B, *param.shape]`.
 
         Masked rows are zero; leaves without a gradient are zeros of the leaf's dtype.
+
+        Returns:
+          Arrays in the dtypes of the parameters.
         """
         grads = self._handle.rows().grads
         rows = [select_rows(self.mask, grad) for grad in grads]

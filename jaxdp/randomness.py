@@ -39,6 +39,9 @@ def random_key() -> jax.Array:
     can be repeated bit for bit. On several processes (`jax.distributed`) all must call it, and get
     the same key: else each would add noise of its own.
 
+    Returns:
+      A key array of no axes.
+
     Example:
       >>> random_key().shape
       ()

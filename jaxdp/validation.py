@@ -33,6 +33,10 @@ class Finding(NamedTuple):
       where: source line, leaf or array.
       what: the problem.
       fix: what to do about it.
+
+    Example:
+      >>> print(Finding("check", "w", "a parameter without gradient", "Freeze it"))
+      check: a parameter without gradient (w). Freeze it.
     """
 
     kind: Kind
@@ -50,6 +54,12 @@ class Validation(NamedTuple):
 
     Attributes:
       findings: in the order of the program.
+
+    Example:
+      >>> Validation((Finding("check", "w", "a parameter without gradient", "Freeze it"),)).ok
+      True
+      >>> print(Validation(()))
+      nothing found
     """
 
     findings: tuple[Finding, ...]

@@ -40,8 +40,15 @@ def check_agreement(**values: Any) -> None:
     Processes that draw other samples, or other noise, train something that no ledger describes.
 
     Args:
-      values: by what to call them; pytrees of arrays (keys included), or data for JSON. What is
-        spread over several processes is left out: these share it.
+      **values: what must be equal, each under the name by which the error calls it: a pytree of
+        arrays (keys included), or data for JSON. An array that is spread over several processes
+        is left out, since they share it.
+
+    Raises:
+      ValueError: a value differs between the processes.
+
+    Example:
+      >>> check_agreement(threshold=1.0)  # one process agrees with itself
     """
     if jax.process_count() == 1:
         return

@@ -77,8 +77,15 @@ def spread_rows(
 
 
 def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The same state on all devices of a mesh. What lies there already, as parameters that are
-    spread over it, stays as it is.
+    """The same state on all devices of a mesh.
+
+    Args:
+      state: pytree of arrays. An array that lies on the mesh already, as a parameter that is
+        spread over it, stays as it is.
+      mesh: the devices.
+
+    Returns:
+      The state, with every other array copied to all devices of the mesh.
 
     Example:
       >>> state = spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)

@@ -20,6 +20,12 @@ class SignalToNoise(NamedTuple):
       ratios: path of each leaf -> norm over bound.
       norms: path -> norm.
       bounds: path -> Δ, which alone is private.
+
+    Example:
+      >>> loss_fn = lambda params, x: params @ x
+      >>> found = signal_to_noise_average(loss_fn, jnp.ones(2), jnp.array([[0.6, 0.8]]), 2.0)
+      >>> print(*(table[""].round(3) for table in found))
+      0.5 1.0 2.0
     """
 
     ratios: dict[str, jax.Array]
@@ -47,6 +53,7 @@ def signal_to_noise_average(
       params: the parameters.
       batch: pytree of `[B, ...]`.
       mask: bool `[B]`; rows that are False count for nothing.
+      **kwargs: further arguments of the loss.
 
     Returns:
       Ratios, norms and bounds, scalars, for each leaf that has a gradient.
@@ -86,6 +93,7 @@ def signal_to_noise_elementwise(
 
     Args:
       loss_fn, params, batch, input_bound, mask, trainable: as for `signal_to_noise_average`.
+      **kwargs: further arguments of the loss.
 
     Returns:
       Ratios and norms `[B]`, zero in masked rows, and bounds, scalars, for each leaf that has a

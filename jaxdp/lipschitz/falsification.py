@@ -38,6 +38,13 @@ class Attack(NamedTuple):
       norm: its norm.
       bound: Δ.
       by: which attack found it.
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.tanh(params @ x)
+      >>> found = falsify(loss_fn, jnp.zeros(3), jnp.zeros(3), 2.0, key=jax.random.key(0))
+      >>> attack = found.attacks[""]
+      >>> round(attack.norm, 2), round(attack.bound, 2)
+      (2.0, 2.0)
     """
 
     ratio: float
@@ -52,6 +59,12 @@ class Falsification(NamedTuple):
     Attributes:
       attacks: the best one for each leaf, by path.
       reason: what made a bound infinite; "" if none is.
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.tanh(params @ x)
+      >>> found = falsify(loss_fn, jnp.zeros(3), jnp.zeros(3), 2.0, key=jax.random.key(0))
+      >>> found.survived, list(found.attacks)
+      (True, [''])
     """
 
     attacks: dict[str, Attack]
@@ -107,6 +120,7 @@ def falsify(
       classes: integer leaves of the example get values in 0..classes-1.
       count: of examples for each kind of attack.
       steps: of gradient ascent.
+      **kwargs: further arguments of the loss.
 
     Returns:
       The `Falsification`. Nothing in it is private: it looks at no data.

@@ -45,6 +45,10 @@ def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
     Returns:
       x.
 
+    Raises:
+      TypeError: x that holds no floating-point numbers; a clip value that is no number.
+      ValueError: a clip value that is known and negative or not finite.
+
     Example:
       >>> loss_fn = lambda x: 10 * jnp.sum(clip_gradient(x, 1.0))
       >>> print(jax.grad(loss_fn)(jnp.ones(4)))

@@ -24,6 +24,17 @@ _MATRIX = "Pass one matrix: map over trees of them."
 def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
     """The nearest array of L2 (Frobenius) norm at most `norm`.
 
+    Args:
+      array: any shape, floating-point.
+      norm: the radius, above zero.
+
+    Returns:
+      The array, scaled down where it is longer.
+
+    Raises:
+      TypeError: an array of another dtype; a norm that is no number.
+      ValueError: a norm that is not positive and finite.
+
     Example:
       >>> print(onto_ball(jnp.array([3.0, 4.0])))
       [0.6 0.8]
@@ -38,6 +49,17 @@ def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
 
 def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
     """The matrix `[m, n]`, scaled down where its largest singular value exceeds `norm`.
+
+    Args:
+      matrix: `[m, n]`, floating-point.
+      norm: the largest singular value that is allowed, above zero.
+
+    Returns:
+      The matrix, scaled down where it exceeds that.
+
+    Raises:
+      TypeError: a matrix of another dtype; a norm that is no number.
+      ValueError: an array without two axes; a norm that is not positive and finite.
 
     Example:
       >>> print(onto_spectral_ball(jnp.diag(jnp.array([4.0, 1.0]))).round(3))

@@ -224,6 +224,13 @@ def selection_draws(key: jax.Array, step: int) -> tuple[tuple[str, str, int], ..
     A second selection with both draws the same noise, and the two together may tell what neither
     does. A ledger that is told of them refuses that, as it does for `jaxdp.noise_draws`.
 
+    Args:
+      key: as for `select_clip_value`.
+      step: as for `select_clip_value`, an integer that is known.
+
+    Returns:
+      One triple in a tuple, for `Ledger.charge_pure`.
+
     Example:
       >>> [(purpose, name, step)] = selection_draws(jax.random.key(0), step=3)
       >>> purpose, len(name), step

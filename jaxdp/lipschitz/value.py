@@ -39,6 +39,11 @@ class Range(NamedTuple):
       norm: of all entries together.
       low: of the smallest entry.
       high: of the largest entry.
+
+    Example:
+      >>> from jaxdp import lipschitz
+      >>> print(lipschitz.Range(low=-1, high=1).tightened(4).norm.round(3))
+      2.0
     """
 
     norm: ArrayLike = math.inf
@@ -51,8 +56,18 @@ class Range(NamedTuple):
         return all(isinstance(bound, float) for bound in self) and self == UNKNOWN
 
     def outward(self, units: int = 0) -> "Range":
-        """Rounded so that it holds for what one equation computes: see `rounding.EQUATION`; with
-        a function in it that is off by so many u more."""
+        """The range, rounded outward so that it holds for what one equation computes.
+
+        Args:
+          units: by how many u more a function in the equation is off, see `rounding.EQUATION`.
+
+        Returns:
+          A range that contains this one.
+
+        Example:
+          >>> bool(Range(1.0, -1.0, 1.0).outward().norm > 1)
+          True
+        """
         if self.unknown:
             return self
         low, high = (jnp.asarray(end, jnp.float32) for end in (self.low, self.high))
@@ -60,8 +75,20 @@ class Range(NamedTuple):
         return Range(up(self.norm, units), low - slip * jnp.abs(low), high + slip * jnp.abs(high))
 
     def tightened(self, size: int) -> "Range":
-        """What norm and interval say of each other, for `size` entries; nothing at all where
-        neither is finite, or one is NaN: 0 · ∞ and ∞ - ∞ say nothing."""
+        """The range with what norm and interval say of each other.
+
+        Where neither is finite, or one is NaN (0 · ∞, ∞ - ∞), the result says nothing.
+
+        Args:
+          size: number of entries of the array.
+
+        Returns:
+          A range of float32 scalars.
+
+        Example:
+          >>> print(Range(norm=3.0).tightened(4).high)
+          3.0
+        """
         if size == 0:
             return Range(*(jnp.zeros((), jnp.float32),) * 3)
         norm, low, high = (jnp.asarray(bound, jnp.float32) for bound in self)
@@ -91,6 +118,11 @@ class Value:
       moves: whether it depends on a parameter, so that its cotangent matters.
       per_sample: whether `jax.vmap` certainly gives it a row for each sample. What has none is
         shared: the cotangents of all samples arrive there as one sum.
+
+    Example:
+      >>> x = Value((4,), jnp.float32, range=Range(low=-1, high=1), per_sample=True)
+      >>> print(x.size, x.norm.round(3), x.largest)
+      4 2.0 1.0
     """
 
     def __init__(
@@ -113,7 +145,19 @@ class Value:
 
     @classmethod
     def known(cls, array: Any, *, moves: bool = False) -> "Value":
-        """An array that depends on no example."""
+        """An array that depends on no example.
+
+        Args:
+          array: the result itself.
+          moves: whether it depends on a parameter.
+
+        Returns:
+          A value whose range is read from the array.
+
+        Example:
+          >>> print(Value.known(jnp.array([3.0, 4.0])).norm.round(3))
+          5.0
+        """
         return cls(jnp.shape(array), jnp.result_type(array), array=array, moves=moves)
 
     @property
@@ -127,8 +171,20 @@ class Value:
         return self.array is None and self._range.unknown
 
     def once(self, what: Hashable, compute: Callable[[], jax.Array]) -> jax.Array:
-        """What `compute` finds out about this value, found out once: the steps of a loop share
-        their weights."""
+        """The number that `compute` finds for this value, found once: the steps of a loop share it.
+
+        Args:
+          what: names the number among those of this value.
+          compute: called for the first request of that name.
+
+        Returns:
+          The number.
+
+        Example:
+          >>> weights = Value.known(jnp.eye(2))
+          >>> print(weights.once("trace", lambda: jnp.trace(weights.array)))
+          2.0
+        """
         if what not in self._found:
             self._found[what] = compute()
         return self._found[what]

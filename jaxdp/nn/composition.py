@@ -73,6 +73,9 @@ def function(fun: Callable[[Any], Any]) -> Layer:
     Returns:
       A layer.
 
+    Raises:
+      TypeError: `fun` cannot be called.
+
     Example:
       >>> last_state = function(lambda result: result[0][-1])
       >>> last_state.apply({}, (jnp.arange(3.0), None)).item()
@@ -119,6 +122,9 @@ def flatten(*, channels_first: bool = False) -> Layer:
 
     Returns:
       A layer of `[..., C] -> [n]`, without parameters.
+
+    Raises:
+      TypeError: `channels_first` is no bool.
 
     Example:
       >>> flatten(channels_first=True).apply({}, jnp.array([[1, 2], [3, 4]])).tolist()

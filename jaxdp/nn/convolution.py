@@ -41,6 +41,10 @@ def conv1d(
 ) -> Layer:
     """Cross-correlation along one axis; see `conv2d`.
 
+    Args:
+      in_channels, out_channels, kernel_size: as for `conv2d`.
+      stride, padding, dilation, groups, bias, padding_mode: as for `conv2d`.
+
     Returns:
       A layer of `[W, in_channels] -> [W', out_channels]`. Parameters: kernel
       `[k, in_channels / groups, out_channels]`, bias `[out_channels]`.
@@ -121,6 +125,10 @@ def conv3d(
     padding_mode: PaddingMode = "zeros",
 ) -> Layer:
     """Cross-correlation along three axes; see `conv2d`.
+
+    Args:
+      in_channels, out_channels, kernel_size: as for `conv2d`.
+      stride, padding, dilation, groups, bias, padding_mode: as for `conv2d`.
 
     Returns:
       A layer of `[D, H, W, in_channels] -> [D', H', W', out_channels]`. Parameters: kernel

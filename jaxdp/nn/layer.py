@@ -17,6 +17,11 @@ class TorchName(NamedTuple):
     Attributes:
       name: its key there.
       convert: turns the array found there into the parameter.
+
+    Example:
+      >>> from jaxdp import nn
+      >>> nn.linear(3, 2).torch_names["kernel",][0].name
+      'weight'
     """
 
     name: str

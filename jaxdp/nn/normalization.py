@@ -190,8 +190,19 @@ def instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False)
 def batch_norm(*args: object, **kwargs: object) -> NoReturn:
     """Always an error: batch statistics cannot be private.
 
+    Args:
+      *args, **kwargs: those of any batch normalisation.
+
+    Returns:
+      Nothing: it always raises.
+
     Raises:
       ValueError: says what to use in its place.
+
+    Example:
+      >>> batch_norm(16)
+      Traceback (most recent call last):
+      ValueError: batch_norm normalises a sample by others, which no clip can undo, ...
     """
     raise ValueError(
         "batch_norm normalises a sample by others, which no clip can undo, so it has no private "

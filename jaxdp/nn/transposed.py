@@ -34,6 +34,10 @@ def conv_transpose1d(
 ) -> Layer:
     """Transposed convolution along one axis; see `conv_transpose2d`.
 
+    Args:
+      in_channels, out_channels, kernel_size: as for `conv_transpose2d`.
+      stride, padding, output_padding, dilation, groups, bias: as for `conv_transpose2d`.
+
     Returns:
       A layer of `[W, in_channels] -> [W', out_channels]`.
 
@@ -108,6 +112,10 @@ def conv_transpose3d(
     bias: bool = True,
 ) -> Layer:
     """Transposed convolution along three axes; see `conv_transpose2d`.
+
+    Args:
+      in_channels, out_channels, kernel_size: as for `conv_transpose2d`.
+      stride, padding, output_padding, dilation, groups, bias: as for `conv_transpose2d`.
 
     Returns:
       A layer of `[D, H, W, in_channels] -> [D', H', W', out_channels]`.

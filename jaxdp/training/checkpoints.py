@@ -82,6 +82,15 @@ class Checkpoints:
       >>> store = Checkpoints(tempfile.mkdtemp(), configuration={"threshold": 0.1})
       >>> store.configuration() is None  # nothing has been saved
       True
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxdp import FixedSizeSampler, training
+      >>> state = training.init({"w": jnp.zeros(2)}, optax.sgd(0.1))
+      >>> sampler = FixedSizeSampler(10, batch_size=2, seed=1)
+      >>> store.save(state, Ledger(), sampler, history=[])
+      >>> store.sampler() == sampler, store.configuration()
+      (True, {'threshold': 0.1})
+      >>> int(store.restore(state, sampler).state.step)
+      0
       >>> store.close()
     """
 
@@ -164,6 +173,9 @@ class Checkpoints:
         A run whose seed came from the operating system can be resumed only with the sampler that
         was saved: its seed is written nowhere else.
 
+        Returns:
+          The sampler, or None.
+
         Raises:
           ValueError: the checkpoint is damaged.
         """
@@ -177,6 +189,9 @@ class Checkpoints:
 
     def configuration(self) -> Any:
         """The configuration in the newest checkpoint, or None where there is none.
+
+        Returns:
+          What `Checkpoints` was given by the run that saved it, or None.
 
         Raises:
           ValueError: the checkpoint is damaged.
@@ -192,6 +207,9 @@ class Checkpoints:
           sampler: the sampler of the run, which must be the one that was saved.
           data: a digest of what it trains on, which must be the one that was saved, where both
             are known.
+
+        Returns:
+          State, ledger and history, or None.
 
         Raises:
           ValueError: an array of the state has no entries; the checkpoint belongs to another

@@ -104,6 +104,9 @@ def register_bound_rule(
       whole: the rule answers for operands that may be infinite or NaN, too: it is not overruled.
       exact: the primitive only moves entries: what the rule answers is left as it is.
 
+    Returns:
+      A decorator that registers a `BoundRule` and returns it as it is.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxdp import lipschitz

@@ -25,6 +25,11 @@ class Dataset(NamedTuple):
       test_x: ``[M, ...]``, as ``train_x``.
       test_y: int32 ``[M]``.
       num_classes: one more than the largest label of both parts.
+
+    Example:
+      >>> images, labels = np.zeros((2, 8, 8, 1), np.float32), np.zeros(2, np.int32)
+      >>> Dataset("zeros", images, labels, images, labels, num_classes=1).train_x.shape
+      (2, 8, 8, 1)
     """
 
     name: str

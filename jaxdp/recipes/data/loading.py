@@ -34,6 +34,15 @@ def load(name_or_path: str | os.PathLike[str], *, test_fraction: float = 0.2) ->
       DataError: the name is unknown; a file is missing, cannot be read, or does not hold what its
         header promises; images and labels disagree in number; a shape, dtype, pixel or label is
         out of the ranges above; a package that ships the data is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np
+      >>> file = tempfile.NamedTemporaryFile(suffix=".npz")
+      >>> np.savez(file.name, x=np.zeros((10, 8, 8), np.uint8), y=np.arange(10) % 2)
+      >>> load(file.name).train_x.shape
+      (8, 8, 8, 1)
+      >>> file.close()
     """
     if not 0.0 < test_fraction < 1.0:
         raise DataError(

@@ -1,0 +1,186 @@
+"""Every public function and class says what it takes, returns and raises, and shows an example.
+
+The examples run as doctests, with the modules that they stand in.
+"""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+# What users import from. A name that several of them offer counts once.
+OFFERED = (
+    "jaxdp",
+    "jaxdp.accounting",
+    "jaxdp.sampling",
+    "jaxdp.nn",
+    "jaxdp.lipschitz",
+    "jaxdp.distributed",
+    "jaxdp.training",
+    "jaxdp.recipes.data",
+)
+SECTION = re.compile(r"^( *)(Args|Attributes|Returns|Yields|Raises|Example):$", re.MULTILINE)
+
+
+class Public(NamedTuple):
+    """A public function, method or class.
+
+    Attributes:
+      value: it.
+      owner: the class of a method.
+    """
+
+    value: Any
+    owner: type | None = None
+
+
+def offered() -> Iterator[tuple[str, Public]]:
+    seen = set()
+    for room in OFFERED:
+        for name, value in vars(importlib.import_module(room)).items():
+            is_object = inspect.isfunction(value) or inspect.isclass(value)
+            if name.startswith("_") or not is_object or value in seen:
+                continue
+            if not value.__module__.startswith("jaxdp"):
+                continue
+            seen.add(value)
+            yield f"{room}.{name}", Public(value)
+            if inspect.isclass(value):
+                yield from methods(f"{room}.{name}", value)
+
+
+def methods(prefix: str, owner: type) -> Iterator[tuple[str, Public]]:
+    fields = {field.name for field in dataclasses.fields(owner)} if is_dataclass(owner) else set()
+    for name, value in vars(owner).items():
+        value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+        if name.startswith("_") or name in fields or not inspect.isfunction(value):
+            continue
+        if any(name in vars(base) for base in owner.__mro__[1:]):
+            continue  # its contract stands where it was declared first
+        yield f"{prefix}.{name}", Public(value, owner)
+
+
+def is_dataclass(value: Any) -> bool:
+    return inspect.isclass(value) and dataclasses.is_dataclass(value)
+
+
+PUBLIC = dict(offered())
+FUNCTIONS = {name: each for name, each in PUBLIC.items() if inspect.isfunction(each.value)}
+CLASSES = {name: each for name, each in PUBLIC.items() if inspect.isclass(each.value)}
+
+
+def sections(value: Any) -> dict[str, str]:
+    """Name -> text of the sections of a docstring, whatever their indent."""
+    text = inspect.getdoc(value) or ""
+    headers = [match for match in SECTION.finditer(text) if not match.group(1)]
+    ends = [match.start() for match in headers[1:]] + [len(text)]
+    return {match[2]: text[match.end() : end] for match, end in zip(headers, ends, strict=False)}
+
+
+def described(text: str) -> set[str]:
+    """The names that a section of arguments or attributes has entries for."""
+    entries = re.findall(r"^ *([\w*, ]+):(?= |$)", text, re.MULTILINE)
+    return {name.strip().lstrip("*") for entry in entries for name in entry.split(",")}
+
+
+def parameters(public: Public) -> set[str]:
+    names = list(inspect.signature(public.value).parameters)
+    bound = names[:1] if public.owner is not None and names[:1] in (["self"], ["cls"]) else []
+    return {name for name in names if name not in bound}
+
+
+def raises(value: Any) -> bool:
+    """Whether it raises, or asks `jaxdp.checks` and its like to."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(value)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            return True
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func).rpartition(".")[2]
+            if called.lstrip("_").startswith(("check_", "checked_")):
+                return True
+    return False
+
+
+def returns(value: Any) -> bool:
+    return inspect.signature(value).return_annotation not in (None, "None")
+
+
+# A clip makes its rule and asks for the sum: every clip's example shows it.
+SHOWN_BY_OTHERS = {"jaxdp.PerSampleGrads.clipped_sum"}
+
+
+def shown_by_its_class(name: str, public: Public) -> bool:
+    method = name.rpartition(".")[2]
+    return public.owner is not None and f".{method}(" in sections(public.owner).get("Example", "")
+
+
+def test_the_search_finds_what_users_see() -> None:
+    assert {"jaxdp.add_noise", "jaxdp.nn.linear", "jaxdp.Ledger.epsilon"} <= set(FUNCTIONS)
+    assert {"jaxdp.Bounded", "jaxdp.training.Budget", "jaxdp.nn.Layer"} <= set(CLASSES)
+    assert len(FUNCTIONS) > 120
+
+
+def test_sections_are_found_at_any_indent() -> None:
+    def example(a: int, b: int) -> int:
+        """Adds.
+
+        Args:
+            a, b: numbers.
+
+        Returns:
+          The sum.
+        """
+        return a + b
+
+    found = sections(example)
+    assert list(found) == ["Args", "Returns"]
+    assert described(found["Args"]) == {"a", "b"}
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_every_argument_is_described(name: str) -> None:
+    takes = parameters(FUNCTIONS[name])
+    assert takes <= described(sections(FUNCTIONS[name].value).get("Args", ""))
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_what_is_returned_is_described(name: str) -> None:
+    value = FUNCTIONS[name].value
+    assert not returns(value) or {"Returns", "Yields"} & set(sections(value))
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_what_is_raised_is_described(name: str) -> None:
+    value = FUNCTIONS[name].value
+    assert not raises(value) or "Raises" in sections(value)
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_every_function_is_shown_in_an_example(name: str) -> None:
+    public = FUNCTIONS[name]
+    own = ">>>" in sections(public.value).get("Example", "")
+    assert own or shown_by_its_class(name, public) or name in SHOWN_BY_OTHERS
+
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_every_class_describes_its_fields(name: str) -> None:
+    value = CLASSES[name].value
+    found = sections(value)
+    fields = {field.name for field in dataclasses.fields(value)} if is_dataclass(value) else set()
+    fields |= set(getattr(value, "_fields", ()))
+    fields = {field for field in fields if not field.startswith("_")}
+    assert fields <= described(found.get("Attributes", "") + found.get("Args", ""))
+
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_every_class_but_an_error_is_shown_in_an_example(name: str) -> None:
+    if issubclass(CLASSES[name].value, Exception):
+        return
+    assert ">>>" in sections(CLASSES[name].value).get("Example", "")
