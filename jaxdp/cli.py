@@ -294,6 +294,14 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     train.add_argument("--epsilon", type=float, default=8.0, help="of the whole run")
     _add_accounting(train)
+    _add_hyperparameters(train)
+    _add_outputs(train)
+    _add_devices(train)
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.set_defaults(command=_train)
+
+
+def _add_hyperparameters(train: "_Parser") -> None:
     train.add_argument(
         "--epochs", type=float, default=20.0, help="passes over the data, in expectation"
     )
@@ -329,6 +337,9 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         default=None,
         help="for experiments; without it, randomness is the operating system's",
     )
+
+
+def _add_outputs(train: "_Parser") -> None:
     train.add_argument("--out", type=Path, default=Path("out"), help="for metrics and plot")
     train.add_argument(
         "--checkpoints",
@@ -342,6 +353,9 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         choices=("logging", "wandb", "tensorboard", "all"),
         help="where each epoch is logged; what is not private is marked so",
     )
+
+
+def _add_devices(train: "_Parser") -> None:
     train.add_argument(
         "--devices",
         type=int,
@@ -357,5 +371,3 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     train.add_argument("--num-processes", type=int, default=None, help="with --coordinator")
     train.add_argument("--process-id", type=int, default=None, help="with --coordinator")
-    train.add_argument("--quiet", action="store_true", help="no progress bar")
-    train.set_defaults(command=_train)

@@ -12,8 +12,6 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import pytest
-
 # What users import from. A name that several of them offer counts once.
 OFFERED = (
     "jaxdp",
@@ -56,18 +54,21 @@ def offered() -> Iterator[tuple[str, Public]]:
 
 
 def methods(prefix: str, owner: type) -> Iterator[tuple[str, Public]]:
-    fields = {field.name for field in dataclasses.fields(owner)} if is_dataclass(owner) else set()
     for name, value in vars(owner).items():
         value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
-        if name.startswith("_") or name in fields or not inspect.isfunction(value):
+        if name.startswith("_") or name in fields(owner) or not inspect.isfunction(value):
             continue
         if any(name in vars(base) for base in owner.__mro__[1:]):
             continue  # its contract stands where it was declared first
         yield f"{prefix}.{name}", Public(value, owner)
 
 
-def is_dataclass(value: Any) -> bool:
-    return inspect.isclass(value) and dataclasses.is_dataclass(value)
+def fields(value: type) -> set[str]:
+    """Of a data class or a named tuple."""
+    names = set(getattr(value, "_fields", ()))
+    if dataclasses.is_dataclass(value):
+        names |= {field.name for field in dataclasses.fields(value)}
+    return {name for name in names if not name.startswith("_")}
 
 
 PUBLIC = dict(offered())
@@ -116,6 +117,10 @@ def returns(value: Any) -> bool:
 SHOWN_BY_OTHERS = {"jaxdp.PerSampleGrads.clipped_sum"}
 
 
+def shows(value: Any) -> bool:
+    return ">>>" in sections(value).get("Example", "")
+
+
 def shown_by_its_class(name: str, public: Public) -> bool:
     method = name.rpartition(".")[2]
     return public.owner is not None and f".{method}(" in sections(public.owner).get("Example", "")
@@ -144,43 +149,55 @@ def test_sections_are_found_at_any_indent() -> None:
     assert described(found["Args"]) == {"a", "b"}
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS))
-def test_every_argument_is_described(name: str) -> None:
-    takes = parameters(FUNCTIONS[name])
-    assert takes <= described(sections(FUNCTIONS[name].value).get("Args", ""))
+def test_every_argument_is_described() -> None:
+    gaps = {
+        name: parameters(public) - described(sections(public.value).get("Args", ""))
+        for name, public in FUNCTIONS.items()
+    }
+    assert {name: gap for name, gap in gaps.items() if gap} == {}
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS))
-def test_what_is_returned_is_described(name: str) -> None:
-    value = FUNCTIONS[name].value
-    assert not returns(value) or {"Returns", "Yields"} & set(sections(value))
+def test_what_is_returned_is_described() -> None:
+    missing = [
+        name
+        for name, public in FUNCTIONS.items()
+        if returns(public.value) and not {"Returns", "Yields"} & set(sections(public.value))
+    ]
+    assert missing == []
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS))
-def test_what_is_raised_is_described(name: str) -> None:
-    value = FUNCTIONS[name].value
-    assert not raises(value) or "Raises" in sections(value)
+def test_what_is_raised_is_described() -> None:
+    missing = [
+        name
+        for name, public in FUNCTIONS.items()
+        if raises(public.value) and "Raises" not in sections(public.value)
+    ]
+    assert missing == []
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS))
-def test_every_function_is_shown_in_an_example(name: str) -> None:
-    public = FUNCTIONS[name]
-    own = ">>>" in sections(public.value).get("Example", "")
-    assert own or shown_by_its_class(name, public) or name in SHOWN_BY_OTHERS
+def test_every_function_is_shown_in_an_example() -> None:
+    missing = [
+        name
+        for name, public in FUNCTIONS.items()
+        if not (shows(public.value) or shown_by_its_class(name, public) or name in SHOWN_BY_OTHERS)
+    ]
+    assert missing == []
 
 
-@pytest.mark.parametrize("name", list(CLASSES))
-def test_every_class_describes_its_fields(name: str) -> None:
-    value = CLASSES[name].value
-    found = sections(value)
-    fields = {field.name for field in dataclasses.fields(value)} if is_dataclass(value) else set()
-    fields |= set(getattr(value, "_fields", ()))
-    fields = {field for field in fields if not field.startswith("_")}
-    assert fields <= described(found.get("Attributes", "") + found.get("Args", ""))
+def test_every_class_describes_its_fields() -> None:
+    gaps = {}
+    for name, public in CLASSES.items():
+        found = sections(public.value)
+        gaps[name] = fields(public.value) - described(
+            found.get("Attributes", "") + found.get("Args", "")
+        )
+    assert {name: gap for name, gap in gaps.items() if gap} == {}
 
 
-@pytest.mark.parametrize("name", list(CLASSES))
-def test_every_class_but_an_error_is_shown_in_an_example(name: str) -> None:
-    if issubclass(CLASSES[name].value, Exception):
-        return
-    assert ">>>" in sections(CLASSES[name].value).get("Example", "")
+def test_every_class_but_an_error_is_shown_in_an_example() -> None:
+    missing = [
+        name
+        for name, public in CLASSES.items()
+        if not issubclass(public.value, Exception) and not shows(public.value)
+    ]
+    assert missing == []

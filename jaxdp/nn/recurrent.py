@@ -1,7 +1,7 @@
 """Recurrent layers: LSTM, GRU and the simple RNN, stacked and in one or two directions."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -211,20 +211,13 @@ def _recurrent(
     columns = cell.gates * hidden_size
 
     def init(key: jax.Array) -> Params:
-        bound = 1 / math.sqrt(hidden_size)
         params: Params = {}
         for layer in range(num_layers):
             width = input_size if layer == 0 else len(directions) * hidden_size
             for direction in directions:
                 key, *keys = jax.random.split(key, 5)
-                parts = {
-                    "input": {"kernel": uniform(keys[0], (width, columns), bound)},
-                    "recurrent": {"kernel": uniform(keys[1], (hidden_size, columns), bound)},
-                }
-                if bias:
-                    parts["input"]["bias"] = uniform(keys[2], (columns,), bound)
-                    parts["recurrent"]["bias"] = uniform(keys[3], (columns,), bound)
-                params[f"l{layer}{direction}"] = parts
+                cell_params = _cell_params(keys, width, hidden_size, columns, bias)
+                params[f"l{layer}{direction}"] = cell_params
         return params
 
     def apply(
@@ -258,6 +251,21 @@ def _recurrent(
         return x, final if cell.states > 1 else final[0]
 
     return Layer(init, apply, _torch_names(num_layers, directions, bias))
+
+
+def _cell_params(
+    keys: Sequence[jax.Array], width: int, hidden_size: int, columns: int, bias: bool
+) -> Params:
+    """Both products of one layer in one direction, of U(±1/√hidden_size)."""
+    bound = 1 / math.sqrt(hidden_size)
+    params = {
+        "input": {"kernel": uniform(keys[0], (width, columns), bound)},
+        "recurrent": {"kernel": uniform(keys[1], (hidden_size, columns), bound)},
+    }
+    if bias:
+        params["input"]["bias"] = uniform(keys[2], (columns,), bound)
+        params["recurrent"]["bias"] = uniform(keys[3], (columns,), bound)
+    return params
 
 
 def _run(
