@@ -75,10 +75,11 @@ def add_noise(
         Another run with this key, or this one begun anew, draws the same noise again: give it
         another key (`noise_draws` is what a ledger tells them apart by). Each member of a `vmap`
         needs its own.
-      allocation: how σ is spread over the groups of the clip (see the table above): "global"
-        gives every leaf the same standard deviation; "per_layer" noise relative to the group's
-        own sensitivity; a sequence of K numbers c_k > 0 that, too, times c_k; "optimal" the
-        least total noise power at the same privacy as "global".
+      allocation: which standard deviation each group of the clip gets (see the table above).
+        "global" gives every leaf the same one. "per_layer" gives each group noise in proportion
+        to its own sensitivity. A sequence of K numbers c_k > 0 does so, too, and multiplies the
+        noise of group k by c_k. "optimal" gives the least total noise power at the same privacy
+        as "global".
 
     Returns:
       A transformation from `Bounded` to plain arrays: noise is drawn and added in at least

@@ -288,15 +288,15 @@ def per_sample_grads(
         `has_aux`, `-> (scalar, aux)`. Randomness (dropout) enters as one key per sample in the
         batch: `example = (x, y, key)`.
       has_aux: whether the loss returns a pair; the pairs' second parts are `.aux`.
-      method: "auto" chooses: "slots", for a loss that uses `jax.checkpoint` in microbatches that
-        keep no more than the ordinary gradient does, or "taps" where such would be too small.
-        All methods give the same numbers up to rounding, which goes upwards for norms: by about
-        1e-7 for each position that shares a weight. "slots": one backward pass, whose operands
-        and cotangents are kept until the norms are known. "taps": norms in one backward pass,
-        sums in a second; keeps next to nothing, but of a value in half precision what slots keep.
-        "fused": as slots, but every group of leaves is clipped as soon as its own norms are
-        known; saves memory for per-layer rules. "dense": `vmap(grad)`, every per-sample gradient
-        is materialised.
+      method: how to compute. All methods give the same numbers up to rounding; norms are rounded
+        up, by about 1e-7 for each position that shares a weight. "slots" runs one backward pass
+        and keeps its operands and cotangents until the norms are known. "taps" computes the norms
+        in one backward pass and the sums in a second; it keeps operands and cotangents of values
+        in half precision only. "fused" runs as "slots" does, but clips every group of leaves as
+        soon as the norms of that group are known, which saves memory for per-layer rules. "dense"
+        materialises every per-sample gradient, as `vmap(grad)` does. "auto" chooses "slots". For a
+        loss that uses `jax.checkpoint` it takes microbatches that keep no more than the ordinary
+        gradient does, and "taps" where these microbatches would be too small.
       memory_budget: bytes of operands and cotangents (of gradients, for "dense") that may be kept
         until the norms are known; the workspace of a single layer comes on top. "auto" chooses a
         method that fits; where none does, microbatches that fit.

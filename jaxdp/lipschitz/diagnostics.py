@@ -14,12 +14,12 @@ from jaxdp.problem import LossFn, pose
 
 
 class SignalToNoise(NamedTuple):
-    """Gradients beside their bounds, to which noise is proportional. NOT private.
+    """Norms of gradients beside their bounds, to which noise is proportional. NOT private.
 
     Attributes:
-      ratios: path of each leaf -> norm over bound.
-      norms: path -> norm.
-      bounds: path -> Δ, which alone is private.
+      ratios: norm over bound for each leaf, by path.
+      norms: the norms, by path.
+      bounds: the bounds Δ, by path. They alone are private.
 
     Example:
       >>> loss_fn = lambda params, x: params @ x
@@ -43,9 +43,10 @@ def signal_to_noise_average(
     trainable: Any = True,
     **kwargs: Any,
 ) -> SignalToNoise:
-    r"""Of the mean gradient: $\lVert \frac1n \sum_i g_{ik} \rVert_2 / \Delta_k$. NOT private.
+    r"""The mean gradient over the bound, $\lVert \frac1n \sum_i g_{ik} \rVert_2 / \Delta_k$, for
+    each leaf k. NOT private.
 
-    The noise of a step is σ Δ/n per entry (times what the allocation says), so that the signal of
+    The noise of a step is σ Δ/n per entry, times the factor of the allocation. So the signal of
     leaf k stands out where the ratio is large against σ√(entries)/n.
 
     Args:
@@ -59,7 +60,7 @@ def signal_to_noise_average(
       Ratios, norms and bounds, scalars, for each leaf that has a gradient.
 
     Raises:
-      What `lipschitz.bounded_grads` raises.
+      TypeError, ValueError, NotImplementedError: as `lipschitz.bounded_grads`.
 
     Example:
       >>> loss_fn = lambda params, x: params["w"] @ x
@@ -88,8 +89,8 @@ def signal_to_noise_elementwise(
     trainable: Any = True,
     **kwargs: Any,
 ) -> SignalToNoise:
-    r"""Of each sample: $\lVert g_{ik} \rVert_2 / \Delta_k$, how tight the bounds are on data.
-    NOT private.
+    r"""The gradient of each sample over the bound, $\lVert g_{ik} \rVert_2 / \Delta_k$, which shows
+    how tight the bounds are on data. NOT private.
 
     Args:
       loss_fn, params, batch, input_bound, mask, trainable: as for `signal_to_noise_average`.
@@ -100,7 +101,7 @@ def signal_to_noise_elementwise(
       gradient.
 
     Raises:
-      What `lipschitz.bounded_grads` raises.
+      TypeError, ValueError, NotImplementedError: as `lipschitz.bounded_grads`.
 
     Example:
       >>> loss_fn = lambda params, x: params["w"] @ x

@@ -1,9 +1,9 @@
-r"""Clips of the cotangent on its way back, so that all bounds below them become small.
+r"""Clips of the cotangent in the backward pass, so that all bounds below them become small.
 
 The threshold is fixed (`clip_gradient`, `gradient_clip`), or follows a quantile of the norms that
-it meets (`adaptive_gradient_clip`). What following it releases is one more leaf of the gradient:
-it gets noise and is charged to the ledger as every other. `select_clip_value` chooses it between
-epochs instead.
+it meets (`adaptive_gradient_clip`). In the second case the threshold is one more parameter: its
+gradient gets noise and is charged to the ledger as every other leaf. `select_clip_value` chooses
+the threshold between epochs instead.
 """
 
 from collections.abc import Sequence
@@ -30,17 +30,17 @@ from jaxdp.trees import is_float
 
 
 def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
-    r"""x; on the way back, the cotangent g of this one example is $g \min(1, C/\lVert g\rVert_2)$,
-    and zero where g is not finite.
+    r"""Returns x, and clips the cotangent g of x in the backward pass.
 
-    So the bound on all gradients below becomes small, at the price of a bias where it acts. C is
-    in the unit of one example's gradient: under `jax.vmap`, as here, each example is clipped
-    alone, and no mean divides it before.
+    The cotangent becomes $g \min(1, C/\lVert g\rVert_2)$, and zero where g is not finite. So the
+    bound on all gradients below becomes small, at the price of a bias where the clip acts. C has
+    the unit of one example's gradient: also under `jax.vmap` each example is clipped alone, before
+    any mean over the batch.
 
     Args:
-      x: any shape; a value that depends on the example, for which there is no bound else.
-      clip_value: C ≥ 0, a scalar that depends on no example; it may be traced, and counts as zero
-        where it is below.
+      x: any shape. It must depend on the example; without that the clip has no bound.
+      clip_value: C ≥ 0, a scalar that depends on no example. It may be traced; a negative one
+        counts as zero.
 
     Returns:
       x.
@@ -88,9 +88,10 @@ def gradient_clip(clip_value: float) -> Layer:
 def adaptive_gradient_clip(initial: float = 1.0) -> Layer:
     r"""`clip_gradient` at a threshold C that `track_quantile` or `select_clip_value` moves.
 
-    The gradient of C for a sample is ½ where its cotangent was not clipped and -½ where it was;
-    zero where there is none. It is no derivative: it is what must be known to move C towards a
-    quantile, and its bound of ½ is the sensitivity of counting.
+    The gradient of C for a sample is ½ if the cotangent of the sample was not clipped, -½ if it
+    was, and zero if there is none. It is no derivative. Its sum over samples tells how many
+    were clipped, which moves C towards a quantile, and its bound of ½ is the sensitivity of that
+    sum.
 
     Args:
       initial: C at the start, > 0.
@@ -141,11 +142,12 @@ def track_quantile(
     $$ C \leftarrow C \exp(-\eta (\tilde b - \gamma)), \qquad
        \tilde b = \tfrac12 + \tfrac1B \Bigl( \sum_i (b_i - \tfrac12) + \text{noise} \Bigr) $$
 
-    with b_i whether sample i was not clipped. C stays between a millionth and a million times its
-    value at `init`: where cotangents vanish it stops falling, and when they return it follows them.
+    where b_i is one if sample i was not clipped, else zero. C stays between a millionth and a
+    million times its value at `init`: where cotangents vanish it stops falling, and when they
+    return it follows them.
 
     Args:
-      quantile: γ in (0, 1), of the norms, where C is to be.
+      quantile: γ in (0, 1), the quantile of the norms that C moves to.
       learning_rate: η > 0.
       expected_batch_size: B.
 
@@ -214,13 +216,13 @@ def _clipped_cotangent(clip_value: jax.Array, cotangent: jax.Array) -> tuple[jax
     cotangent = once(cotangent)
     size = _size(cotangent)
     factor = jnp.where(size <= clip_value, jnp.ones_like(size), clip_value / size)
-    # Where the cotangent is not finite nothing is left of it: a factor of zero would keep NaN.
+    # A cotangent that is not finite is replaced by zeros: a factor of zero would keep NaN.
     clipped = jnp.where(jnp.isfinite(size), factor * cotangent, jnp.zeros_like(cotangent))
     return clipped, jnp.zeros_like(clip_value)
 
 
 def _size(cotangent: jax.Array) -> jax.Array:
-    """Its L2 norm: divided by the largest entry first, since squares vanish and overflow."""
+    """The L2 norm; entries are divided by the largest one first: squares vanish and overflow."""
     scale = divisor(jnp.max(jnp.abs(cotangent), initial=0))
     share = cotangent / scale
     return scale * jnp.sqrt(square_sums(share.reshape(1, -1))[0])
@@ -242,12 +244,12 @@ def _clip_rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range],
             f"{SHARED}. Put the clip behind the example."
         )
 
-    # The norm that it is compared with, the quotient and the product are rounded.
+    # The norm, the quotient and the product are rounded.
     most = up(jnp.maximum(clip_value.high, 0), roundings(x.size) // 2 + 4)
 
     def pull_back(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
         (bound,) = bounds
-        # Infinite, it is clipped all the same: what is not finite is dropped.
+        # An infinite bound becomes finite here, since a cotangent that is not finite is dropped.
         return [None if bound is None else jnp.minimum(bound, most), None]
 
     return [x.range], pull_back
