@@ -1,6 +1,6 @@
-"""What there is to differentiate: the arguments of a gradient function, checked once.
+"""The arguments of a gradient function, checked once, as a problem of differentiation.
 
-Both roads begin here: per-sample gradients that will be clipped, and gradients that are bounded.
+Both roads begin here: per-sample gradients, which will be clipped, and gradients that are bounded.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ LossFn = Callable[..., Any]
 
 
 class Problem(NamedTuple):
-    """What there is to differentiate.
+    """A loss, its parameters and a batch.
 
     Attributes:
       params: all parameters.
       groups: 0 for each leaf that has a gradient, `None` for the others.
-      leaves: those that have a gradient.
+      leaves: the leaves that have a gradient.
       batch: the samples.
-      loss: `(leaves, example) -> (loss, aux)`, of one example.
+      loss: `(leaves, example) -> (loss, aux)` for one example.
     """
 
     params: Any
@@ -63,11 +63,11 @@ def pose(
     has_aux: bool,
     trainable: Any,
 ) -> Problem:
-    """The problem, from arguments as `jaxdp.per_sample_grads` and what it returns take them.
+    """Checks the arguments of `jaxdp.per_sample_grads` and of its result, and makes the problem.
 
     Raises:
-      TypeError: `loss_fn` is no function or returns no real scalar; the mask is not bool; what
-        `check_arrays` refuses.
+      TypeError: `loss_fn` is no function or returns no real scalar; the mask is not bool;
+        `check_arrays` refuses a parameter.
       ValueError: batch leaves disagree on B; mask of another shape; nothing to differentiate.
     """
     check_function(loss_fn)
@@ -89,16 +89,17 @@ def pose(
 def taken_apart(
     problem: Problem, kwargs: dict[str, Any], posed: Callable[..., Problem]
 ) -> tuple[Any, Callable[[Any, Batch], Problem]]:
-    """A problem as arrays and what makes it from these and some rows again: for functions that must
-    be given every array they use.
+    """Splits a problem into arrays and a function that puts it together again with other rows.
+
+    Functions that must be given every array they use need it so.
 
     Args:
-      problem: what `posed(params, batch, mask, kwargs)` made.
+      problem: a result of `posed(params, batch, mask, kwargs)`.
       kwargs: keyword arguments of the loss, arrays and others.
-      posed: as `pose`, with all further arguments set.
+      posed: `pose` with all further arguments set.
 
     Returns:
-      Arrays, a pytree, and `(arrays, rows) -> problem`.
+      The arrays, a pytree, and the function `(arrays, rows) -> problem`.
     """
     leaves, treedef = jax.tree.flatten(kwargs)
     is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
@@ -115,7 +116,7 @@ def taken_apart(
 
 
 def check_function(loss_fn: LossFn) -> None:
-    """Raises TypeError unless it can be called."""
+    """Raises TypeError unless the loss can be called."""
     check_callable("loss_fn", loss_fn, advice="Pass the loss of one example: (params, example).")
 
 
@@ -137,7 +138,7 @@ def merged_tree(params: Any, groups: Groups, moving: list[Any], fixed: Callable[
 
 
 def check_arrays(params: Any, trainable: Any = True) -> None:
-    """Raises TypeError at what optimizers cannot train and should not be given.
+    """Raises TypeError at a parameter that no optimizer should be given.
 
     A Python number that is an attribute of an object is a setting as a rule (the rate of a dropout
     layer), and training would change it; one in a dict or list was put there to be trained. A
@@ -186,7 +187,7 @@ def trainable_groups(params: Any, trainable: Any) -> Groups:
 
 
 def batch_size(batch: Any, name: str) -> int:
-    """B, which all leaves must have as their first axis."""
+    """The batch size B, the length of the first axis of every leaf."""
     shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(batch)}
     if not shapes or () in shapes:
         raise ValueError(
@@ -203,7 +204,7 @@ def batch_size(batch: Any, name: str) -> int:
 
 
 def checked_mask(mask: jax.Array | None, count: int) -> jax.Array:
-    """Bool `[count]`; all rows where there is none."""
+    """The mask, bool `[count]`; without a mask all rows count."""
     if mask is None:
         return jnp.ones((count,), bool)
     mask = jnp.asarray(mask)
@@ -219,7 +220,7 @@ def checked_mask(mask: jax.Array | None, count: int) -> jax.Array:
 
 
 def checked_loss(value: Any, has_aux: bool) -> tuple[jax.Array, Any]:
-    """What the loss of one example returned, as (loss, aux)."""
+    """The result of the loss of one example, checked, as (loss, aux)."""
     if has_aux:
         if not (isinstance(value, tuple) and len(value) == 2):
             raise TypeError(

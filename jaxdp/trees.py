@@ -20,10 +20,13 @@ def prefix_leaves(name: str, prefix: Any, tree: Any, whole: str = "the parameter
     """The value that `prefix` gives to each leaf of `tree`, in the order of its leaves.
 
     Args:
-      name: of the argument, for the message.
+      name: the argument's name, for the message.
       prefix: pytree prefix of `tree`; a value on a subtree holds for each of its leaves.
       tree: the full tree.
-      whole: what the full tree is, for the message.
+      whole: a description of the full tree, for the message.
+
+    Returns:
+      One value for each leaf.
 
     Raises:
       ValueError: `prefix` is no prefix of `tree`.

@@ -16,11 +16,11 @@ def data_parallel(devices: int | None = None) -> NamedSharding:
     """The rows of a batch spread over devices, of all processes together.
 
     Args:
-      devices: how many of each process; all by default.
+      devices: number of devices of each process; all by default.
 
     Returns:
-      The sharding of the first axis over a mesh with one axis, "data": what `training.fit` takes,
-      or `jax.device_put` for a batch of your own.
+      The sharding of the first axis over a mesh with one axis, "data", for `training.fit`, or for
+      `jax.device_put` of a batch of your own.
 
     Raises:
       ValueError: a process has fewer devices, or none is asked for.
@@ -48,12 +48,12 @@ def data_parallel(devices: int | None = None) -> NamedSharding:
 def spread_rows(
     rows_of: Callable[[np.ndarray], Any], indices: np.ndarray, sharding: NamedSharding
 ) -> Any:
-    """Rows of the training data as one batch over many devices. A process loads its own rows only.
+    """Spreads rows of the training data over many devices. A process loads its own rows only.
 
     Args:
       rows_of: `indices [b] -> pytree of host arrays [b, ...]`.
-      indices: `[P]`, of the whole batch; the same on all processes.
-      sharding: of the rows.
+      indices: `[P]`, the indices of the whole batch; the same on all processes.
+      sharding: the sharding of the rows.
 
     Returns:
       Pytree of `[P, ...]`, row i on the device that the sharding says.
@@ -97,7 +97,7 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             words = everywhere(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-        # Not by device_put, which takes NaN on two processes for different values.
+        # device_put would take NaN on two processes for different values.
         host = np.asarray(leaf)
         spread = NamedSharding(mesh, P())
         return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])

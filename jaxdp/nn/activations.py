@@ -1,6 +1,6 @@
 """Activations: functions of one array, which `sequential` takes as they are.
 
-Those of `jax.nn` under their own names, and those for which torch has another default.
+Most are functions of `jax.nn` under their own names; others have the default of torch.
 """
 
 import functools

@@ -128,7 +128,7 @@ def multi_head_attention(
 def _projections(
     keys: Sequence[jax.Array], embed_dim: int, kdim: int, vdim: int, bias: bool
 ) -> Params:
-    """Kernel and bias of the three projections to heads, and of the one from them."""
+    """Kernel and bias of the three projections of the inputs, and of the one of the output."""
     inputs = {"query": embed_dim, "key": kdim, "value": vdim, "out": embed_dim}
     params: Params = {}
     # Torch draws three projections of one width as one matrix, with its fans.
@@ -144,8 +144,8 @@ def _projections(
 
 
 def _attention_weights(q: jax.Array, k: jax.Array, allowed: jax.Array | None) -> jax.Array:
-    """The softmax of scaled products `[heads, T, S]`, of queries and keys `[T or S, heads, d]`.
-    Keys behind those that the mask knows are allowed to every query."""
+    """The softmax `[heads, T, S]` of scaled products of queries `[T, heads, d]` and keys
+    `[S, heads, d]`. Every query may attend to keys behind the last one of the mask."""
     scores = jnp.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[2])
     if allowed is not None:
         added = k.shape[0] - allowed.shape[2]
@@ -203,7 +203,7 @@ def _allowed(
     key_mask: jax.Array | None,
     is_causal: bool,
 ) -> jax.Array | None:
-    """All masks as one `[1 or heads, T, S]`; None where there is none."""
+    """All masks as one mask `[1 or heads, T, S]`; None without masks."""
     masks = []
     for name, given, shapes in (
         ("mask", mask, [(queries, keys), (heads, queries, keys)]),
@@ -231,7 +231,7 @@ def _allowed(
 
 
 def _softmax(scores: jax.Array, allowed: jax.Array | None) -> jax.Array:
-    """Over the last axis of `[heads, T, S]`; zeros where nothing is allowed."""
+    """The softmax over the last axis of `[heads, T, S]`; zeros where nothing is allowed."""
     if allowed is None:
         return jax.nn.softmax(scores)
     allowed = jnp.broadcast_to(allowed, scores.shape)

@@ -22,7 +22,7 @@ from jaxdp.nn.sizes import Size, sizes
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
-# Torch's names for what `jnp.pad` calls otherwise.
+# Maps torch's names to those of `jnp.pad`.
 _PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 _SPATIAL = ("W", "HW", "DHW")
 
@@ -87,7 +87,7 @@ def conv2d(
       kernel_size, stride, dilation: one number, or one for each axis.
       padding: positions added on both sides of each axis, one number or one for each axis;
         "valid" for none; "same" for as many as keep the size (the odd one goes behind).
-      groups: into how many groups the channels fall, each convolved with kernels of its own.
+      groups: number of groups of channels, each convolved with kernels of its own.
       bias: whether there is a b.
       padding_mode: what the added positions hold: "zeros", "reflect" (mirrored, without the
         edge), "replicate" (the edge) or "circular" (the other side).
@@ -149,7 +149,7 @@ def conv3d(
 
 
 class Options(NamedTuple):
-    """What both kinds of convolution are asked for, checked; one entry of a tuple for each axis.
+    """The checked arguments of a convolution or its transpose; tuples have an entry for each axis.
 
     Attributes:
       in_channels: length of the last axis of x.
@@ -157,8 +157,8 @@ class Options(NamedTuple):
       window: size of the kernel.
       strides: positions between two windows, or between two entries of a transposed input.
       dilations: positions between two entries of the kernel.
-      groups: into how many groups the channels fall.
-      bias: whether there is one.
+      groups: number of groups of channels.
+      bias: whether there is a bias.
     """
 
     in_channels: int
@@ -185,7 +185,7 @@ def checked_options(
     groups: int,
     bias: bool,
 ) -> Options:
-    """The options as `conv2d` and `conv_transpose2d` take them, one number for each of `rank` axes.
+    """Checks the arguments that `conv2d` and `conv_transpose2d` share, for `rank` axes.
 
     Raises:
       TypeError: a size that is no integer; a bias that is no bool.
@@ -252,7 +252,7 @@ def _pads(padding: Size | str, options: Options) -> list[tuple[int, int]]:
 
 
 def _check_room(padding_mode: str, pads: list[tuple[int, int]], x: jax.Array) -> None:
-    """Mirrored or wrapped around, an axis fills at most its own length."""
+    """Raises where an axis is too short to fill its padding by mirroring or wrapping around."""
     for size, sides in zip(x.shape, pads, strict=False):
         room = {"reflect": size - 1, "circular": size}.get(padding_mode, max(sides))
         if max(sides) > room:
@@ -263,6 +263,6 @@ def _check_room(padding_mode: str, pads: list[tuple[int, int]], x: jax.Array) ->
 
 
 def layout(rank: int) -> tuple[str, str, str]:
-    """Of images, kernels and results, as `lax.conv_general_dilated` takes it."""
+    """The dimension numbers of images, kernels and results for `lax.conv_general_dilated`."""
     spatial = _SPATIAL[rank - 1]
     return f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"

@@ -1,4 +1,4 @@
-"""What a layer is, and what all of them share."""
+"""The type of a layer, and the functions that all layers share."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class TorchName(NamedTuple):
     convert: Callable[[np.ndarray], np.ndarray] = np.asarray
 
 
-# Path of a parameter -> names that it may have; the first one found counts.
+# Maps the path of a parameter to the names that it may have; the first one found counts.
 TorchNames = Mapping[tuple[str, ...], Sequence[TorchName]]
 
 
@@ -44,8 +44,8 @@ class Layer(NamedTuple):
       apply: `(params, x, *, key=None) -> y`. A key turns dropout on; without one the layer is
         deterministic. Some layers take more arguments; their factories say which.
       torch_names: where `from_torch_state_dict` finds the parameters.
-      project: `params -> params`, the nearest that the layer allows; most allow all. For layers
-        with a Lipschitz constant (`jaxdp.lipschitz`), after every update.
+      project: `params -> params`, the nearest parameters that the layer allows; most layers allow
+        all. Layers with a Lipschitz constant (`jaxdp.lipschitz`) need it after every update.
 
     Example:
       >>> import jax
@@ -79,7 +79,7 @@ def kernel_from_torch(weight: np.ndarray) -> np.ndarray:
 
 
 def below(name: str, names: TorchNames) -> dict[tuple[str, ...], tuple[TorchName, ...]]:
-    """The names of a layer that is a part, called `name`, of another one."""
+    """The torch names of a layer that is the part `name` of another layer."""
     return {
         (name, *path): tuple(each._replace(name=f"{name}.{each.name}") for each in found)
         for path, found in names.items()
@@ -87,14 +87,14 @@ def below(name: str, names: TorchNames) -> dict[tuple[str, ...], tuple[TorchName
 
 
 def uniform(key: jax.Array, shape: Sequence[int], bound: float) -> jax.Array:
-    """Of U(-bound, bound)."""
+    """Draws from U(-bound, bound)."""
     return jax.random.uniform(key, tuple(shape), minval=-bound, maxval=bound)
 
 
 def kernel_and_bias(
     key: jax.Array, kernel: Sequence[int], fan_in: int, bias: bool, bias_size: int | None = None
 ) -> Params:
-    """Of U(±1/√fan_in), as torch starts linear and convolution layers."""
+    """Draws from U(±1/√fan_in), with which torch starts linear and convolution layers."""
     bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
     for_kernel, for_bias = jax.random.split(key)
     params = {"kernel": uniform(for_kernel, kernel, bound)}
@@ -140,7 +140,7 @@ def check_output(layer: str, x: jax.Array, y: jax.Array) -> None:
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """x, or in half precision x as float32."""
+    """x, converted to float32 if it is in half precision."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 

@@ -33,7 +33,7 @@ def layer_norm(
     """y = (x - mean) / √(variance + eps) ⊙ scale + bias, over the last axes.
 
     Args:
-      normalized_shape: of the last axes of x, over which mean and (biased) variance are taken.
+      normalized_shape: lengths of the last axes of x; mean and (biased) variance are over these.
       eps: at least 0.
       elementwise_affine: whether there are a scale and a bias.
       bias: whether there is a bias beside the scale.
@@ -72,7 +72,7 @@ def rms_norm(
     """y = x / √(mean of x² + eps) ⊙ scale, over the last axes.
 
     Args:
-      normalized_shape: of the last axes of x.
+      normalized_shape: lengths of the last axes of x.
       eps: at least 0; None for the machine epsilon of float32 (of x, if that is wider). With 0, a
         row of zeros has no gradient: it is NaN.
       elementwise_affine: whether there is a scale.
@@ -150,7 +150,7 @@ def group_norm(
 def instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False) -> Layer:
     """y = (x - mean) / √(variance + eps), per channel, over the positions of one example.
 
-    Torch's InstanceNorm1d to 3d without running statistics, which would be shared by samples.
+    This is torch's InstanceNorm1d to 3d without running statistics, which samples would share.
 
     Args:
       num_features: length of the last axis of x.
@@ -239,8 +239,8 @@ def _check_last(layer: str, x: jax.Array, shape: tuple[int, ...]) -> None:
 
 
 def _moments(x: jax.Array, axes: tuple[int, ...], eps: float) -> tuple[jax.Array, jax.Array]:
-    """x minus its mean, and one over its standard deviation; in float32 at least, where squares
-    neither overflow nor lose the small differences."""
+    """x minus its mean, and the inverse of its standard deviation. Both are in float32 at least,
+    where squares neither overflow nor lose small differences."""
     x = at_least_float32(x)
     centred = x - jnp.mean(x, axis=axes, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
@@ -253,7 +253,7 @@ def _per_channel(
     """x `[*positions, *channels]`, standardised over some axes and scaled."""
     centred, inverse = _moments(x, axes, eps)
     if "scale" in params:
-        # Two small factors first: one pass over the activation less, in both directions.
+        # The two small factors first: that saves a pass over the activation in both directions.
         scale = params["scale"].reshape(channels).astype(inverse.dtype)
         inverse = inverse * along_last(scale, x)
     return (centred * inverse).astype(x.dtype)

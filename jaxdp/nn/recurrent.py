@@ -45,8 +45,8 @@ def lstm(
       hidden_size: H, features of the state.
       num_layers: L; each layer reads the outputs of the one before.
       bias: whether there are b and r.
-      dropout: rate between layers: on the outputs of each but the last, for every step anew.
-        Active while `apply` is given a key.
+      dropout: rate on the outputs of each layer but the last, drawn anew for every step. It is
+        active while `apply` is given a key.
       bidirectional: a second set of parameters reads backwards; then Q = 2 directions, else 1.
 
     Returns:
@@ -156,17 +156,17 @@ def rnn(
     return _recurrent(cell, input_size, hidden_size, num_layers, bias, dropout, bidirectional)
 
 
-# The output first: (h, c) of an LSTM, (h,) of the others.
+# The output comes first: (h, c) for an LSTM, (h,) for the others.
 State = tuple[jax.Array, ...]
 
 
 class _Cell(NamedTuple):
-    """One step.
+    """One step of a recurrent layer.
 
     Attributes:
-      name: of the layer, for messages.
+      name: name of the layer, for messages.
       gates: columns of the kernels, in units of H.
-      states: how many arrays are carried.
+      states: number of arrays that are carried.
       step: `(state, x_t W + b, h_{t-1} R + r) -> state`.
       adds: whether the step only adds the two, so that b + r may be added once.
     """
@@ -231,7 +231,7 @@ def _recurrent(
         check_input(cell.name, x, last=input_size, rank=2)
         dtype = jnp.result_type(x, params["l0"]["recurrent"]["kernel"])
         start = _start(cell, state, (num_layers * len(directions), hidden_size), dtype)
-        # Inside `shard_map` a loop begins as it goes on: varying over devices.
+        # Inside `shard_map` the carry must vary over devices from the first step on.
         start = vary(start, varying_axes((x, params, start)))
         _check_mask(mask, len(x))
         keys = split_key(key, num_layers)
@@ -256,7 +256,7 @@ def _recurrent(
 def _cell_params(
     keys: Sequence[jax.Array], width: int, hidden_size: int, columns: int, bias: bool
 ) -> Params:
-    """Both products of one layer in one direction, of U(±1/√hidden_size)."""
+    """Parameters of one layer in one direction, from U(±1/√hidden_size)."""
     bound = 1 / math.sqrt(hidden_size)
     params = {
         "input": {"kernel": uniform(keys[0], (width, columns), bound)},
@@ -326,7 +326,7 @@ def _check_mask(mask: jax.Array | None, steps: int) -> None:
 
 
 def _torch_names(num_layers: int, directions: tuple[str, ...], bias: bool) -> TorchNames:
-    """Those of torch, and those of the linear layers in Opacus's cells."""
+    """The names of torch, and those of the linear layers in Opacus's cells."""
     names: dict[tuple[str, ...], tuple[TorchName, ...]] = {}
     for layer in range(num_layers):
         for direction in directions:

@@ -16,24 +16,24 @@ def from_torch_state_dict(
 ) -> Params:
     """The parameters of a layer from a torch `state_dict`; torch need not be installed.
 
-    Names and layouts are translated: torch keeps kernels as `[out, in, *window]` and packs the
-    projections of an attention layer into one matrix. Opacus's DP layers have the names of
-    torch's, or their own, and both are known; a `GradSampleModule` adds the prefix "_module.".
-    Layers of a `sequential` are found under their names: "0", "1", ... or those that they were
-    given. Inputs differ, too: here channels come last, see `flatten`.
+    The function translates names and layouts: torch keeps kernels as `[out, in, *window]` and packs
+    the projections of an attention layer into one matrix. It knows the names of torch's layers and
+    those of Opacus's DP layers; a `GradSampleModule` adds the prefix "_module.". Layers of a
+    `sequential` are found under their names: "0", "1", ... or those that they were given. Inputs
+    differ, too: here channels come last, see `flatten`.
 
     Args:
-      layer: what the parameters are for, with the sizes of the torch layer.
-      state_dict: name -> array, or anything that NumPy turns into one.
-      prefix: of the names that belong to the layer; others are left alone.
+      layer: the layer that takes the parameters, with the sizes of the torch layer.
+      state_dict: maps names to arrays, or to values that NumPy turns into arrays.
+      prefix: prefix of the names that belong to the layer; other names are ignored.
 
     Returns:
       Parameters as `layer.init` returns them, in its dtypes.
 
     Raises:
-      ValueError: a parameter that is not there, or has another shape; a name under the prefix
-        that belongs to none (running statistics, for one); a layer without torch names.
-      TypeError: a value that NumPy cannot read, as torch's bfloat16.
+      ValueError: a parameter that is missing or has another shape; a name under the prefix that
+        belongs to no parameter (running statistics, for example); a layer without torch names.
+      TypeError: a value that NumPy cannot read, such as torch's bfloat16.
 
     Example:
       >>> from jaxdp import nn
@@ -90,7 +90,7 @@ def _converted(source: TorchName, value: Any, leaf: jax.ShapeDtypeStruct) -> jax
         ) from error
     try:
         converted = source.convert(array)
-    except ValueError:  # of a reshape to sizes that do not fit
+    except ValueError:  # from a reshape to sizes that do not fit
         converted = array
     if converted.shape != leaf.shape:
         raise ValueError(

@@ -81,9 +81,9 @@ def conv_transpose2d(
 
     Returns:
       A layer of `[H, W, in_channels] -> [H', W', out_channels]`. Parameters: kernel
-      `[kh, kw, in_channels / groups, out_channels]`, as it is correlated with the dilated x (that
-      of torch is turned around and transposed), bias `[out_channels]`, of
-      U(±1/√(kh·kw·out_channels/groups)) as torch has them.
+      `[kh, kw, in_channels / groups, out_channels]`, as it is correlated with the dilated x (the
+      kernel of torch is turned around and transposed), bias `[out_channels]`, both from
+      U(±1/√(kh·kw·out_channels/groups)) as in torch.
 
     Raises:
       ValueError: as `conv2d`; an output_padding that is too large.
