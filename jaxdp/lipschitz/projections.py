@@ -1,6 +1,6 @@
 """Projections of weights onto sets of small norm, and the transformation that applies them.
 
-A bound never rests on a projection: it is computed from the weights as they are. Projections keep
+A bound does not depend on a projection: it is computed from the current weights. Projections keep
 it small.
 """
 
@@ -76,11 +76,11 @@ def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
 
 @jax.jit
 def orthogonal(matrix: jax.Array) -> jax.Array:
-    r"""A matrix `[m, n]` near to this one whose singular values are near to one.
+    r"""A matrix near to the given one whose singular values are near to one.
 
-    Björck's iteration $W \leftarrow \tfrac32 W - \tfrac12 W W^\top W$, which moves every singular
-    value in (0, √3) towards one, from the matrix divided by an upper bound on its norm. Singular
-    values that are tiny remain below one.
+    It is computed by Björck's iteration $W \leftarrow \tfrac32 W - \tfrac12 W W^\top W$, which
+    moves every singular value in (0, √3) towards one, from the matrix divided by an upper bound on
+    its norm. Tiny singular values remain below one.
 
     Example:
       >>> near = orthogonal(jnp.array([[2.0, 1.0], [0.0, 1.0]]))
@@ -104,14 +104,14 @@ def orthogonal(matrix: jax.Array) -> jax.Array:
 
 
 def project(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
-    """Ends a chain: the updates that take the parameters to the projection of where they would be.
+    """Changes the updates so that they take the parameters to a projection. It ends a chain.
 
     Args:
       projection: `params -> params`, as `Layer.project`.
 
     Returns:
-      A stateless transformation, to be put behind the optimizer. It is post-processing: noise was
-      added before.
+      A stateless transformation. Put it behind the optimizer; it is post-processing, since noise
+      was added before.
 
     Raises:
       ValueError: (in `update`) no params are given.

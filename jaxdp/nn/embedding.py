@@ -79,7 +79,7 @@ def embedding(
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(f"embedding takes integer ids, got {ids.dtype}. Convert them (astype).")
         ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
-        # Negative ids would count from the end: they are moved above V.
+        # Negative ids would count from the end: they are moved out of the table.
         inside = jnp.where(ids < 0, jnp.full_like(ids, num_embeddings), ids)
         rows = params["embedding"].at[inside].get(mode="fill", fill_value=jnp.nan)
         if max_norm is not None:

@@ -17,10 +17,10 @@ from jaxdp.nn.layer import Layer, Params, check_input
 
 
 def group_sort(group_size: int = 2) -> Layer:
-    """The entries of every group of channels in order: it keeps the norm of values and gradients.
+    """Sorts the entries of every group of channels, which keeps the norm of values and gradients.
 
     Args:
-      group_size: of neighbouring channels; 2 is called MaxMin.
+      group_size: number of neighbouring channels in a group; with 2 the layer is called MaxMin.
 
     Returns:
       A layer, shape kept, without parameters. The last axis must be a multiple of `group_size`.
@@ -92,7 +92,7 @@ def gradient_norm_preserving(fun: Callable[[jax.Array], jax.Array]) -> Layer:
     is used: `jaxdp.lipschitz.falsify` tries to refute it.
 
     Args:
-      fun: of one array, to one array.
+      fun: a function from one array to one array.
 
     Returns:
       A layer without parameters.

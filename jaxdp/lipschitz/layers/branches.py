@@ -11,11 +11,11 @@ from jaxdp.nn.layer import Layer
 def residual(
     layer: LayerLike, shortcut: LayerLike = lambda x: x, *, merge: str = "1-lip-add"
 ) -> Layer:
-    """A branch beside a shortcut.
+    """Adds a branch to a shortcut, with weights that can keep the norm.
 
     Args:
       layer: the branch.
-      shortcut: the other one; nothing is done to x by default.
+      shortcut: the other branch; by default x itself.
       merge: "1-lip-add" for half the sum, which lengthens nothing where neither branch does;
         "add" for the sum, as `nn.residual`.
 

@@ -26,8 +26,9 @@ def linear(
     Args:
       in_features, out_features, bias: as for `nn.linear`. A bias adds √T·‖b‖ to the bound on T
         rows; see `bias` for one that is bounded.
-      constraint: of the kernel, by `project`: "orthogonal", singular values of one; "spectral",
-        at most one; "frobenius", their root of squares at most one.
+      constraint: the constraint on the kernel that `project` enforces: "orthogonal" for singular
+        values of one, "spectral" for singular values of at most one, "frobenius" for a Frobenius
+        norm of at most one.
 
     Returns:
       A layer of `[..., in_features] -> [..., out_features]`, with `project`.
@@ -61,10 +62,11 @@ def conv2d(
     Args:
       in_channels, out_channels, kernel_size, stride, padding, bias: as for `nn.conv2d`, padding
         with zeros.
-      constraint: of the kernel, by `project`: "orthogonal" makes it so as a matrix of all inputs
-        of a window, then divides it by the operator norm of the convolution; "spectral" only
-        divides where that exceeds one; "frobenius" bounds the norm of its entries times the root
-        of the windows over a position.
+      constraint: the constraint on the kernel that `project` enforces. "orthogonal" makes the
+        matrix from all inputs of a window orthogonal, then divides it by the operator norm of the
+        convolution. "spectral" divides the kernel by that norm where the norm exceeds one.
+        "frobenius" holds the norm of its entries, times the root of the number of windows over a
+        position, to at most one.
 
     Returns:
       A layer of `[H, W, in_channels] -> [H', W', out_channels]`, with `project`.
@@ -103,7 +105,8 @@ def bias(features: int, *, max_norm: float = 1.0) -> Layer:
 
     Args:
       features: length of the last axis.
-      max_norm: of the whole vector. On T positions it lengthens the output by √T times that.
+      max_norm: the norm of the whole vector. On T positions the bias lengthens the output by at
+        most √T times that.
 
     Returns:
       A layer, shape kept. Parameters: bias `[features]`, zeros.
@@ -134,7 +137,7 @@ def _constrained(layer: Layer, projection: Callable[[jax.Array], jax.Array]) -> 
     def project(params: Params) -> Params:
         return {**params, "kernel": projection(params["kernel"])}
 
-    # Of random square matrices one round leaves some singular values near zero.
+    # One round leaves some singular values of random square matrices near zero.
     return layer._replace(init=lambda key: project(project(layer.init(key))), project=project)
 
 

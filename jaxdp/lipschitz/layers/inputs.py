@@ -20,8 +20,8 @@ from jaxdp.schedules import check_number
 def bounded_input(bound: float) -> Layer:
     r"""x scaled down to norm u where it is longer: $x \min(1, u/\lVert x \rVert_2)$.
 
-    `bounded_grads` does so by itself with what it is given as `input_bound`; the layer does it
-    anywhere, for models that are used elsewhere, too.
+    `bounded_grads` does the same with examples, by its `input_bound`. The layer is for models that
+    are also used without it.
 
     Args:
       bound: u > 0.
@@ -43,7 +43,7 @@ def bounded_input(bound: float) -> Layer:
 @functools.cache
 def _bounded_input(bound: float) -> Callable[[jax.Array], jax.Array]:
     def bounded_input(x: jax.Array) -> jax.Array:
-        # Divided by its largest entry first: no square overflows, and no root is taken of zero.
+        # x is divided by its largest entry first: no square overflows, no root is taken of zero.
         x = once(x)
         most = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
         scale = divisor(jnp.maximum(most, bound))

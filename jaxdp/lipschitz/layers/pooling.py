@@ -80,7 +80,7 @@ def _blocks(x: jax.Array, window: Sequence[int]) -> tuple[jax.Array, tuple[int, 
 def _l2_norm_pool(window: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
     def l2_norm_pool(x: jax.Array) -> jax.Array:
         blocks, inner = _blocks(once(x), window)
-        # Divided by the largest entry of the window first, since squares vanish and overflow.
+        # Entries are divided by the largest one of the window first: squares vanish and overflow.
         most = jax.lax.stop_gradient(jnp.max(jnp.abs(blocks), inner, keepdims=True))
         scale = divisor(most)
         squared = jnp.sum(jnp.square(blocks / scale), inner)

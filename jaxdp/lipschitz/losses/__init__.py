@@ -13,9 +13,9 @@ number of classes, and n the number of outputs:
 | kantorovich_rubinstein         | of p: see there                           |
 | hinge_kantorovich_rubinstein   | α times the hinge's, plus the one above   |
 
-Taken apart into primitives each of them has a bound, too, but a useless one. A label that is known
-is refused outside of 0..K-1; a traced one there makes the loss NaN, while its gradient stays within
-the bound: on the clipless road no example is dropped, so none may spoil the sum.
+Taken apart into primitives, these losses have bounds that are too large to be useful. A known label
+outside of 0..K-1 is refused. A traced one makes the loss NaN, while its gradient stays within the
+bound: without a clip no example is dropped, so none may spoil the sum.
 """
 
 from jaxdp.lipschitz.losses.cross_entropy import binary_cross_entropy as binary_cross_entropy

@@ -87,9 +87,11 @@ def binary_cross_entropy(
 
 
 def _log_softmax(logits: jax.Array) -> jax.Array:
-    """That of `jax.nn`, finite for finite logits also where a compiler rounds these in one way for
-    their maximum and in another for the difference: no difference is above zero, and no sum of the
-    exponentials below one."""
+    """`jax.nn.log_softmax`, made finite for all finite logits.
+
+    A compiler may round the logits in one way for their maximum and in another for the difference.
+    So no difference is taken above zero, and no sum of the exponentials below one.
+    """
     below = logits - jax.lax.stop_gradient(jnp.max(logits))
     below = jnp.where(below > 0, 0, below)
     total = jnp.sum(jnp.exp(below))

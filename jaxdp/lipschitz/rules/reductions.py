@@ -1,4 +1,4 @@
-"""Sums and extrema, over axes and over windows."""
+"""Bound rules of sums and extrema, over axes and over windows."""
 
 import math
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def _sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
 
 
 def _most(high: jax.Array, count: int) -> jax.Array:
-    """A bound on the sum of so many entries, none above that: where it is below zero, so are all
-    partial sums, and rounding takes a share of it."""
+    """A bound on the sum of `count` entries, none of which is above `high`. Where `high` is below
+    zero, so are all partial sums, and rounding takes a share of it."""
     return count * high * jnp.where(high > 0, 1 + gamma(count), 1 - gamma(count))
 
 
@@ -71,7 +71,7 @@ def _window_extremum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[R
 
 
 def _multiplicity(eqn: Equation) -> int:
-    """In how many windows an entry lies, at most."""
+    """The largest number of windows that an entry lies in."""
     names = ("window_dimensions", "window_strides", "window_dilation")
     window, strides, dilation = (eqn.params[name] for name in names)
     return patch_multiplicity(window, strides, dilation, eqn.outputs[0].shape)
