@@ -1,4 +1,4 @@
-r"""The road without clipping: networks whose gradients are bounded by design.
+"""The road without clipping: networks whose gradients are bounded by design.
 
     grads_fn = lipschitz.bounded_grads(loss_fn, input_bound=1.0)       # → Bounded
     tx = optax.chain(jaxdp.add_noise(1.1, key), optax.scale(1 / 256), optax.adam(1e-3))

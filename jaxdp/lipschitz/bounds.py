@@ -1,4 +1,4 @@
-r"""Bounds on the gradient of one example, from the program of its loss.
+"""Bounds on the gradient of one example, from the program of its loss.
 
     print(lipschitz.bounds(loss_fn, params, example, input_bound=1.0))
 

@@ -38,7 +38,7 @@ _DECLARED: dict[str, _Declared] = {}
 def declare(
     fun: Callable[..., Any], rule: BoundRule, *, whole: bool = False, linear: bool = False
 ) -> Callable[..., Any]:
-    r"""The function, with a bound rule of its own.
+    """The function, with a bound rule of its own.
 
     Where the bounds of a composition are too loose (a softmax cross-entropy, taken apart, is an
     exponential) or a primitive has none, a bound on the function as a whole can be declared. It

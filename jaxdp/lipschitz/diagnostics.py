@@ -43,8 +43,7 @@ def signal_to_noise_average(
     trainable: Any = True,
     **kwargs: Any,
 ) -> SignalToNoise:
-    r"""The mean gradient over the bound, $\lVert \frac1n \sum_i g_{ik} \rVert_2 / \Delta_k$, for
-    each leaf k. NOT private.
+    """The mean gradient over the bound, ‖Σ_i g_ik / n‖ / Δ_k, for each leaf k. NOT private.
 
     The noise of a step is σ Δ/n per entry, times the factor of the allocation. So the signal of
     leaf k stands out where the ratio is large against σ√(entries)/n.
@@ -89,8 +88,9 @@ def signal_to_noise_elementwise(
     trainable: Any = True,
     **kwargs: Any,
 ) -> SignalToNoise:
-    r"""The gradient of each sample over the bound, $\lVert g_{ik} \rVert_2 / \Delta_k$, which shows
-    how tight the bounds are on data. NOT private.
+    """The gradient of each sample over the bound, ‖g_ik‖ / Δ_k, for each leaf k. NOT private.
+
+    The ratios show how tight the bounds are on data.
 
     Args:
       loss_fn, params, batch, input_bound, mask, trainable: as for `signal_to_noise_average`.

@@ -102,10 +102,9 @@ def falsify(
     trainable: Any = True,
     **kwargs: Any,
 ) -> Falsification:
-    r"""Tries to break the bounds of `lipschitz.bounds` by examples.
+    """Tries to break the bounds of `lipschitz.bounds` by examples.
 
-    For each leaf it searches the largest
-    $\lVert \nabla_{\theta_k} \ell(\theta, x) \rVert_2 / \Delta_k$ over inputs x on the sphere and
+    For each leaf k it searches the largest ‖∇_k ℓ(θ, x)‖ / Δ_k over inputs x on the sphere and
     within the ball of radius X. It tries random, sparse and constant inputs, impulses and waves of
     either sign, improves them by gradient ascent on the norm, and combines them with random and
     equal labels. Norms come from `jaxdp.per_sample_grads`, which shares no rule with the bounds.

@@ -1,4 +1,4 @@
-r"""Clips of the cotangent in the backward pass, so that all bounds below them become small.
+"""Clips of the cotangent in the backward pass, so that all bounds below them become small.
 
 The threshold is fixed (`clip_gradient`, `gradient_clip`), or follows a quantile of the norms that
 it meets (`adaptive_gradient_clip`). In the second case the threshold is one more parameter: its
@@ -30,9 +30,9 @@ from jaxdp.trees import is_float
 
 
 def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
-    r"""Returns x, and clips the cotangent g of x in the backward pass.
+    """Returns x, and clips the cotangent g of x in the backward pass.
 
-    The cotangent becomes $g \min(1, C/\lVert g\rVert_2)$, and zero where g is not finite. So the
+    The cotangent becomes g · min(1, C/‖g‖), and zero where g is not finite. So the
     bound on all gradients below becomes small, at the price of a bias where the clip acts. C has
     the unit of one example's gradient: also under `jax.vmap` each example is clipped alone, before
     any mean over the batch.
@@ -86,7 +86,7 @@ def gradient_clip(clip_value: float) -> Layer:
 
 
 def adaptive_gradient_clip(initial: float = 1.0) -> Layer:
-    r"""`clip_gradient` at a threshold C that `track_quantile` or `select_clip_value` moves.
+    """`clip_gradient` at a threshold C that `track_quantile` or `select_clip_value` moves.
 
     The gradient of C for a sample is ½ if the cotangent of the sample was not clipped, -½ if it
     was, and zero if there is none. It is no derivative. Its sum over samples tells how many

@@ -1,4 +1,4 @@
-r"""Gradients that are bounded by the design of the network, so that nothing is clipped.
+"""Gradients that are bounded by the design of the network, so that nothing is clipped.
 
 grads_fn = lipschitz.bounded_grads(loss_fn, input_bound=1.0)
 tx = optax.chain(jaxdp.add_noise(1.1, key), optax.scale(1 / 256), optax.adam(1e-3))

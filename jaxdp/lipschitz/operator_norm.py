@@ -1,4 +1,4 @@
-r"""Certified operator norms: upper bounds that hold before an iteration has converged.
+"""Certified operator norms: upper bounds that hold before an iteration has converged.
 
 Power iteration approaches a norm from below, and a bound that is too small is a leak. Everything
 here is an upper bound at any number of iterations; more of them only make it tighter.
@@ -37,8 +37,8 @@ _POINTS_PER_DEGREE = 16
 def matrix_norm(matrix: jax.Array) -> jax.Array:
     r"""An upper bound on the largest singular value.
 
-    The least of four: the Frobenius norm, $\sqrt{\lVert W\rVert_1 \lVert W\rVert_\infty}$,
-    $\sqrt{1 + \lVert W^*W - I\rVert_F}$ (tight where W is nearly orthogonal), and Gram iteration,
+    It is the least of four: the Frobenius norm, √(‖W‖₁ ‖W‖_∞), √(1 + ‖W*W - I‖_F) (tight where W
+    is nearly orthogonal), and Gram iteration,
 
     $$ \lVert W \rVert_2 \le \lVert (W^*W)^{2^t} \rVert_F^{1/2^{t+1}}. $$
 
@@ -89,14 +89,13 @@ def convolution_norm(
     of any size.
 
     The convolution with stride s equals one of stride 1 on an input whose s positions became
-    channels. That is a part of the convolution on the infinite grid, whose norm is
-    $\sup_\omega \lVert \hat K(\omega) \rVert_2$. With N frequencies along an axis on which the
-    kernel has width k,
+    channels. That is a part of the convolution on the infinite grid, whose norm is sup_ω ‖K̂(ω)‖.
+    With N frequencies along an axis on which the kernel has width k,
 
     $$ \sup_\omega \lVert \hat K(\omega) \rVert_2^2 \le
        \frac{\max_j \lVert \hat K(2\pi j/N) \rVert_2^2}{\cos(\pi (k-1)/N)} $$
 
-    since $|u^* \hat K v|^2$ is a trigonometric polynomial of degree k - 1.
+    since |u* K̂ v|² is a trigonometric polynomial of degree k - 1.
 
     Args:
       kernel: `[*window, in_channels / groups, out_channels]`.

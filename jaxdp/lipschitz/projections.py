@@ -76,11 +76,17 @@ def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
 
 @jax.jit
 def orthogonal(matrix: jax.Array) -> jax.Array:
-    r"""A matrix near to the given one whose singular values are near to one.
+    """A matrix near to the given one whose singular values are near to one.
 
-    It is computed by Björck's iteration $W \leftarrow \tfrac32 W - \tfrac12 W W^\top W$, which
-    moves every singular value in (0, √3) towards one, from the matrix divided by an upper bound on
-    its norm. Tiny singular values remain below one.
+    It is computed by Björck's iteration W ← 3/2 W - 1/2 W Wᵀ W, which moves every singular value in
+    (0, √3) towards one, from the matrix divided by an upper bound on its norm. Tiny singular values
+    remain below one.
+
+    Args:
+      matrix: `[m, n]`, floating-point.
+
+    Returns:
+      The matrix after the iteration, `[m, n]`.
 
     Example:
       >>> near = orthogonal(jnp.array([[2.0, 1.0], [0.0, 1.0]]))

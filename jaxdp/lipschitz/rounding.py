@@ -1,4 +1,4 @@
-r"""The arithmetic in which bounds hold: how far float32 may move a value, and a bound.
+"""The arithmetic in which bounds hold: how far float32 may move a value, and a bound.
 
 A bound holds for the numbers that the machine computes, not for those of exact arithmetic. So every
 rule includes the rounding of its own primitive, forward and backward, and bounds themselves are

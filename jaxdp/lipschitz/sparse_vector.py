@@ -1,4 +1,4 @@
-r"""The choice of a gradient clip's threshold among candidates, by the sparse vector technique.
+"""The choice of a gradient clip's threshold among candidates, by the sparse vector technique.
 
     counts_fn = jax.jit(lipschitz.unclipped_counts(loss_fn, 1.0, values, leaf="clip/clip_value"))
     counts = sum(counts_fn(state.params, batch, mask) for batch, mask in all_the_data)

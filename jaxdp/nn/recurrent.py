@@ -125,7 +125,7 @@ def rnn(
     dropout: float = 0.0,
     bidirectional: bool = False,
 ) -> Layer:
-    r"""The simple recurrent network of Elman, $h_t = \tanh(x_t W + b + h_{t-1} R + r)$.
+    """The simple recurrent network of Elman, h_t = tanh(x_t W + b + h_{t-1} R + r).
 
     Args:
       nonlinearity: "tanh" or "relu".

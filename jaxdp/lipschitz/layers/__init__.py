@@ -1,4 +1,4 @@
-r"""Layers whose bounds stay small, for use beside those of `jaxdp.nn`.
+"""Layers whose bounds stay small, for use beside those of `jaxdp.nn`.
 
 A network of them has an output that is as long as its input, and a cotangent that keeps its
 length on the way down, so that no bound grows with depth:

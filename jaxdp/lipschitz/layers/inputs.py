@@ -18,7 +18,7 @@ from jaxdp.schedules import check_number
 
 
 def bounded_input(bound: float) -> Layer:
-    r"""x scaled down to norm u where it is longer: $x \min(1, u/\lVert x \rVert_2)$.
+    """x scaled down to norm u where it is longer: x · min(1, u/‖x‖).
 
     `bounded_grads` does the same with examples, by its `input_bound`. The layer is for models that
     are also used without it.

@@ -1,4 +1,4 @@
-r"""Losses of one example with a gradient that is bounded, whatever the prediction.
+"""Losses of one example with a gradient that is bounded, whatever the prediction.
 
 The bound on the gradient with respect to the prediction z, with Z the bound on its norm, K the
 number of classes, and n the number of outputs:

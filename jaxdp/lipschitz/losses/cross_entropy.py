@@ -23,15 +23,15 @@ from jaxdp.lipschitz.value import Value
 def softmax_cross_entropy(
     logits: jax.Array, label: ArrayLike, *, temperature: float = 1.0
 ) -> jax.Array:
-    r"""$-\frac1\tau \log \mathrm{softmax}(\tau z)_y$.
+    """-log(softmax(τz)_y) / τ.
 
     Its gradient is p - e_y with p = softmax(τz), of norm at most √2. Where ‖z‖ ≤ Z it is also at
     most
 
     * √(1 - 1/K) + τZ/2: what it is at zero, and the softmax is ½-Lipschitz;
-    * $\sqrt{q^2 + q\,p_{\max}}$, since the other entries are at most p_max and their sum is at
-      most q, where $q = 1 - 1/(1 + (K-1)e^{\sqrt2 \tau Z})$ and, by Jensen's inequality,
-      $p_{\max} = 1/(1 + (K-1)e^{-\tau Z\sqrt{K/(K-1)}})$.
+    * √(q² + q p_max), since the other entries are at most p_max and their sum is at most q, where
+      q = 1 - 1/(1 + (K-1) exp(√2 τZ)) and, by Jensen's inequality,
+      p_max = 1/(1 + (K-1) exp(-τZ √(K/(K-1)))).
 
     Args:
       logits: z, `[K]`, K ≥ 2.
@@ -63,7 +63,7 @@ def softmax_cross_entropy(
 def binary_cross_entropy(
     logits: jax.Array, targets: ArrayLike, *, temperature: float = 1.0
 ) -> jax.Array:
-    r"""The mean over outputs of $\frac1\tau$ times the cross-entropy of sigmoid(τz).
+    """The mean over outputs of the cross-entropy of sigmoid(τz), divided by τ.
 
     Args:
       logits: z, any shape with n entries.

@@ -20,7 +20,7 @@ from jaxdp.lipschitz.rounding import divisor
 def cosine_similarity(
     prediction: jax.Array, target: ArrayLike, *, least_norm: float = 1.0
 ) -> jax.Array:
-    r"""$-\langle z / \max(\lVert z\rVert, \rho),\; t / \max(\lVert t\rVert, \rho) \rangle$.
+    """-⟨z / max(‖z‖, ρ), t / max(‖t‖, ρ)⟩.
 
     Args:
       prediction: z, any shape.
@@ -44,7 +44,7 @@ def cosine_similarity(
 
 
 def mean_absolute_error(prediction: jax.Array, target: ArrayLike) -> jax.Array:
-    r"""$\frac1n \sum_j |z_j - t_j|$.
+    """Σ_j |z_j - t_j| / n.
 
     Args:
       prediction: z, any shape with n entries.

@@ -18,7 +18,7 @@ from jaxdp.lipschitz.losses.declared import declared, is_label, nan_without_clas
 
 
 def multiclass_hinge(logits: jax.Array, label: ArrayLike, *, margin: float = 1.0) -> jax.Array:
-    r"""$\frac1K \sum_{k \ne y} \max(0, m - z_y + z_k)$.
+    """Σ_{k≠y} max(0, m - z_y + z_k) / K.
 
     Args:
       logits: z, `[K]`, K ≥ 2.
@@ -52,10 +52,9 @@ def kantorovich_rubinstein(
 
     $$ -\frac1K \Bigl( \frac{z_y}{p_y} - \sum_{k \ne y} \frac{z_k}{1 - p_k} \Bigr) $$
 
-    Its mean over samples estimates the mean over classes of
-    $\mathbb{E}[z_k \mid y \ne k] - \mathbb{E}[z_k \mid y = k]$. The usual form divides by the
-    class counts of the batch, and so couples samples: one that is alone in its class outweighs
-    all others. Here the proportions are constants, which must be public.
+    Its mean over samples estimates the mean over classes of E[z_k | y ≠ k] - E[z_k | y = k]. The
+    usual form divides by the class counts of the batch, and so couples samples: one that is alone
+    in its class outweighs all others. Here the proportions are constants, which must be public.
 
     Args:
       logits: z, `[K]`, K ≥ 2.

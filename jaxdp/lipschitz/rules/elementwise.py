@@ -22,7 +22,7 @@ def _monotone(
     *,
     units: int = 0,
 ) -> BoundRule:
-    r"""The rule of an increasing function φ that acts entry by entry.
+    """The rule of an increasing function φ that acts entry by entry.
 
     Args:
       fun: φ.

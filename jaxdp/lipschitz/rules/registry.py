@@ -82,13 +82,13 @@ _RULES: dict[str, Registered] = {}
 def register_bound_rule(
     *primitives: str, whole: bool = False, exact: bool = False
 ) -> Callable[[BoundRule], BoundRule]:
-    r"""Registers the decorated function as the bound rule of primitives.
+    """Registers the decorated function as the bound rule of primitives.
 
-    For a primitive $y = f(x_1, \dots, x_n)$ the rule receives the equation and the values of the
+    For a primitive y = f(x_1, …, x_n) the rule receives the equation and the values of the
     operands, which hold for every example. It returns a range of y that holds for every example,
-    and a function from a bound G on the cotangent of y to bounds on the cotangents
-    $\lVert J_i^\top g \rVert_2$, $\lVert g \rVert_2 \le G$, of the operands. A parameter is an
-    operand like the others: its cotangent is its gradient.
+    and a function from a bound G on the cotangent of y to bounds on the cotangents of the operands:
+    on ‖J_iᵀ g‖ for all g with ‖g‖ ≤ G, where J_i is the Jacobian of y with respect to x_i. A
+    parameter is an operand like the others: its cotangent is its gradient.
 
     Where an operand may be infinite or NaN, the answer of the rule is ignored: the outputs and the
     cotangents of the operands have no bounds. Otherwise the bounds of the rule are made larger by
