@@ -14,6 +14,7 @@ import jax
 
 from jaxdp import accounting, distributed, training
 from jaxdp.recipes import classify, data, models, report
+from jaxdp.recipes.configuration import CLIP_NAMES, SCHEDULE_NAMES
 
 _EXAMPLES = """\
 examples:
@@ -309,7 +310,7 @@ def _add_hyperparameters(train: "_Parser") -> None:
     train.add_argument(
         "--clip",
         default="flat",
-        choices=classify.CLIP_NAMES,
+        choices=CLIP_NAMES,
         help="how per-sample gradients are bounded; none leaves it to the model, lipschitz-mlp",
     )
     train.add_argument(
@@ -325,7 +326,7 @@ def _add_hyperparameters(train: "_Parser") -> None:
         help="of SGD, for the mean over the expected batch; by default 8, or 0.2 with no clip",
     )
     train.add_argument(
-        "--schedule", default="cosine", choices=classify.SCHEDULE_NAMES, help="of the learning rate"
+        "--schedule", default="cosine", choices=SCHEDULE_NAMES, help="of the learning rate"
     )
     train.add_argument("--momentum", type=float, default=0.9, help="of SGD")
     train.add_argument(

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from jaxdp import accounting, training
 from jaxdp.cli import main
 from jaxdp.recipes import data, report
-from jaxdp.recipes.classify import CLIP_NAMES
+from jaxdp.recipes.configuration import CLIP_NAMES
 from tests.helpers import strict_json
 
 ROOT = Path(__file__).parents[1]

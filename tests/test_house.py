@@ -25,7 +25,6 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS: set[str] = {
     "clipping.py::clip_adaptive",
-    "recipes/classify.py::train",
     "training/loop.py::fit",
 }
 MANY_PARAMETERS: set[str] = set()
