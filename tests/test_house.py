@@ -137,3 +137,46 @@ def test_functions_that_users_do_not_call_have_few_parameters() -> None:
         if parameters(function) > PARAMETERS and not is_public(qualified)
     }
     assert set(many) == MANY_PARAMETERS, many
+
+
+# Rooms whose errors read "NAME must be RULE, got VALUE. What to do next."
+PUNCTUATED = (
+    "checks.py",
+    "distributed/",
+    "lipschitz/",
+    "nn/",
+    "problem.py",
+    "schedules.py",
+    "trees.py",
+)
+# What an error may end with instead of text: a sentence that stands elsewhere.
+SENTENCES = {"advice", "error", "what_next", "_ARRAY", "_MATRIX"}
+
+
+def ends_as_a_sentence(message: ast.expr) -> bool:
+    if isinstance(message, ast.BinOp):
+        return ends_as_a_sentence(message.right)
+    last = message.values[-1] if isinstance(message, ast.JoinedStr) else message
+    if isinstance(last, ast.FormattedValue):
+        last = last.value
+    if isinstance(last, ast.Name):
+        return last.id in SENTENCES
+    return isinstance(last, ast.Constant) and str(last.value).endswith(".")
+
+
+def test_a_half_sentence_is_seen() -> None:
+    messages = ['"x must be 1. Pass it."', 'f"x must be {y}. {advice}"', '"a" f"b {y}"', '"x is 1"']
+    found = [ends_as_a_sentence(ast.parse(each, mode="eval").body) for each in messages]
+    assert found == [True, True, False, False]
+
+
+def test_errors_end_with_a_full_stop() -> None:
+    open_ended = [
+        f"{name}:{node.lineno}"
+        for name, path in FILES.items()
+        if name.startswith(PUNCTUATED)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args
+        if not ends_as_a_sentence(node.exc.args[0])
+    ]
+    assert open_ended == []
