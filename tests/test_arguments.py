@@ -52,6 +52,10 @@ RNN: dict[str, Any] = {
 }  # fmt: skip
 
 
+def registered_rule(primitive: Any, **options: Any) -> Any:
+    return lipschitz.register_bound_rule(primitive, **options)
+
+
 def budget(**options: Any) -> bool:
     return training.Budget(**options).allows(SPENT, [1.0], PoissonSampling(0.1))
 
@@ -340,6 +344,15 @@ FUNCTIONS: dict[str, Case] = {
     "selection_draws": (lipschitz.selection_draws, {"key": jax.random.key(0), "step": 0}),
     "declare": (lipschitz.declare, {"fun": jnp.tanh, "rule": lambda eqn, values: ([], None)}),
     "project": (lipschitz.project, {"projection": lambda params: params}),
+    "matrix_norm": (lipschitz.matrix_norm, {"matrix": jnp.eye(2)}),
+    "convolution_norm": (
+        lipschitz.convolution_norm,
+        {"kernel": jnp.ones((3, 1, 2)), "stride": (1,), "dilation": (1,), "groups": 1},
+    ),
+    "orthogonal": (lipschitz.orthogonal, {"matrix": jnp.eye(2)}),
+    "register_bound_rule": (
+        registered_rule, {"whole": False, "exact": False, "primitive": "a_primitive"}
+    ),
     "onto_ball": (lipschitz.onto_ball, {"array": jnp.ones(2), "norm": 1.0}),
     "onto_spectral_ball": (lipschitz.onto_spectral_ball, {"matrix": jnp.eye(2), "norm": 1.0}),
     "softmax_cross_entropy": (
@@ -389,6 +402,19 @@ FUNCTIONS: dict[str, Case] = {
     "data_parallel": (distributed.data_parallel, {"devices": 1}),
     "join": (joined_one, {"devices": 1}),
     "all_reduce": (lambda axis: distributed.all_reduce(axis), {"axis": "data"}),
+    "spread_rows": (
+        distributed.spread_rows,
+        {
+            "sharding": distributed.data_parallel(1), "indices": np.arange(4),
+            "rows_of": lambda index: 10.0 * index,
+        },
+    ),  # fmt: skip
+    "spread_state": (
+        distributed.spread_state, {"mesh": distributed.data_parallel(1).mesh, "state": jnp.ones(2)}
+    ),
+    "exchanged": (
+        distributed.exchanged, {"compiled": jax.jit(jnp.sum).lower(jnp.ones(3)).compile()}
+    ),
     "Checkpoints": (training.Checkpoints, {"directory": "/nonexistent/place", "keep": 3}),
 }
 
@@ -422,6 +448,8 @@ SPOKEN = {
     ("multi_head_attention", "num_heads"): ("embed_dim",),
     ("calibrate_noise_multiplier", "steps"): ("epsilon",),
     ("calibrate_noise_multiplier", "sampling_rate"): ("epsilon",),
+    ("register_bound_rule", "primitive"): ("primitives",),
+    ("convolution_norm", "kernel"): ("stride",),
     ("PoissonSampler", "expected_batch_size"): ("sampling_rate", "physical_batch_size"),
 }
 

@@ -149,8 +149,8 @@ PUNCTUATED = (
     "schedules.py",
     "trees.py",
 )
-# What an error may end with instead of text: a sentence that stands elsewhere.
-SENTENCES = {"advice", "error", "what_next", "_ARRAY", "_MATRIX"}
+# An error may end with a sentence that stands elsewhere: one of these names, or a constant.
+SENTENCES = {"advice", "error", "what_next"}
 
 
 def ends_as_a_sentence(message: ast.expr) -> bool:
@@ -160,7 +160,7 @@ def ends_as_a_sentence(message: ast.expr) -> bool:
     if isinstance(last, ast.FormattedValue):
         last = last.value
     if isinstance(last, ast.Name):
-        return last.id in SENTENCES
+        return last.id in SENTENCES or last.id.isupper()
     return isinstance(last, ast.Constant) and str(last.value).endswith(".")
 
 

@@ -9,7 +9,15 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdp.checks import check_integer
+from jaxdp.checks import (
+    check_array,
+    check_callable,
+    check_instance,
+    check_integer,
+    shown,
+)
+
+_INDICES = "Pass those of the rows of the whole batch."
 
 
 def data_parallel(devices: int | None = None) -> NamedSharding:
@@ -58,11 +66,20 @@ def spread_rows(
     Returns:
       Pytree of `[P, ...]`, row i on the device that the sharding says.
 
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: the indices have not one axis; the rows are not one for each.
+
     Example:
       >>> batch = spread_rows(lambda index: 10.0 * index, np.arange(4), data_parallel(1))
       >>> print(batch)
       [ 0. 10. 20. 30.]
     """
+    check_callable("rows_of", rows_of, advice="Pass a function of indices.")
+    check_instance("sharding", sharding, NamedSharding, advice="data_parallel() makes one.")
+    check_array("indices", indices, advice=_INDICES)
+    if np.ndim(indices) != 1:
+        raise ValueError(f"indices must have one axis, got {shown(indices)}. {_INDICES}")
     count = len(indices)
     places = sharding.addressable_devices_indices_map((count,)).values()
     spans = {place[0].indices(count)[:2] for place in places if place is not None}
@@ -70,6 +87,11 @@ def spread_rows(
 
     def placed(leaf: Any) -> jax.Array:
         local = np.asarray(leaf)
+        if local.shape[:1] != own.shape:
+            raise ValueError(
+                f"rows_of must return one row for each of {len(own)} indices, got "
+                f"{shown(local)}. Index the first axis of every array."
+            )
         shape = (count, *local.shape[1:])
         return jax.make_array_from_process_local_data(sharding, local, shape)
 
@@ -80,18 +102,24 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The same state on all devices of a mesh.
 
     Args:
-      state: pytree of arrays. An array that lies on the mesh already, as a parameter that is
-        spread over it, stays as it is.
-      mesh: the devices.
+      state: pytree of JAX's arrays, keys included. An array that lies on the mesh already, as a
+        parameter that is spread over it, stays as it is.
+      mesh: the devices, as in `data_parallel().mesh`; an abstract mesh names none, and is refused.
 
     Returns:
       The state, with every other array copied to all devices of the mesh.
+
+    Raises:
+      TypeError: `mesh` is no mesh of devices, or a leaf is no array of JAX.
 
     Example:
       >>> state = spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)
       >>> tuple(state["w"].sharding.spec)
       ()
     """
+    check_instance("mesh", mesh, Mesh, advice="Pass data_parallel().mesh, or jax.make_mesh(...).")
+    for leaf in jax.tree.leaves(state):
+        check_instance("state", leaf, jax.Array, advice="Convert its leaves with jnp.asarray.")
 
     def everywhere(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -13,6 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxdp.checks import (
+    LARGEST_COUNT,
+    check_array,
+    check_integer,
+    check_sequence,
+    shown,
+)
 from jaxdp.engine.numerics import square_sums
 from jaxdp.engine.rounding import roundings
 from jaxdp.lipschitz import rounding
@@ -33,7 +40,42 @@ _POINTS_PER_DEGREE = 16
 """Frequencies per degree of a kernel: the bound is at most 1 % too large for each axis."""
 
 
-@jax.jit
+_MATRIX = "Pass a matrix, or a stack of matrices, of floats."
+_KERNEL = "Pass an array [*window, in_channels / groups, out_channels] of floats."
+
+
+def check_matrix(name: str, value: jax.Array, *, minimum_axes: int = 2, advice: str) -> jax.Array:
+    """Returns `value` if it is an array of real or complex floats with enough axes.
+
+    Args:
+      name: of the argument, for the message.
+      value: what the caller passed.
+      minimum_axes: how many axes it has at least.
+      advice: one sentence on what to do next.
+
+    Returns:
+      The value, as an array of JAX.
+
+    Raises:
+      TypeError: it is no array of floats.
+      ValueError: it has fewer axes.
+
+    Example:
+      >>> check_matrix("matrix", jnp.ones(3), advice="Pass a matrix.")
+      Traceback (most recent call last):
+      ValueError: matrix must have at least 2 axes, got Array([1., 1., 1.], dtype=float32). Pass a
+      matrix.
+    """
+    check_array(name, value, advice=advice)
+    if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        raise TypeError(f"{name} must be of a float dtype, got {shown(value)}. {advice}")
+    if jnp.ndim(value) < minimum_axes:
+        raise ValueError(
+            f"{name} must have at least {minimum_axes} axes, got {shown(value)}. {advice}"
+        )
+    return jnp.asarray(value)
+
+
 def matrix_norm(matrix: jax.Array) -> jax.Array:
     r"""An upper bound on the largest singular value.
 
@@ -48,6 +90,10 @@ def matrix_norm(matrix: jax.Array) -> jax.Array:
     Returns:
       float32 `[...]`, rounding included.
 
+    Raises:
+      TypeError: the matrix is no array of floats.
+      ValueError: it has fewer than two axes.
+
     Example:
       >>> float(matrix_norm(jnp.array([[3.0, 0.0], [0.0, 4.0]])).round(3))
       4.0
@@ -55,6 +101,11 @@ def matrix_norm(matrix: jax.Array) -> jax.Array:
     Source: Delattre et al. 2023, "Efficient Bound of Lipschitz Constant for Convolutional Layers
     by Gram Iteration".
     """
+    return _matrix_norm(check_matrix("matrix", matrix, advice=_MATRIX))
+
+
+@jax.jit
+def _matrix_norm(matrix: jax.Array) -> jax.Array:
     rows, columns = matrix.shape[-2:]
     if 0 in matrix.shape[-2:]:
         return jnp.zeros(matrix.shape[:-2], jnp.float32)
@@ -81,7 +132,6 @@ def matrix_norm(matrix: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(largest[..., 0, 0]), bound, jnp.inf)
 
 
-@functools.partial(jax.jit, static_argnames=("stride", "dilation", "groups"))
 def convolution_norm(
     kernel: jax.Array, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
 ) -> jax.Array:
@@ -105,6 +155,11 @@ def convolution_norm(
     Returns:
       float32 scalar.
 
+    Raises:
+      TypeError: the kernel is no array of floats, or a number is no integer.
+      ValueError: the kernel has fewer than two axes; there is not one stride and dilation ≥ 1 for
+        each axis of the window; groups do not divide the output channels.
+
     Example:
       >>> sums = jnp.ones((3, 1, 1))
       >>> norm = convolution_norm(sums, (1,), (1,), 1)
@@ -115,13 +170,39 @@ def convolution_norm(
     cosine; Higham 2002, "Accuracy and Stability of Numerical Algorithms", theorem 24.2, for the
     rounding of the transform.
     """
+    kernel = check_matrix("kernel", kernel, advice=_KERNEL)
+    rank, outputs = kernel.ndim - 2, kernel.shape[-1]
+    advice = f"Pass one for each of the {rank} axes of the window."
+    steps = _one_for_each_axis("stride", stride, rank, advice)
+    gaps = _one_for_each_axis("dilation", dilation, rank, advice)
+    advice = "Pass a divisor of the number of output channels."
+    groups = check_integer("groups", groups, minimum=1, maximum=max(outputs, 1), advice=advice)
+    if outputs % groups:
+        raise ValueError(f"groups must divide {outputs} output channels, got {groups}. {advice}")
+    return _convolution_norm(kernel, steps, gaps, groups)
+
+
+def _one_for_each_axis(name: str, values: Sequence[int], rank: int, advice: str) -> tuple[int, ...]:
+    entries = check_sequence(name, values, advice=advice)
+    if len(entries) != rank:
+        raise ValueError(f"{name} must hold {rank} integers, got {shown(values)}. {advice}")
+    return tuple(
+        check_integer(f"{name}[{axis}]", entry, minimum=1, maximum=LARGEST_COUNT, advice=advice)
+        for axis, entry in enumerate(entries)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("stride", "dilation", "groups"))
+def _convolution_norm(
+    kernel: jax.Array, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> jax.Array:
     kernel = _without_stride(_dilated_for(kernel, stride, dilation), stride)
     *window, channels, outputs = kernel.shape
     axes = tuple(axis for axis, width in enumerate(window) if width > 1)
     points = [_POINTS_PER_DEGREE * (window[axis] - 1) for axis in axes]
     spectrum = jnp.fft.rfftn(kernel, points, axes) if axes else kernel
     matrices = spectrum.reshape(-1, channels, groups, outputs // groups)
-    norm = jnp.max(matrix_norm(jnp.moveaxis(matrices, 2, 1)))
+    norm = jnp.max(_matrix_norm(jnp.moveaxis(matrices, 2, 1)))
     if axes:
         # A fast Fourier transform of N points is off by at most 8u log2(N) of the norm of all of
         # its results, which is √N times that of what is transformed.

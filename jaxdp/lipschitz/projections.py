@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdp.checks import check_array, check_callable, shown
-from jaxdp.lipschitz.operator_norm import matrix_norm
+from jaxdp.lipschitz.operator_norm import check_matrix, matrix_norm
 from jaxdp.schedules import check_number
 
 _BJORCK_STEPS = 12
@@ -39,12 +39,12 @@ def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
       >>> print(onto_ball(jnp.array([3.0, 4.0])))
       [0.6 0.8]
     """
-    check_number("norm", norm)
+    limit = check_number("norm", norm)
     check_array("array", array, advice=_ARRAY)
     if not jnp.issubdtype(jnp.result_type(array), jnp.inexact):
         raise TypeError(f"array must be of a float dtype, got {shown(array)}. {_ARRAY}")
     size = jnp.sqrt(jnp.sum(jnp.square(array)))
-    return array * jnp.where(size > norm, norm / size, jnp.ones_like(size))
+    return array * jnp.where(size > limit, limit / size, jnp.ones_like(size))
 
 
 def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
@@ -66,15 +66,12 @@ def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
       [[1.   0.  ]
        [0.   0.25]]
     """
-    check_number("norm", norm)
-    check_array("matrix", matrix, advice=_MATRIX)
-    if jnp.ndim(matrix) != 2:
-        raise ValueError(f"matrix must have two axes, got {shown(matrix)}. {_MATRIX}")
+    limit = check_number("norm", norm)
+    matrix = _one_matrix(matrix)
     size = matrix_norm(matrix)
-    return matrix * jnp.where(size > norm, norm / size, jnp.ones_like(size))
+    return matrix * jnp.where(size > limit, limit / size, jnp.ones_like(size))
 
 
-@jax.jit
 def orthogonal(matrix: jax.Array) -> jax.Array:
     """A matrix near to the given one whose singular values are near to one.
 
@@ -88,6 +85,10 @@ def orthogonal(matrix: jax.Array) -> jax.Array:
     Returns:
       The matrix after the iteration, `[m, n]`.
 
+    Raises:
+      TypeError: the matrix is no array of floats.
+      ValueError: it has another number of axes than two.
+
     Example:
       >>> near = orthogonal(jnp.array([[2.0, 1.0], [0.0, 1.0]]))
       >>> print(jnp.linalg.svd(near, compute_uv=False).round(3))
@@ -97,6 +98,18 @@ def orthogonal(matrix: jax.Array) -> jax.Array:
     Orthogonal Matrix"; Anil et al. 2019, "Sorting Out Lipschitz Function Approximation", section
     4.2.
     """
+    return _orthogonal(_one_matrix(matrix))
+
+
+def _one_matrix(matrix: jax.Array) -> jax.Array:
+    matrix = check_matrix("matrix", matrix, advice=_MATRIX)
+    if matrix.ndim != 2:
+        raise ValueError(f"matrix must have two axes, got {shown(matrix)}. {_MATRIX}")
+    return matrix
+
+
+@jax.jit
+def _orthogonal(matrix: jax.Array) -> jax.Array:
     tall = matrix.shape[0] >= matrix.shape[1]
     w = matrix if tall else matrix.T
     w = w / jnp.maximum(matrix_norm(w), jnp.finfo(w.dtype).tiny)

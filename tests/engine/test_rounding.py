@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdp.engine import gram, rounding
+from jaxdp.engine.numerics import scale_rows
 
 # What is compiled must round as it does for users.
 pytestmark = pytest.mark.optimized
@@ -119,3 +120,19 @@ def test_inner_products_have_the_roundings_that_they_say(positions: int, length:
     assert error <= rounding.gamma(off, jnp.float32)
     assert off <= length + 1
     assert positions * off <= max(2**17 + 32 * positions, positions * length / 32 + 33 * positions)
+
+
+@pytest.mark.parametrize("weight", 10.0 ** np.arange(-44.0, 1.0, 2.0))
+def test_a_weight_takes_all_entries_or_no_more_than_the_theorem_allows(weight: float) -> None:
+    """Of entries of many sizes some would vanish: w·4u·√e of them may (`engine.gram`, underflow),
+    with e = 2·tiny/u at least."""
+    rows = (10.0 ** np.arange(-30.0, 11.0, 0.5)).astype(np.float32)
+    weight = float(np.float32(weight))
+    with np.errstate(over="ignore", under="ignore"):
+        scaled = scale_rows(jnp.full(1, weight, jnp.float32), jnp.asarray(rows[None]))
+    off = np.asarray(scaled[0], np.float64) - weight * rows.astype(np.float64)
+    # The largest entries are rounded as well: compare where nothing but underflow can count.
+    small = rows < 1e-9
+    allowed = 4 * U * math.sqrt(2 * float(np.finfo(np.float32).tiny) / U) * weight
+    rounded = U * weight * rows[small].astype(np.float64)
+    assert not np.any(scaled) or np.all(np.abs(off[small]) <= allowed + rounded)

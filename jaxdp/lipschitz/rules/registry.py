@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdp.checks import check_bool, check_callable, check_instance
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.rounding import up
 from jaxdp.lipschitz.value import INFINITE, UNKNOWN, Cotangent, Range, Value, is_infinite
@@ -108,6 +109,12 @@ def register_bound_rule(
     Returns:
       A decorator that registers a `BoundRule` and returns it as it is.
 
+    Returns:
+      The decorator; it returns the rule as it is.
+
+    Raises:
+      TypeError: a name is no string, a flag no bool, or a rule (in the decorator) no function.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxdp import lipschitz
@@ -121,7 +128,13 @@ def register_bound_rule(
       2.0
     """
 
+    for name in primitives:
+        check_instance("primitives", name, str, advice="Pass names, as a jaxpr shows them.")
+    check_bool("whole", whole, advice="Pass True or False.")
+    check_bool("exact", exact, advice="Pass True or False.")
+
     def register(rule: BoundRule) -> BoundRule:
+        check_callable("rule", rule, advice="Pass a function of an equation and its operands.")
         for name in primitives:
             _RULES[name] = Registered(rule, whole, exact)
         return rule
