@@ -35,3 +35,5 @@ from jaxdp.sampling import ShuffledSampler as ShuffledSampler
 from jaxdp.validation import Finding as Finding
 from jaxdp.validation import Validation as Validation
 from jaxdp.validation import validate as validate
+
+__version__ = "0.1.0"

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_instance
 from jaxdp.bounded import Bounded, is_zero
+from jaxdp.checks import check_instance
 from jaxdp.engine.reduction import zero_sum
 from jaxdp.engine.sums import Running
 

@@ -127,6 +127,13 @@ class Bounded(metaclass=_SpeakingType):
         """Raises ValueError unless there is one sensitivity for each group of leaves.
 
         What comes out of `vmap` fails here: a stack of sums is no sum with a sensitivity.
+
+        Raises:
+          ValueError: the groups and the shape of the sensitivity do not fit each other.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> Bounded(jnp.zeros(2), 1.0).check_groups()
         """
         used = {group for group in self.groups if group is not None}
         if used != set(range(self.sensitivity.size)) or self.sensitivity.ndim > 1:
@@ -195,7 +202,16 @@ class Bounded(metaclass=_SpeakingType):
         return Bounded(value, sensitivity, self.groups, self.unsummed - summed_over)
 
     def moving_leaves(self) -> list[jax.Array]:
-        """The leaves that a sample can change."""
+        """The leaves that a sample can change.
+
+        Returns:
+          The leaves of `value` that belong to a group, in their order.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> len(Bounded((jnp.zeros(2), jnp.arange(3)), 1.0).moving_leaves())
+          1
+        """
         leaves = jax.tree.leaves(self.value)
         return [leaf for leaf, g in zip(leaves, self.groups, strict=True) if g is not None]
 

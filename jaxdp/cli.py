@@ -14,6 +14,7 @@ import jax
 
 from jaxdp import accounting, distributed, training
 from jaxdp.recipes import classify, data, models, report
+from jaxdp.recipes.configuration import CLIP_NAMES, SCHEDULE_NAMES
 
 _EXAMPLES = """\
 examples:
@@ -294,6 +295,14 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     train.add_argument("--epsilon", type=float, default=8.0, help="of the whole run")
     _add_accounting(train)
+    _add_hyperparameters(train)
+    _add_outputs(train)
+    _add_devices(train)
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.set_defaults(command=_train)
+
+
+def _add_hyperparameters(train: "_Parser") -> None:
     train.add_argument(
         "--epochs", type=float, default=20.0, help="passes over the data, in expectation"
     )
@@ -301,7 +310,7 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     train.add_argument(
         "--clip",
         default="flat",
-        choices=classify.CLIP_NAMES,
+        choices=CLIP_NAMES,
         help="how per-sample gradients are bounded; none leaves it to the model, lipschitz-mlp",
     )
     train.add_argument(
@@ -317,7 +326,7 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="of SGD, for the mean over the expected batch; by default 8, or 0.2 with no clip",
     )
     train.add_argument(
-        "--schedule", default="cosine", choices=classify.SCHEDULE_NAMES, help="of the learning rate"
+        "--schedule", default="cosine", choices=SCHEDULE_NAMES, help="of the learning rate"
     )
     train.add_argument("--momentum", type=float, default=0.9, help="of SGD")
     train.add_argument(
@@ -329,6 +338,9 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         default=None,
         help="for experiments; without it, randomness is the operating system's",
     )
+
+
+def _add_outputs(train: "_Parser") -> None:
     train.add_argument("--out", type=Path, default=Path("out"), help="for metrics and plot")
     train.add_argument(
         "--checkpoints",
@@ -342,6 +354,9 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         choices=("logging", "wandb", "tensorboard", "all"),
         help="where each epoch is logged; what is not private is marked so",
     )
+
+
+def _add_devices(train: "_Parser") -> None:
     train.add_argument(
         "--devices",
         type=int,
@@ -357,5 +372,3 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     train.add_argument("--num-processes", type=int, default=None, help="with --coordinator")
     train.add_argument("--process-id", type=int, default=None, help="with --coordinator")
-    train.add_argument("--quiet", action="store_true", help="no progress bar")
-    train.set_defaults(command=_train)

@@ -27,6 +27,12 @@ class Explanation(NamedTuple):
       leaves: one row for each leaf that has a gradient.
       devices: how many devices the rows of the batch are spread over. All else is of one of them,
         and of its rows.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> found = explain(lambda params, x: params @ x, jnp.ones(3), jnp.ones((2, 3)))
+      >>> isinstance(found, Explanation), len(found.leaves)
+      (True, 1)
     """
 
     method: str

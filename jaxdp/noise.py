@@ -33,14 +33,14 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_sequence, shown
 from jaxdp.bounded import Bounded, is_zero, root_sum_squares
+from jaxdp.checks import check_sequence, shown
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.randomness import GRADIENT_NOISE, drawn_alone, leaf_key
 from jaxdp.released import Released
-from jaxdp.schedules import FloatOrSchedule, checked, checked_number, value_at
+from jaxdp.schedules import FloatOrSchedule, check_number, check_schedule, value_at
 from jaxdp.varying import devices_along, varying_axes
 
 
@@ -59,10 +59,11 @@ def add_noise(
         Another run with this key, or this one begun anew, draws the same noise again: give it
         another key (`noise_draws` is what a ledger tells them apart by). Each member of a `vmap`
         needs its own.
-      allocation: how σ is spread over the groups of the clip (see the table above): "global"
-        gives every leaf the same standard deviation; "per_layer" noise relative to the group's
-        own sensitivity; a sequence of K numbers c_k > 0 that, too, times c_k; "optimal" the
-        least total noise power at the same privacy as "global".
+      allocation: which standard deviation each group of the clip gets (see the table above).
+        "global" gives every leaf the same one. "per_layer" gives each group noise in proportion
+        to its own sensitivity. A sequence of K numbers c_k > 0 does so, too, and multiplies the
+        noise of group k by c_k. "optimal" gives the least total noise power at the same privacy
+        as "global".
 
     Returns:
       A transformation from `Bounded` to plain arrays: noise is drawn and added in at least
@@ -94,7 +95,7 @@ def add_noise(
     McMahan et al. 2018, "A General Approach to Adding Differential Privacy to Iterative Training
     Procedures", theorem 1 (several Gaussians as one).
     """
-    checked("noise_multiplier", noise_multiplier, zero=True)
+    check_schedule("noise_multiplier", noise_multiplier, zero=True)
     allocated = _allocation(allocation)
 
     def init(params: optax.Params) -> Released:
@@ -218,7 +219,7 @@ def _allocation(allocation: str | Sequence[float]) -> _Allocation:
     advice = f"Pass one of {sorted(_NAMED)}, or one number for each group."
     coefficients = check_sequence("allocation", allocation, minimum=1, advice=advice)
     for k, coefficient in enumerate(coefficients):
-        checked_number(f"allocation[{k}]", coefficient)
+        check_number(f"allocation[{k}]", coefficient)
 
     def scaled(sensitivity: jax.Array, sizes: jax.Array) -> jax.Array:
         if len(coefficients) != sensitivity.size:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding
 
-from jaxdp.accounting.checks import check_bool, check_choice, check_integer
+from jaxdp.checks import check_bool, check_choice, check_integer
 from jaxdp.engine.methods.base import Reducer
 from jaxdp.engine.methods.choice import Choice, choose, method_names
 from jaxdp.engine.microbatches import Microbatched

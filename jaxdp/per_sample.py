@@ -42,6 +42,11 @@ class PerSampleGrads:
     `jaxdp.per_sample_grads` (or `from_arrays`) and hand it to a clip in the same function.
 
     Everything it returns is computed from raw data and NOT private.
+
+    Example:
+      >>> grads = PerSampleGrads.from_arrays(jnp.array([[3.0, 4.0], [0.0, 1.0]]))
+      >>> print(grads.norms().round(3), grads.weighted_sum(jnp.ones(2)), grads.materialize().shape)
+      [5. 1.] [3. 5.] (2, 2)
     """
 
     def __init__(self, reducer: Reducer, batch: Batch, params: Any, groups: Groups):
@@ -66,6 +71,9 @@ class PerSampleGrads:
         Args:
           grads: the gradients; leaves that are not floating-point take no part.
           mask: bool `[B]`; rows that are False count for nothing.
+
+        Returns:
+          A handle on these gradients.
 
         Raises:
           TypeError, ValueError: the leaves are not arrays with one common leading axis B; inside
@@ -138,6 +146,9 @@ class PerSampleGrads:
 
         Args:
           groups: for each leaf of the parameters a group index in 0..K-1 (`None`: left out).
+
+        Returns:
+          The norms, zero in masked rows.
         """
         norms = self._reduction().norms
         if groups is None:
@@ -145,7 +156,14 @@ class PerSampleGrads:
         return group_norms(norms, self._kept(groups))
 
     def clipped_sum(self, rule: ClipRule) -> Bounded:
-        """Σ_i w_i g_i with the weights of the rule, as a `Bounded` of sensitivity C."""
+        """Σ_i w_i g_i with the weights of the rule, as a `Bounded` of sensitivity C.
+
+        Args:
+          rule: what a clip asks for, such as groups of leaves and their thresholds.
+
+        Returns:
+          The sum, with the thresholds of the rule as sensitivities.
+        """
         kept = replace(rule, groups=self._kept(rule.groups))
         sums = self._reduce(self._batch, kept)
         value = self._tree(sums, zero_sum)
@@ -156,6 +174,15 @@ class PerSampleGrads:
         """Σ_i w_i g_i for weights `[B]`: a pytree like the parameters. No bound is claimed.
 
         Rows that are masked, have weight zero or are not `counted` count for nothing.
+
+        Args:
+          weights: w, one number for each row.
+
+        Returns:
+          The sum; zeros at leaves without a gradient.
+
+        Raises:
+          ValueError: weights of another shape.
         """
         weights = jnp.asarray(weights)
         if weights.shape != self.mask.shape:
@@ -169,6 +196,9 @@ class PerSampleGrads:
         """The per-sample gradients themselves: a pytree of `[B, *param.shape]`.
 
         Masked rows are zero; leaves without a gradient are zeros of the leaf's dtype.
+
+        Returns:
+          Arrays in the dtypes of the parameters.
         """
         grads = self._reducer.rows(self._batch).grads
         rows = [select_rows(self.mask, grad) for grad in grads]
@@ -245,15 +275,15 @@ def per_sample_grads(
         `has_aux`, `-> (scalar, aux)`. Randomness (dropout) enters as one key per sample in the
         batch: `example = (x, y, key)`.
       has_aux: whether the loss returns a pair; the pairs' second parts are `.aux`.
-      method: "auto" chooses: "slots", for a loss that uses `jax.checkpoint` in microbatches that
-        keep no more than the ordinary gradient does, or "taps" where such would be too small.
-        All methods give the same numbers up to rounding, which goes upwards for norms: by about
-        1e-7 for each position that shares a weight. "slots": one backward pass, whose operands
-        and cotangents are kept until the norms are known. "taps": norms in one backward pass,
-        sums in a second; keeps next to nothing, but of a value in half precision what slots keep.
-        "fused": as slots, but every group of leaves is clipped as soon as its own norms are
-        known; saves memory for per-layer rules. "dense": `vmap(grad)`, every per-sample gradient
-        is materialised.
+      method: how to compute. All methods give the same numbers up to rounding; norms are rounded
+        up, by about 1e-7 for each position that shares a weight. "slots" runs one backward pass
+        and keeps its operands and cotangents until the norms are known. "taps" computes the norms
+        in one backward pass and the sums in a second; it keeps operands and cotangents of values
+        in half precision only. "fused" runs as "slots" does, but clips every group of leaves as
+        soon as the norms of that group are known, which saves memory for per-layer rules. "dense"
+        materialises every per-sample gradient, as `vmap(grad)` does. "auto" chooses "slots". For a
+        loss that uses `jax.checkpoint` it takes microbatches that keep no more than the ordinary
+        gradient does, and "taps" where these microbatches would be too small.
       memory_budget: bytes of operands and cotangents (of gradients, for "dense") that may be kept
         until the norms are known; the workspace of a single layer comes on top. "auto" chooses a
         method that fits; where none does, microbatches that fit. Where rows lie on several devices

@@ -16,7 +16,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental import multihost_utils
 
-from jaxdp.accounting.checks import shown
+from jaxdp.checks import shown
 
 # Purposes. The same key given by mistake to the noise and to an adaptive clip still gives
 # independent draws.
@@ -38,6 +38,9 @@ def random_key() -> jax.Array:
     a fixed `jax.random.key(seed)` for experiments: draws are a function of the key, so that a run
     can be repeated bit for bit. On several processes (`jax.distributed`) all must call it, and get
     the same key: else each would add noise of its own.
+
+    Returns:
+      A key array of no axes.
 
     Example:
       >>> random_key().shape

@@ -1,10 +1,10 @@
-"""Tables as lines of text, for what is printed by hand."""
+"""Tables as lines of text."""
 
 from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """One line for each row, columns as wide as their longest cell.
+    """Formats each row as one line, with columns as wide as their longest cell.
 
     Example:
       >>> aligned([("leaf", "norm"), ("w", "1")])

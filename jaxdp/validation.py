@@ -1,4 +1,4 @@
-"""Tells what in a model would undo the guarantee before it is trained.
+"""Finds the parts of a model that would undo the guarantee, before it is trained.
 
 print(jaxdp.validate(model_fn, params, example))
 """
@@ -10,12 +10,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdp.accounting.checks import check_callable
+from jaxdp.checks import check_callable
 from jaxdp.coupling import BatchStatisticsError, refuse_batch_statistics
 from jaxdp.engine import walker
 from jaxdp.engine.batch_of_one import own_statistics
 from jaxdp.engine.effects import ON_ONE_EXAMPLE, hazards
 from jaxdp.engine.walker import Equation, Program
+from jaxdp.trees import is_float, path_name
 
 Kind = Literal["couples samples", "escapes clipping", "check"]
 
@@ -31,7 +32,11 @@ class Finding(NamedTuple):
         what only you know.
       where: source line, leaf or array.
       what: the problem.
-      fix: what to do about it.
+      fix: the remedy.
+
+    Example:
+      >>> print(Finding("check", "w", "a parameter without gradient", "Freeze it"))
+      check: a parameter without gradient (w). Freeze it.
     """
 
     kind: Kind
@@ -45,17 +50,23 @@ class Finding(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """What `jaxdp.validate` found; printing it gives one line for each finding.
+    """The findings of `jaxdp.validate`; printing gives one line for each.
 
     Attributes:
-      findings: in the order of the program.
+      findings: the findings, in the order of the program.
+
+    Example:
+      >>> Validation((Finding("check", "w", "a parameter without gradient", "Freeze it"),)).ok
+      True
+      >>> print(Validation(()))
+      nothing found
     """
 
     findings: tuple[Finding, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found that breaks the guarantee."""
+        """Whether no finding breaks the guarantee."""
         return all(finding.kind == "check" for finding in self.findings)
 
     def __str__(self) -> str:
@@ -65,22 +76,22 @@ class Validation(NamedTuple):
 def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> Validation:
     """Lists what in a model would couple samples or escape clipping, with the fix.
 
-    The model is traced on one example; nothing is computed. Reported are:
+    The model is traced on one example; nothing is computed. The function reports:
 
-    * statistics of a batch: a BatchNorm of flax, haiku or anybody in training, which normalises one
-      example by itself here and has nothing left of it, and any communication over a named axis
-      (`lax.pmean` in a BatchNorm of equinox), in the gradient, too;
-    * all that `jaxdp.per_sample_grads` refuses: mutable arrays, effects that must keep an order,
-      `custom_vmap`, kernels and primitives with rules of their own for a batch;
+    * statistics of a batch: a BatchNorm of flax, haiku or another library in training mode, which
+      would normalise one example by itself and leave nothing of it; and any communication over a
+      named axis (`lax.pmean` in a BatchNorm of equinox), also in the gradient;
+    * everything that `jaxdp.per_sample_grads` refuses: mutable arrays, effects that must keep an
+      order, `custom_vmap`, kernels and primitives with rules of their own for a batch;
     * host callbacks, which may remember other samples, print them, or send them away;
     * parameters that come back changed by the example, such as running averages: written back,
       they would skip clipping and noise;
-    * arrays that the function closes over (scalars aside) and calls of foreign functions, to be
-      checked: a table is fine, values computed from the training data are not;
-    * leaves that the output does not depend on, to be checked: they get noise and no gradient.
+    * arrays that the function closes over (scalars aside) and calls of foreign functions. Check
+      them: a table is fine, values computed from the training data are not;
+    * leaves that the output does not depend on. Check them: they get noise and no gradient.
 
-    A model without findings may still be trained wrongly: what happens outside of it, as the
-    preparation of the data, is not seen, nor is what foreign functions do.
+    A model without findings may still be trained wrongly: the function sees neither the preparation
+    of the data nor the inside of foreign functions.
 
     Args:
       model_fn: `(params, example) -> output` of ONE example: a loss, logits, any pytree.
@@ -91,7 +102,7 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
       A `Validation`.
 
     Raises:
-      Whatever the model or its gradient raises when it is traced.
+      Exception: the errors of the model or its gradient while it is traced.
 
     Example:
       >>> def model_fn(params, x):
@@ -113,12 +124,12 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
             )
 
     def gradient(leaves: list[Any], inputs: list[Any]) -> Any:
-        """Of all that the model returns, with respect to all parameters, as training takes it."""
+        """The gradient of all outputs with respect to all parameters."""
 
         def outputs(moving: list[Any]) -> list[jax.Array]:
             rest = iter(moving)
             return _floats(
-                flat([next(rest) if _is_float(leaf) else leaf for leaf in leaves], inputs)
+                flat([next(rest) if is_float(leaf) else leaf for leaf in leaves], inputs)
             )
 
         values, pull_back = jax.vjp(outputs, _floats(leaves))
@@ -132,8 +143,8 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
         except NameError:
             raise
         except Exception:
-            # What has effects may have no gradient, as callbacks, or none that this JAX can take of
-            # a mutable array; it is finding enough.
+            # A program with effects, such as callbacks, may have no gradient, and this JAX may find
+            # none for a mutable array. The effect is then reported already.
             if not any(_equations(program)):
                 raise
     except NameError as error:
@@ -156,12 +167,8 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
 
 
 def _floats(output: Any) -> list[jax.Array]:
-    """What a gradient can be taken of."""
-    return [leaf for leaf in jax.tree.leaves(output) if _is_float(leaf)]
-
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    """The leaves that can have a gradient."""
+    return [leaf for leaf in jax.tree.leaves(output) if is_float(leaf)]
 
 
 def _callback(eqn: Equation) -> bool:
@@ -178,7 +185,8 @@ def _communication(where: str, what: str) -> Finding:
 
 
 def _equations(program: Program) -> Iterator[Finding]:
-    """What training refuses (`engine.effects`), and what it cannot see is wrong."""
+    """Findings about equations that training refuses (`engine.effects`), and about host callbacks
+    and foreign functions."""
     refused = hazards(program)
     for hazard in refused:
         yield Finding("couples samples", hazard.where, hazard.what, hazard.fix)
@@ -227,7 +235,7 @@ def _normalised(program: Program, parameters: int) -> Iterator[Finding]:
 
 
 def _roots(program: Program, parameters: int) -> list[frozenset[int]]:
-    """For each output the inputs that it depends on; parameters with a derivative only."""
+    """The inputs that each output depends on. A parameter counts if the output has a derivative."""
 
     def rule(_: walker.Path, eqn: Equation, values: list[frozenset[int]]) -> list[frozenset[int]]:
         roots = frozenset().union(*values)
@@ -242,7 +250,7 @@ def _roots(program: Program, parameters: int) -> list[frozenset[int]]:
 def _returned(
     output: Any, program: Program, roots: list[frozenset[int]], structure: Any, params: Any
 ) -> Iterator[Finding]:
-    """Outputs that are a parameter, by name or by place, and depend on the example."""
+    """Findings about outputs that look like a parameter and depend on the example."""
     leaves = jax.tree.leaves_with_path(params)
     numbers = jax.tree.unflatten(output, range(len(roots)))
     shapes = [aval.shape for aval in program.outputs]
@@ -263,7 +271,7 @@ def _returned(
     for path in found:
         yield Finding(
             "escapes clipping",
-            _name(path),
+            path_name(path),
             "the parameter comes back changed by the example",
             "Take it from its gradient, or keep it fixed: written back as it is, it tells what the "
             "example was",
@@ -271,8 +279,8 @@ def _returned(
 
 
 def _same_name(returned: Any, path: Any) -> bool:
-    """Whether a path ends with the whole path of a parameter, or that with two keys of it; places
-    in a sequence are no names."""
+    """Whether an output has the name of a parameter: its path ends with the whole path of the
+    parameter, or is the end of that path and has two names. Places in a sequence are no names."""
     common = min(len(returned), len(path))
     tails = [tuple(map(str, each[len(each) - common :])) for each in (returned, path)]
     tail = path[len(path) - common :]
@@ -311,14 +319,10 @@ def _closed_over(program: Program) -> Iterator[Finding]:
 def _unused(roots: list[frozenset[int]], paths: list[Any], leaves: list[Any]) -> Iterator[Finding]:
     used = frozenset().union(*roots)
     for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        if index not in used and _is_float(leaf):
+        if index not in used and is_float(leaf):
             yield Finding(
                 "check",
-                _name(path),
+                path_name(path),
                 "a parameter without gradient: in training it gets noise alone",
                 "Freeze it: per_sample_grads(..., trainable=...)",
             )
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,9 +1,9 @@
-"""Inside `jax.shard_map`: arrays that vary over devices.
+"""Arrays that vary over devices inside `jax.shard_map`.
 
-There the gradient with respect to an array that is the same on all devices is summed over the
-devices, before anything could be clipped. So parameters are cast to varying over the axes over
-which the samples are spread. What varies over further axes holds a part of the model, whose
-squared norms add up over these. Outside of `shard_map` nothing varies, and nothing happens.
+If an array is the same on all devices, JAX sums its gradient over the devices before a clip can see
+it. So parameters are cast to varying over the axes along which the samples are spread. An array
+that varies over further axes holds a part of the model, and squared norms are added up over these
+axes. Outside of `shard_map` nothing varies, and these functions do nothing.
 """
 
 import math
@@ -20,8 +20,8 @@ def varying_axes(tree: Any) -> frozenset[str]:
 
 
 def untracked_axes() -> frozenset[str]:
-    """The axes of an enclosing `pmap`, or `shard_map` with `check_vma=False`: there no type tells
-    which arrays differ between devices."""
+    """The axes of an enclosing `pmap`, or of a `shard_map` with `check_vma=False`, where no type
+    tells which arrays differ between devices."""
     mapped = jax.sharding.get_abstract_mesh().manual_axes
     return frozenset(axis for axis in mapped if axis not in _axes(jax.lax.axis_index(axis)))
 
@@ -32,8 +32,8 @@ def sample_axes(rows: Any) -> frozenset[str]:
 
 
 def model_axes(rows: Any) -> frozenset[str]:
-    """The axes of devices along which these rows of a batch are the same: what differs there is a
-    part of the model."""
+    """The axes of devices along which these rows of a batch are the same. Arrays that differ there
+    are parts of the model."""
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes) - sample_axes(rows)
 
 
@@ -53,13 +53,13 @@ def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.Array:
 
 
 def summed_over_devices(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Σ over the devices along those of the axes over which it varies."""
+    """The sum over devices along those of the axes over which the array varies."""
     along = tuple(sorted(axes & _axes(array)))
     return jax.lax.psum(array, along) if along else array
 
 
 def devices_along(axes: frozenset[str]) -> int:
-    """How many devices there are along these axes together."""
+    """The number of devices along these axes together."""
     return math.prod(jax.lax.axis_size(axis) for axis in axes)
 
 

@@ -22,9 +22,9 @@ import pytest
 import jaxdp
 from jaxdp import accounting, distributed, lipschitz, nn, training
 from jaxdp.accounting import PoissonSampling, PureRelease
-from jaxdp.accounting.checks import shown
+from jaxdp.checks import shown
 from jaxdp.sampling import sampler_from_dict
-from jaxdp.schedules import checked
+from jaxdp.schedules import check_schedule
 
 SECONDS = 10.0
 
@@ -158,7 +158,7 @@ FUNCTIONS: dict[str, Case] = {
         sampler_from_dict,
         {"data": jaxdp.FixedSizeSampler(**SIZED).to_dict()},
     ),
-    "schedules": (functools.partial(checked, "value"), {"value": 0.5}),
+    "schedules": (functools.partial(check_schedule, "value"), {"value": 0.5}),
     "Budget": (budget, {"epsilon": 3.0, **ASK}),
     "linear": (nn.linear, {"in_features": 2, "out_features": 3, "bias": True}),
     "conv_linear": (nn.conv_linear, {"in_features": 2, "out_features": 3, "bias": True}),

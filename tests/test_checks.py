@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.accounting.checks import (
+from jaxdp.accounting.strict_json import check_keys
+from jaxdp.checks import (
     check_bool,
     check_callable,
     check_choice,
@@ -20,8 +21,7 @@ from jaxdp.accounting.checks import (
     check_sequence,
     shown,
 )
-from jaxdp.accounting.strict_json import check_keys
-from jaxdp.schedules import checked
+from jaxdp.schedules import check_schedule
 
 ADVICE = "Pass another."
 
@@ -51,7 +51,7 @@ def test_reals_of_every_library_pass(value: Any) -> None:
     found = check_real("x", value, minimum=3, maximum=3, advice=ADVICE)
     assert found == 3 and type(found) is float
     assert check_reals("x", value, advice=ADVICE) == (3.0,)
-    checked("x", value)
+    check_schedule("x", value)
 
 
 @pytest.mark.parametrize("make", [list, tuple, np.asarray, jnp.asarray, iter, set])
@@ -68,7 +68,7 @@ def test_what_is_no_number_is_a_type_error_that_says_so(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="x must (be|hold) .*, got .*. Pass another."):
         check_reals("x", value, advice=ADVICE)
     with pytest.raises(TypeError, match="x must be a real number, got .*a schedule"):
-        checked("x", value)
+        check_schedule("x", value)
 
 
 @pytest.mark.parametrize("value", [2.5, "3", None, float("nan"), np.float32(3)], ids=repr)
@@ -120,14 +120,14 @@ def test_an_endless_sequence_ends_in_a_sentence() -> None:
 @pytest.mark.parametrize("value", [1e-46, 1e-39, 1e39, 1e308])
 def test_a_number_of_a_step_is_a_normal_float32(value: float) -> None:
     with pytest.raises(ValueError, match=r"x must be finite, >= 1.17549e-38, <= 3.40282e\+38"):
-        checked("x", value)
-    checked("x", 3.4e38)
-    checked("x", 0.0, zero=True)
+        check_schedule("x", value)
+    check_schedule("x", 3.4e38)
+    check_schedule("x", 0.0, zero=True)
 
 
 def test_a_traced_number_is_checked_by_nobody_here() -> None:
     def step(value: jax.Array) -> jax.Array:
-        checked("x", value)
+        check_schedule("x", value)
         with pytest.raises(TypeError, match="x must be a real number, got"):
             check_real("x", value, advice=ADVICE)
         with pytest.raises(TypeError, match="x must hold real numbers, got|be a real number"):

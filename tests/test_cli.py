@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from jaxdp import accounting, training
 from jaxdp.cli import main
 from jaxdp.recipes import data, report
-from jaxdp.recipes.classify import CLIP_NAMES
+from jaxdp.recipes.configuration import CLIP_NAMES
 from tests.helpers import strict_json
 
 ROOT = Path(__file__).parents[1]
@@ -624,7 +624,7 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "train: no device": (lambda d: [*SMALL, "--devices", "0"], "devices must be at least 1"),
     "train: processes alone": (
         lambda d: [*SMALL, "--num-processes", "2"],
-        "need a coordinator: pass host:port of process 0",
+        "need a coordinator. Pass host:port of process 0",
     ),
     "epsilon: missing": (lambda d: ["epsilon", *RUN], "--noise-multiplier"),
     "epsilon: unsupported": (

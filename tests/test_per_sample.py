@@ -405,7 +405,7 @@ MISUSES: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mask of another length": (
         lambda: call(mask=jnp.ones(4, bool)),
         ValueError,
-        r"mask must have shape \(5,\), one per row, got \(4,\)",
+        r"mask must have shape \(5,\), got \(4,\)",
     ),
     "mask with another axis": (
         lambda: call(mask=jnp.ones((5, 1), bool)),
@@ -415,13 +415,13 @@ MISUSES: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "weights as mask": (
         lambda: call(mask=jnp.ones(5)),
         TypeError,
-        "mask must be boolean, got float32: it selects rows, it does not weigh them",
+        "mask must be boolean, got float32. It selects rows, it does not weigh them",
     ),
     "counts as mask": (lambda: call(mask=np.ones(5, int)), TypeError, "mask must be boolean"),
     "loss with a batch axis": (
         lambda: call(loss_fn=lambda p, e: e[0] * p["head"][0]),
         TypeError,
-        r"must return one real scalar, .* got .* of shape \(3,\): drop the batch axis",
+        r"must return one real scalar, .* got .* of shape \(3,\). Drop the batch axis",
     ),
     "integer loss": (
         lambda: call(loss_fn=lambda p, e: jnp.int32(p["head"][0])),

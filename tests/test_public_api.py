@@ -19,7 +19,7 @@ ROOT = Path(jaxdp.__file__).parent
 # and from rooms below; rooms on the same floor know nothing of each other.
 ROOMS = {
     "jaxdp.interrupts": 0,
-    "jaxdp.accounting.checks": -1,
+    "jaxdp.checks": -1,
     "jaxdp.tables": 0,
     "jaxdp.trees": 0,
     "jaxdp.schedules": 0,
@@ -60,7 +60,7 @@ ROOMS = {
     "jaxdp": 11,
     "jaxdp.__main__": 11,
 }
-WITHOUT_JAX = ("jaxdp.accounting", "jaxdp.sampling")
+WITHOUT_JAX = ("jaxdp.checks", "jaxdp.accounting", "jaxdp.sampling")
 
 
 def source_files() -> dict[str, Path]:
@@ -137,7 +137,7 @@ def everything_imported(name: str) -> set[str]:
 @pytest.mark.parametrize(
     "name", [name for name in FILES if name.startswith(WITHOUT_JAX)]
 )
-def test_accounting_and_sampling_import_no_jax(name: str) -> None:
+def test_checks_accounting_and_sampling_import_no_jax(name: str) -> None:
     roots = {other.split(".")[0] for other in everything_imported(name)}
     assert not roots & {"jax", "jaxlib", "optax", "flax", "chex", "orbax"}
 

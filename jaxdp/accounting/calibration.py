@@ -9,7 +9,6 @@ Example:
 """
 
 from jaxdp.accounting.ahead import rough_epsilon
-from jaxdp.accounting.checks import LARGEST_COUNT, check_integer
 from jaxdp.accounting.guarantee import Guarantee, as_guarantee
 from jaxdp.accounting.ledger import Ledger
 from jaxdp.accounting.question import AccountantName, RelationName, check_epsilon
@@ -21,6 +20,7 @@ from jaxdp.accounting.schemes import (
     scheme_meant,
 )
 from jaxdp.accounting.search import Span, boldest_number
+from jaxdp.checks import LARGEST_COUNT, check_integer
 
 # The noise multipliers and rates among which an answer is looked for.
 _SMALLEST_ANSWER, _LARGEST_ANSWER = 2.0**-4, 2.0**19

@@ -14,13 +14,13 @@ from bisect import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from jaxdp.accounting.checks import (
+from jaxdp.accounting.strict_json import check_keys
+from jaxdp.checks import (
     check_instance,
     check_integer,
     check_sequence,
     shown,
 )
-from jaxdp.accounting.strict_json import check_keys
 
 BATCHES = "batches"
 """Purpose of the draws of a sampler: who takes part in a step."""

@@ -7,11 +7,11 @@ Example:
 
 import dp_accounting
 
-from jaxdp.accounting.checks import LARGEST_COUNT, check_integer
 from jaxdp.accounting.guarantee import Guarantee, as_guarantee
 from jaxdp.accounting.ledger import Ledger
 from jaxdp.accounting.question import AccountantName, RelationName
 from jaxdp.accounting.schemes import NoiseMultiplier, SamplingScheme, scheme_meant
+from jaxdp.checks import LARGEST_COUNT, check_integer
 
 
 def dp_event(

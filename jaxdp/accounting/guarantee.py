@@ -9,7 +9,6 @@ Example:
 
 from dataclasses import dataclass, replace
 
-from jaxdp.accounting.checks import shown
 from jaxdp.accounting.question import (
     AccountantName,
     Question,
@@ -17,6 +16,7 @@ from jaxdp.accounting.question import (
     as_question,
     check_delta,
 )
+from jaxdp.checks import shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 
 import dp_accounting
 
-from jaxdp.accounting.checks import check_real, shown
 from jaxdp.accounting.composition import delta_of, epsilon_of, rough_epsilon_of
 from jaxdp.accounting.draws import DrawsLike, check_draws
 from jaxdp.accounting.entries import appended, entry_from_dict, entry_to_dict
@@ -44,6 +43,7 @@ from jaxdp.accounting.schemes import (
 )
 from jaxdp.accounting.search import largest_count
 from jaxdp.accounting.strict_json import check_keys, parse
+from jaxdp.checks import check_real, shown
 
 _FORMAT = "jaxdp.ledger"
 _VERSION = 2

@@ -11,7 +11,7 @@ import dp_accounting
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from jaxdp.accounting.checks import LARGEST_COUNT, check_choice, check_integer, check_real
+from jaxdp.checks import LARGEST_COUNT, check_choice, check_integer, check_real
 
 AccountantName = Literal["pld", "rdp"]
 """Privacy loss distributions (tight) or Rényi differential privacy (fast, looser)."""

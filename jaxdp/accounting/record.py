@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from jaxdp.accounting.checks import check_instance, check_integer
 from jaxdp.accounting.draws import Draws, DrawsLike, check_draws, joined
 from jaxdp.accounting.entries import appended, begins_with
 from jaxdp.accounting.mechanisms.base import Entry
@@ -25,6 +24,7 @@ from jaxdp.accounting.schemes import (
     as_noise_multipliers,
     check_scheme,
 )
+from jaxdp.checks import check_instance, check_integer
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from jaxdp.accounting.checks import (
+from jaxdp.accounting.strict_json import check_keys
+from jaxdp.checks import (
     LARGEST_COUNT,
     check_choice,
     check_integer,
@@ -21,7 +22,6 @@ from jaxdp.accounting.checks import (
     check_reals,
     shown,
 )
-from jaxdp.accounting.strict_json import check_keys
 
 NoiseMultiplier = float | Iterable[float]
 """One noise multiplier, or one for each Gaussian that a step releases from the same batch."""

@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jaxdp.accounting.checks import shown
+from jaxdp.checks import shown
 
 
 def parse(text: str | bytes) -> Any:

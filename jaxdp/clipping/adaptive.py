@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_bool, check_real
 from jaxdp.bounded import Groups
+from jaxdp.checks import check_bool, check_real
 from jaxdp.clipping.base import members, one_group_each, per_sample_gradients, shrink
 from jaxdp.clipping.thresholds import adaptive_limits, check_threshold
 from jaxdp.distributions import normal
@@ -18,7 +18,7 @@ from jaxdp.engine.weighting import ClipRule
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.randomness import COUNT_NOISE, drawn_alone
 from jaxdp.released import Released
-from jaxdp.schedules import FloatOrSchedule, checked, checked_number, value_at
+from jaxdp.schedules import FloatOrSchedule, check_number, check_schedule, value_at
 from jaxdp.varying import summed_over_devices, untracked_axes, varying_axes
 
 
@@ -165,10 +165,10 @@ def _check(
 ) -> None:
     """Raises at what is out of its range."""
     check_threshold("initial_threshold", initial_threshold)
-    checked_number("initial_threshold", initial_threshold)
-    checked("count_noise_multiplier", count_noise_multiplier, zero=True)
-    checked_number("expected_batch_size", expected_batch_size)
-    checked("learning_rate", learning_rate)
+    check_number("initial_threshold", initial_threshold)
+    check_schedule("count_noise_multiplier", count_noise_multiplier, zero=True)
+    check_number("expected_batch_size", expected_batch_size)
+    check_schedule("learning_rate", learning_rate)
 
 
 def _refuse_unseen_devices() -> None:

@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import optax
 
-from jaxdp.accounting.checks import check_bool
 from jaxdp.bounded import Groups
+from jaxdp.checks import check_bool
 from jaxdp.clipping.base import from_rule, members, one_group_each
 from jaxdp.clipping.thresholds import check_threshold, threshold_at, thresholds_at
 from jaxdp.engine.weighting import ClipRule
-from jaxdp.schedules import FloatOrSchedule, checked_number
+from jaxdp.schedules import FloatOrSchedule, check_number
 
 
 def clip_automatic(
@@ -44,7 +44,7 @@ def clip_automatic(
     and Stronger", equation 5.5 (AUTO-S).
     """
     check_threshold("threshold", threshold)
-    checked_number("stability", stability)
+    check_number("stability", stability)
     check_bool("per_layer", per_layer, advice="Leave it out for one norm over all leaves.")
 
     def normalise(norms: jax.Array, thresholds: jax.Array) -> jax.Array:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import optax
 
-from jaxdp.accounting.checks import check_instance, shown
 from jaxdp.bounded import Groups
+from jaxdp.checks import check_instance, shown
 from jaxdp.clipping.base import from_rule, shrink
 from jaxdp.clipping.thresholds import check_threshold, thresholds_at
 from jaxdp.engine.weighting import ClipRule

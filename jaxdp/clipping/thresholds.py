@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_real
-from jaxdp.schedules import NUMBER_OR_SCHEDULE, FloatOrSchedule, checked, value_at
+from jaxdp.checks import check_real
+from jaxdp.schedules import NUMBER_OR_SCHEDULE, FloatOrSchedule, check_schedule, value_at
 
 # Below, sums of weighted gradients would underflow where the norms do not, and a sample add more
 # than its threshold: 1.13 times at 1e-18.
@@ -23,7 +23,7 @@ def check_threshold(name: str, value: FloatOrSchedule) -> None:
         number = check_real(name, value, above=0, advice=NUMBER_OR_SCHEDULE)
         advice = "Scale the loss up: gradients of that size underflow."
         check_real(name, number, minimum=SMALLEST_THRESHOLD, advice=advice)
-    checked(name, value)
+    check_schedule(name, value)
 
 
 def threshold_at(value: FloatOrSchedule, step: jax.Array) -> jax.Array:

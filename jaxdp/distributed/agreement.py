@@ -1,4 +1,4 @@
-"""What all processes must have in common: who is drawn, and the noise."""
+"""Agreement of all processes on the samples that are drawn, and on the noise."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ from jaxdp.engine import walker
 def shared_seed() -> int:
     """A seed from the operating system's entropy, the same on every process: for a sampler.
 
-    To be called by all processes alike. Each sampler draws a seed of its own where it is given
-    none; on several processes these would draw different batches.
+    All processes must call it. A sampler without a seed draws one of its own, and on several
+    processes such samplers would draw different batches.
 
     Returns:
       An integer of 128 bits, as secret as the data.
@@ -40,8 +40,15 @@ def check_agreement(**values: Any) -> None:
     Processes that draw other samples, or other noise, train something that no ledger describes.
 
     Args:
-      values: by what to call them; pytrees of arrays (keys included), or data for JSON. What is
-        spread over several processes is left out: these share it.
+      **values: what must be equal, each under the name by which the error calls it: a pytree of
+        arrays (keys included), or data for JSON. An array that is spread over several processes
+        is left out, since they share it.
+
+    Raises:
+      ValueError: a value differs between the processes.
+
+    Example:
+      >>> check_agreement(threshold=1.0)  # one process agrees with itself
     """
     if jax.process_count() == 1:
         return
@@ -54,24 +61,24 @@ def check_agreement(**values: Any) -> None:
     ]
     if different:
         raise ValueError(
-            f"all processes must have the same {' and '.join(different)}, got others on some: give "
+            f"all processes must have the same {' and '.join(different)}, got others on some. Give "
             "every process the same arguments, clip, noise and optimizer, a seed "
-            "(jaxdp.distributed.shared_seed()) and keys (jaxdp.random_key())"
+            "(jaxdp.distributed.shared_seed()) and keys (jaxdp.random_key())."
         )
 
 
 def program_digest(fun: Callable[..., Any], *arguments: Any) -> str:
-    """What a function computes: of its traced program, and of the constants that it closes over.
+    """A digest of a function: of its traced program, and of the constants that it closes over.
 
-    Two processes may hold closures that differ in a number alone, a clip norm or a learning rate:
-    state and arguments are the same then, and what they release is not.
+    Two processes may hold closures that differ in one number, such as a clip norm or a learning
+    rate. Then state and arguments are equal, but the releases are not.
 
     Args:
       fun: a function of pytrees of arrays; it is traced, not run.
-      arguments: what it is called with.
+      arguments: the arguments of the call.
 
     Returns:
-      A digest, 64 hex digits: equal on two processes where program and constants are.
+      A digest of 64 hex digits, equal on two processes if program and constants are equal.
 
     Example:
       >>> program_digest(lambda x: 0.1 * x, 1.0) == program_digest(lambda x: 0.2 * x, 1.0)
@@ -80,14 +87,14 @@ def program_digest(fun: Callable[..., Any], *arguments: Any) -> str:
     program, _ = walker.trace(fun, *arguments)
     # Where a closure lies in memory is no part of what it computes.
     found = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(program)).encode())
-    # As text, a long array is cut.
+    # The text of a program cuts long arrays.
     for constant in (*walker.closed_over(program), *walker.literals(program)):
         found.update(_digest(constant).tobytes())
     return found.hexdigest()
 
 
 def _digest(value: Any) -> np.ndarray:
-    """Of what a value holds, uint32 `[8]`."""
+    """A digest of the leaves of a value, uint32 `[8]`."""
     found = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(value):
         found.update(jax.tree_util.keystr(path).encode())
@@ -98,7 +105,7 @@ def _digest(value: Any) -> np.ndarray:
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 leaf = jax.random.key_data(leaf)
             if not leaf.is_fully_addressable:
-                # Of a replica each process has its own, which may have gone its own way.
+                # Each process has a replica of its own, which may differ from the others.
                 if not leaf.is_fully_replicated:
                     continue
                 leaf = leaf.addressable_shards[0].data

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from jaxdp.accounting.checks import check_instance
 from jaxdp.bounded import Bounded
+from jaxdp.checks import check_instance
 from jaxdp.varying import untracked_axes, varying_axes
 
 
@@ -15,21 +15,21 @@ def all_reduce(*axis_names: str) -> optax.GradientTransformation:
 
     $$ \sum_d v_d, \qquad \Delta = \max_d \Delta_d $$
 
-    Every sample lies on one device, so that the sum moves by the sensitivity of one of them. For
-    use inside `jax.shard_map` or `jax.pmap`, right behind the clip, so that noise is drawn once for
-    the sum. Under `jit` with a sharded batch it is not needed.
+    Every sample lies on one device, so that the sum moves by the sensitivity of one device. Use it
+    inside `jax.shard_map` or `jax.pmap`, right behind the clip, so that noise is drawn once for the
+    sum. Under `jit` with a sharded batch it is not needed.
 
     Args:
-      axis_names: of the axes along which the samples are spread; not those of a model that is
-        spread itself (tensor parallelism), over which norms are summed already.
+      axis_names: names of the axes along which the samples are spread, without the axes of a model
+        that is spread itself (tensor parallelism), over which norms are summed already.
 
     Returns:
-      A transformation from `Bounded` to `Bounded`. All that devices exchange is the tree of
-      gradients, once, and for sensitivities that differ one number for each group.
+      A transformation from `Bounded` to `Bounded`. Devices exchange the tree of gradients, once,
+      and where sensitivities differ one number for each group.
 
     Raises:
       ValueError: no axis is named.
-      TypeError: (in `update`) what comes in is no `Bounded`.
+      TypeError: (in `update`) the updates are no `Bounded`.
       ValueError: (in `update`) a sum that is the same on all devices already: each sample would
         count several times.
 
@@ -51,7 +51,10 @@ def all_reduce(*axis_names: str) -> optax.GradientTransformation:
     over the lot runs over all devices here.
     """
     if not axis_names:
-        raise ValueError("all_reduce needs the axis along which samples are spread, got none")
+        raise ValueError(
+            "all_reduce needs the axis along which samples are spread, got none. Pass the name of "
+            'that axis of the mesh, as "data".'
+        )
     for name in axis_names:
         check_instance("axis_names", name, str, advice="Pass the names of the axes, one by one.")
     axes = frozenset(axis_names)
@@ -59,12 +62,12 @@ def all_reduce(*axis_names: str) -> optax.GradientTransformation:
     def update(updates: Any, params: Any) -> Any:
         if not isinstance(updates, Bounded):
             raise TypeError(
-                f"all_reduce takes the jaxdp.Bounded of a clip, got {type(updates).__name__}: put "
-                "it between the clip and jaxdp.add_noise"
+                f"all_reduce takes the jaxdp.Bounded of a clip, got {type(updates).__name__}. Put "
+                "it between the clip and jaxdp.add_noise."
             )
         _check_spread(updates, axes)
         leaves, treedef = jax.tree.flatten(updates.value)
-        # In one exchange. What no sample can change is the same everywhere.
+        # All in one exchange. Leaves that no sample can change are the same everywhere.
         sums = iter(jax.lax.psum(updates.moving_leaves(), axis_names))
         added = [
             leaf if group is None else next(sums)
@@ -81,12 +84,12 @@ def _check_spread(updates: Bounded, axes: frozenset[str]) -> None:
     if others:
         raise ValueError(
             f"all_reduce needs samples that are spread along {others}, but they are the same on "
-            "all devices there, or added up already: each would count several times, with the "
-            "noise for one. Shard the batch along that axis (in_specs), and reduce once"
+            "all devices there, or added up already. Each would count several times, with the "
+            "noise for one. Shard the batch along that axis (in_specs), and reduce once."
         )
 
 
 def _largest(sensitivity: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Δ of the sum. Where the types say that it is the same on all devices nothing is exchanged."""
+    """Δ of the sum. Nothing is exchanged where the types say that it is the same on all devices."""
     along = axes & (varying_axes(sensitivity) | untracked_axes())
     return jax.lax.pmax(sensitivity, tuple(sorted(along))) if along else sensitivity

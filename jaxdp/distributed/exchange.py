@@ -1,24 +1,24 @@
-"""What devices exchange in a step."""
+"""The numbers that devices exchange in a step."""
 
 import math
 import re
 
 from jax.stages import Compiled
 
-from jaxdp.accounting.checks import check_instance
+from jaxdp.checks import check_instance
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 
 
 def exchanged(compiled: Compiled) -> dict[str, int]:
-    """How many numbers devices exchange in one call, read off the compiled program.
+    """Counts the numbers that devices exchange in one call, read off the compiled program.
 
     Args:
       compiled: `jax.jit(step).lower(...).compile()`.
 
     Returns:
-      For each kind of communication ("all-reduce", "all-gather", …) how many numbers it gives on
-      each device, loops counted once.
+      For each kind of communication ("all-reduce", "all-gather", …) the number of results on each
+      device. The body of a loop counts once.
 
     Raises:
       TypeError: what is given is not compiled.
@@ -38,7 +38,7 @@ def exchanged(compiled: Compiled) -> dict[str, int]:
     for line in text.splitlines():
         match = re.search(rf"= (.+?) ({_KINDS})(?:-start)?\(", line)
         if match is not None:
-            # Of each result its shape; what stands in braces is how it lies in memory.
+            # The shape of each result; the braces behind it hold its memory layout.
             shapes = re.findall(r"\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", match[1]))
             sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
             found[match[2]] = found.get(match[2], 0) + sum(sizes)

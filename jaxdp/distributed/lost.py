@@ -1,11 +1,11 @@
-"""What is said when a process of the job is gone."""
+"""The error of a job that has lost a process."""
 
 import contextlib
 from collections.abc import Iterator
 
 import jax
 
-# What the transports and the coordination service of JAX say then.
+# Messages of the transports and of JAX's coordination service in this case.
 _SIGNS = ("Gloo", "UNAVAILABLE", "heartbeat", "Connection closed", "Connection reset")
 
 
@@ -15,7 +15,7 @@ class ProcessLost(RuntimeError):
 
 @contextlib.contextmanager
 def every_process_needed(what_next: str) -> Iterator[None]:
-    """Turns what JAX raises where another process has died into a `ProcessLost` that says so.
+    """Turns the error of JAX after the death of another process into a `ProcessLost`.
 
     Args:
       what_next: what the user should do, a sentence.

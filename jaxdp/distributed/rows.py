@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdp.accounting.checks import (
+from jaxdp.checks import (
     check_array,
     check_callable,
     check_instance,
@@ -24,11 +24,11 @@ def data_parallel(devices: int | None = None) -> NamedSharding:
     """The rows of a batch spread over devices, of all processes together.
 
     Args:
-      devices: how many of each process; all by default.
+      devices: number of devices of each process; all by default.
 
     Returns:
-      The sharding of the first axis over a mesh with one axis, "data": what `training.fit` takes,
-      or `jax.device_put` for a batch of your own.
+      The sharding of the first axis over a mesh with one axis, "data", for `training.fit`, or for
+      `jax.device_put` of a batch of your own.
 
     Raises:
       ValueError: a process has fewer devices, or none is asked for.
@@ -56,12 +56,12 @@ def data_parallel(devices: int | None = None) -> NamedSharding:
 def spread_rows(
     rows_of: Callable[[np.ndarray], Any], indices: np.ndarray, sharding: NamedSharding
 ) -> Any:
-    """Rows of the training data as one batch over many devices. A process loads its own rows only.
+    """Spreads rows of the training data over many devices. A process loads its own rows only.
 
     Args:
       rows_of: `indices [b] -> pytree of host arrays [b, ...]`.
-      indices: `[P]`, of the whole batch; the same on all processes.
-      sharding: of the rows.
+      indices: `[P]`, the indices of the whole batch; the same on all processes.
+      sharding: the sharding of the rows.
 
     Returns:
       Pytree of `[P, ...]`, row i on the device that the sharding says.
@@ -99,18 +99,18 @@ def spread_rows(
 
 
 def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The same state on all devices of a mesh. What lies there already, as parameters that are
-    spread over it, stays as it is.
+    """The same state on all devices of a mesh.
 
     Args:
-      state: pytree of JAX's arrays, keys included.
-      mesh: of devices, as `data_parallel().mesh`; an abstract one names none, and is refused.
+      state: pytree of JAX's arrays, keys included. An array that lies on the mesh already, as a
+        parameter that is spread over it, stays as it is.
+      mesh: the devices, as in `data_parallel().mesh`; an abstract mesh names none, and is refused.
 
     Returns:
-      The state, replicated over the mesh where it was not on it.
+      The state, with every other array copied to all devices of the mesh.
 
     Raises:
-      TypeError: the mesh is none, or a leaf is no array of JAX.
+      TypeError: `mesh` is no mesh of devices, or a leaf is no array of JAX.
 
     Example:
       >>> state = spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)
@@ -125,7 +125,7 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             words = everywhere(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-        # Not by device_put, which takes NaN on two processes for different values.
+        # device_put would take NaN on two processes for different values.
         host = np.asarray(leaf)
         spread = NamedSharding(mesh, P())
         return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])

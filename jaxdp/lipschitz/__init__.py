@@ -1,10 +1,11 @@
-r"""The road without clipping: networks whose gradients are bounded by what they are.
+"""The road without clipping: networks whose gradients are bounded by design.
 
     grads_fn = lipschitz.bounded_grads(loss_fn, input_bound=1.0)       # → Bounded
     tx = optax.chain(jaxdp.add_noise(1.1, key), optax.scale(1 / 256), optax.adam(1e-3))
 
-`bounds` says how large the gradient of one example can be, `falsify` attacks that. Layers and
-losses that keep it small are here; every function made of known primitives has a bound.
+`bounds` computes how large the gradient of one example can be, and `falsify` attacks the result.
+The layers and losses here keep the gradient small, but every function made of known primitives has
+a bound.
 """
 
 from jaxdp.lipschitz import rules as rules

@@ -1,9 +1,9 @@
-r"""How large the gradient of one example can be, from the program of its loss.
+"""Bounds on the gradient of one example, from the program of its loss.
 
     print(lipschitz.bounds(loss_fn, params, example, input_bound=1.0))
 
-Bounds are computed from the weights as they are, which are private already: no weight has to obey
-a constraint for a bound to be true. Constraints (`lipschitz.project`) keep the bounds small.
+Bounds are computed from the current weights, which are private already: no weight has to obey a
+constraint for a bound to be true. Constraints (`lipschitz.project`) keep the bounds small.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdp.accounting.checks import check_real
+from jaxdp.checks import check_real
 from jaxdp.engine import effects, walker
 from jaxdp.engine.rounding import roundings
 from jaxdp.lipschitz.propagation import Cotangents, Step, Tape, culprit, propagate, pull_back
@@ -21,25 +21,31 @@ from jaxdp.lipschitz.rounding import root_of_squares, up
 from jaxdp.lipschitz.value import UNKNOWN, Cotangent, Range, Value, known_infinite
 from jaxdp.problem import LossFn, Problem, pose
 from jaxdp.tables import aligned
-from jaxdp.trees import prefix_leaves
+from jaxdp.trees import is_float, path_name, prefix_leaves
 
 LONGEST = 2.0**64
 """The norm of an example without a bound: the root of the largest number of float32, since an
 example whose squared norm is larger counts for nothing."""
 
 SHORTEST = 1e-12
-"""The least bound on an input but zero: squares of shorter ones vanish."""
+"""The least bound on an input other than zero: squares of shorter inputs vanish."""
 
 
 class LayerBound(NamedTuple):
-    """Where a parameter meets the example.
+    """The bounds at an equation in which a parameter meets the example.
 
     Attributes:
-      name: of the primitive, or of the declared function.
-      source: where it stands in the user's code.
-      input: bound on the norm of what comes in from the example.
-      output: bound on the norm of what comes out.
-      cotangent: bound on the norm of the gradient with respect to the output.
+      name: the name of the primitive or of the declared function.
+      source: its place in the user's code.
+      input: bound on the norm of the operand that depends on the example.
+      output: bound on the norm of the result.
+      cotangent: bound on the norm of the gradient with respect to the result.
+
+    Example:
+      >>> loss_fn = lambda params, x: params @ x
+      >>> [layer] = bounds(loss_fn, jnp.array([3.0, 4.0]), jnp.ones(2), 2.0).layers
+      >>> print(layer.name, layer.input.round(3), layer.output.round(3), layer.cotangent)
+      dot_general 2.0 10.0 1.0
     """
 
     name: str
@@ -50,16 +56,21 @@ class LayerBound(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What `lipschitz.bounds` found; printing it gives two tables.
+    """The result of `lipschitz.bounds`; printing gives three tables.
 
     Attributes:
       sensitivity: pytree like the parameters: for each leaf Δ, a scalar, the largest norm that
         its gradient of one example can have. Zero for integer and frozen leaves.
-      by_name: the same, by path, in the order of the leaves.
-      layers: in the order of the program.
-      inputs: path of each floating-point leaf of the example -> the norm that it is held to.
-      reason: what made a bound infinite, with its place in the code; "" if none is, or inside of
+      by_name: the same bounds, by path, in the order of the leaves.
+      layers: the equations in which parameters meet the example, in the order of the program.
+      inputs: the norm that each floating-point leaf of the example is held to, by path.
+      reason: why a bound is infinite, with its place in the code; "" if none is, or inside of
         `jax.jit`.
+
+    Example:
+      >>> found = bounds(lambda params, x: params @ x, jnp.ones(2), jnp.ones(2), 2.0)
+      >>> print(found.total.round(3), found.inputs)
+      2.0 {'': 2.0}
     """
 
     sensitivity: Any
@@ -70,7 +81,7 @@ class Bounds(NamedTuple):
 
     @property
     def total(self) -> jax.Array:
-        """Of the whole gradient: sqrt(ΣΔ²)."""
+        """The bound on the whole gradient: sqrt(ΣΔ²)."""
         return root_of_squares(jnp.stack(list(self.by_name.values())))
 
     def __str__(self) -> str:
@@ -97,16 +108,16 @@ def bounds(
     trainable: Any = True,
     **kwargs: Any,
 ) -> Bounds:
-    r"""Bounds on the gradient of one example, whatever the example is.
+    r"""Bounds on the gradient of one example that hold for every example.
 
     $$ \lVert \nabla_{\theta_k} \ell(\theta, x) \rVert_2 \le \Delta_k
        \qquad \text{for all } x \text{ with } \lVert x \rVert_2 \le X $$
 
-    The loss is traced; a bound X on values goes forward through its program and a bound G on
-    cotangents backward, one rule for each primitive (`register_bound_rule`). Norms of the
-    parameters themselves enter as they are, so the bounds hold for these parameters. A `scan` is
-    unrolled, since what is known of its state changes from step to step: tracing and compiling
-    its bounds takes time in proportion to its length.
+    The loss is traced. Bounds on values are propagated forward through its program, and bounds on
+    cotangents backward, by one rule for each primitive (`register_bound_rule`). Norms of the given
+    parameters enter, so the bounds hold for these parameters. A `scan` is unrolled, since the
+    bounds on its state change from step to step: tracing and compiling them takes time in
+    proportion to the length of the scan.
 
     Args:
       loss_fn: the loss of one example, as for `jaxdp.per_sample_grads`.
@@ -115,11 +126,12 @@ def bounds(
       input_bound: X for each floating-point leaf of the example, zero or at least 1e-12: a pytree
         prefix of it, in which one number stands for one floating-point leaf. `math.inf` for a leaf
         that is not scaled, because the program bounds it or it is a target; its norm is at most
-        2⁶⁴, as in `bounded_grads`. Integer and bool leaves, as labels, may be anything.
+        2⁶⁴, as in `bounded_grads`. Integer and bool leaves, such as labels, may have any value.
       trainable: as for `per_sample_grads`.
+      **kwargs: further arguments of the loss.
 
     Returns:
-      The `Bounds`. A bound may be infinite: the layers tell where it became so.
+      The `Bounds`. A bound may be infinite; its `reason` says where it became so.
 
     Raises:
       NotImplementedError: a primitive without a rule, with its name and source line.
@@ -153,18 +165,18 @@ def bounds(
 def pose_one(
     loss_fn: LossFn, params: Any, example: Any, kwargs: dict[str, Any], trainable: Any
 ) -> Problem:
-    """The problem of one example, of which only shapes matter."""
+    """The problem of one example, of which only shapes and dtypes are used."""
     batch = jax.tree.map(lambda leaf: jnp.zeros((1, *jnp.shape(leaf)), leaf.dtype), example)
     return pose(loss_fn, params, batch, None, kwargs, has_aux=False, trainable=trainable)
 
 
 class LeafBounds(NamedTuple):
-    """What there is to know of the leaves that have a gradient.
+    """Bounds on the leaves that have a gradient.
 
     Attributes:
-      bounds: Δ of each, a float where it is infinite whatever the parameters are.
+      bounds: Δ for each leaf, a float where it is infinite for all parameters.
       layers: see `Bounds`.
-      tape, cotangents: where they come from.
+      tape, cotangents: the steps and the bounds on cotangents that Δ comes from.
     """
 
     bounds: Sequence[Cotangent]
@@ -185,7 +197,7 @@ class LeafBounds(NamedTuple):
 
 
 def leaf_bounds(problem: Problem, limits: list[float]) -> LeafBounds:
-    """Δ of each leaf that has a gradient.
+    """Δ for each leaf that has a gradient.
 
     Raises:
       TypeError: parameters in half precision.
@@ -195,13 +207,13 @@ def leaf_bounds(problem: Problem, limits: list[float]) -> LeafBounds:
         if jnp.finfo(leaf.dtype).bits < 32:
             raise TypeError(
                 f"parameters must be float32 at least to have bounded gradients, but {name} is "
-                f"{leaf.dtype}: keep it in float32, or clip (jaxdp.clip_flat)"
+                f"{leaf.dtype}. Keep it in float32, or clip (jaxdp.clip_flat)."
             )
     example = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), problem.batch.examples
     )
     program, _ = walker.trace(lambda *args: problem.loss(*args)[0], problem.leaves, example)
-    # The bound is one on the gradient of an example that sees no other.
+    # The bound is on the gradient of an example that sees no other example.
     effects.check(program, problem.loss, problem.leaves, problem.batch)
     parameters = [Value.known(leaf, moves=True) for leaf in problem.leaves]
     inputs = [
@@ -222,9 +234,9 @@ def leaf_bounds(problem: Problem, limits: list[float]) -> LeafBounds:
 
 
 def _input_range(leaf: Any, limit: float) -> Range:
-    """Of an example as `bounded_grads` makes it."""
+    """The range of a leaf of an example that `bounded_grads` has scaled down."""
     if not is_float(leaf):
-        return UNKNOWN  # whatever its dtype may hold
+        return UNKNOWN  # any value of its dtype
     # Squares, their sum, the root, the quotient and the product are rounded.
     return Range(up(min(limit, LONGEST), roundings(math.prod(leaf.shape)) // 2 + 8))
 
@@ -242,7 +254,7 @@ def _seen(step: Step, cotangents: Cotangents) -> tuple[jax.Array, jax.Array, jax
 
 
 def input_limits(input_bound: Any, example: Any) -> list[float]:
-    """The bound of each leaf, from a prefix of them; infinite for leaves without a norm.
+    """The input bound of each leaf, from a pytree prefix; infinite for leaves without a norm.
 
     Args:
       input_bound: as for `bounds`.
@@ -255,8 +267,8 @@ def input_limits(input_bound: Any, example: Any) -> list[float]:
         if len(held) > 1:
             raise ValueError(
                 "input_bound must say a norm for each floating-point leaf of the example, got one "
-                f"number for {len(held)} of them ({', '.join(held)}): pass a structure like the "
-                "example, with math.inf for what is not to be scaled, as targets"
+                f"number for {len(held)} of them ({', '.join(held)}). Pass a structure like the "
+                "example, with math.inf for what is not to be scaled, as targets."
             )
     return [
         _limit(number.value) if index in names else math.inf for index, number in enumerate(which)
@@ -264,7 +276,7 @@ def input_limits(input_bound: Any, example: Any) -> list[float]:
 
 
 class _Number:
-    """One entry of `input_bound`, by identity."""
+    """One entry of `input_bound`, compared by identity."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -287,15 +299,6 @@ def _limit(value: Any) -> float:
 
 
 def float_leaves(example: Any) -> dict[int, str]:
-    """Index among the leaves of an example -> path, of those with a norm."""
+    """Maps the index of each leaf of an example that has a norm to its path."""
     leaves = jax.tree.leaves_with_path(example)
-    return {
-        index: jax.tree_util.keystr(path, simple=True, separator="/")
-        for index, (path, leaf) in enumerate(leaves)
-        if is_float(leaf)
-    }
-
-
-def is_float(leaf: Any) -> bool:
-    """Whether it has a norm."""
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return {index: path_name(path) for index, (path, leaf) in enumerate(leaves) if is_float(leaf)}

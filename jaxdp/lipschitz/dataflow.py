@@ -1,5 +1,8 @@
-"""What a program does with some of its inputs, whatever they are: for functions whose backward pass
-is their own, and need not be linear in the cotangent."""
+"""Properties of a program that hold for all values of its inputs.
+
+The bounds need them for functions with a backward pass of their own, which need not be linear in
+the cotangent.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +28,7 @@ _OF_ALL = {"add", "add_any", "sub", "max", "min", "concatenate", "pad", "optimiz
 
 
 def vanishing(program: Program, inputs: Sequence[bool]) -> list[bool]:
-    """For each output whether it is zero for sure where the marked inputs are."""
+    """Whether each output is certainly zero where the marked inputs are zero."""
 
     def rule(_: walker.Path, eqn: Equation, values: list[bool]) -> list[bool]:
         if eqn.name in _OF_FIRST:
@@ -49,8 +52,8 @@ def vanishing(program: Program, inputs: Sequence[bool]) -> list[bool]:
 
 
 def row_for_each_sample(program: Program, inputs: Sequence[bool]) -> list[bool]:
-    """For each output whether `jax.vmap` certainly gives it a row for each sample, where it does so
-    for the marked inputs. Of loops and branches that is not known."""
+    """Whether `jax.vmap` certainly gives each output a row for each sample, if the marked inputs
+    have such rows. The answer for loops and branches is no: it is not known there."""
 
     def rule(_: walker.Path, eqn: Equation, values: list[bool]) -> list[bool]:
         body = eqn.custom_jvp or eqn.custom_vjp

@@ -1,4 +1,4 @@
-"""Functions whose bounds are declared as a whole, not found from what they are made of."""
+"""Functions whose bounds are declared as a whole, not found from their primitives."""
 
 import functools
 import itertools
@@ -16,16 +16,16 @@ from jaxdp.lipschitz.rounding import gamma, times
 from jaxdp.lipschitz.rules.registry import BoundRule, PullBack, Registered
 from jaxdp.lipschitz.value import Cotangent, Range, Value, scaled
 
-# So that a call is said to stand where the user wrote it, not where this room makes it.
+# With it an error names the place where the user wrote the call, not the place in this file.
 source_info_util.register_exclusion(str(Path(__file__).parent))
 
-# No function can be called so by accident: a name with a slash is no identifier.
+# No function has such a name by accident: a name with a slash is no identifier.
 _PREFIX = "jaxdp/lipschitz/"
 _serial = itertools.count()
 
 
 class _Declared(NamedTuple):
-    """What is known by the name of a call: the rule, and the shapes of the leaves of one call."""
+    """The rule of a declared function, and the shapes of the leaves of one call."""
 
     registered: Registered
     shapes: tuple[tuple[int, ...], ...]
@@ -38,25 +38,26 @@ _DECLARED: dict[str, _Declared] = {}
 def declare(
     fun: Callable[..., Any], rule: BoundRule, *, whole: bool = False, linear: bool = False
 ) -> Callable[..., Any]:
-    r"""The function, with a bound rule of its own.
+    """The function, with a bound rule of its own.
 
     Where the bounds of a composition are too loose (a softmax cross-entropy, taken apart, is an
     exponential) or a primitive has none, a bound on the function as a whole can be declared. It
     computes and differentiates as before, under every transformation.
 
-    Nobody checks the declaration when it is used, and one that is too small is a leak: hold it
-    against `jaxdp.lipschitz.falsify`. The falsifier sees one example at a time. What it cannot see
-    concerns backward passes of your own (`jax.custom_vjp`): where the cotangent is zero the
-    gradient must be zero, and if it is not linear in the cotangent, the rule must refuse operands
-    that are not `per_sample`.
+    Nobody checks the declaration when it is used, and a bound that is too small is a leak: hold it
+    against `jaxdp.lipschitz.falsify`. The falsifier sees one example at a time, and therefore
+    misses two mistakes in backward passes of your own (`jax.custom_vjp`). Where the cotangent is
+    zero the gradient must be zero. And if the gradient is not linear in the cotangent, the rule
+    must refuse operands that are not `per_sample`.
 
     Args:
-      fun: of arrays, to one array or several. What it closes over must not be traced.
+      fun: a function of arrays that returns one array or several. It must not close over traced
+        arrays.
       rule, whole: as for `register_bound_rule`, with the leaves of all arguments as operands. The
         rule sees one call: where `jax.vmap` makes several of it within the program of one example,
         it is asked about one of them, and its answer is made to hold for all together.
-      linear: what the rule says of cotangents is in proportion to its bound on that of the output,
-        so that calls side by side need no more than one.
+      linear: whether the rule's bounds on cotangents are in proportion to its bound on the
+        cotangent of the output. Then several calls side by side need no more than one call.
 
     Returns:
       The function, jitted.
@@ -103,10 +104,12 @@ def declared_rule(eqn: Equation) -> Registered | None:
 
 
 def _side_by_side(declared: _Declared) -> BoundRule:
-    """Of calls that `jax.vmap` made one: each is bounded as one call is, whose operands are no
-    longer than those of all. Of r calls the results are √r times as long together, and so are the
-    cotangents, if their bound on one call is not in proportion; an operand that all share has the
-    sum of r cotangents."""
+    """The rule for several calls that `jax.vmap` made one.
+
+    Each call is bounded as one call whose operands are no longer than those of all calls together.
+    The results of r calls together are √r times as long, and so are the cotangents if their bound
+    for one call is not in proportion. An operand that all calls share has the sum of r cotangents.
+    """
 
     def rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
         counts = {
@@ -117,7 +120,7 @@ def _side_by_side(declared: _Declared) -> BoundRule:
         if len(counts) != 1:
             raise NotImplementedError(
                 f"no bound is known for a declared function under jax.vmap ({eqn.source}) with "
-                "operands that it maps in different ways: call it in a loop (jax.lax.scan)"
+                "operands that it maps in different ways. Call it in a loop (jax.lax.scan)."
             )
         (calls,) = counts
         one = [
@@ -149,5 +152,5 @@ def _side_by_side(declared: _Declared) -> BoundRule:
 
 
 def shown_name(eqn: Equation) -> str:
-    """What the user calls it: the declared function, or the primitive."""
+    """The name that the user knows: of the declared function, or of the primitive."""
     return eqn.function.rpartition("/")[-1] or eqn.name

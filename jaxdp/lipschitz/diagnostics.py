@@ -14,12 +14,18 @@ from jaxdp.problem import LossFn, pose
 
 
 class SignalToNoise(NamedTuple):
-    """Gradients beside their bounds, to which noise is proportional. NOT private.
+    """Norms of gradients beside their bounds, to which noise is proportional. NOT private.
 
     Attributes:
-      ratios: path of each leaf -> norm over bound.
-      norms: path -> norm.
-      bounds: path -> Δ, which alone is private.
+      ratios: norm over bound for each leaf, by path.
+      norms: the norms, by path.
+      bounds: the bounds Δ, by path. They alone are private.
+
+    Example:
+      >>> loss_fn = lambda params, x: params @ x
+      >>> found = signal_to_noise_average(loss_fn, jnp.ones(2), jnp.array([[0.6, 0.8]]), 2.0)
+      >>> print(*(table[""].round(3) for table in found))
+      0.5 1.0 2.0
     """
 
     ratios: dict[str, jax.Array]
@@ -37,9 +43,9 @@ def signal_to_noise_average(
     trainable: Any = True,
     **kwargs: Any,
 ) -> SignalToNoise:
-    r"""Of the mean gradient: $\lVert \frac1n \sum_i g_{ik} \rVert_2 / \Delta_k$. NOT private.
+    """The mean gradient over the bound, ‖Σ_i g_ik / n‖ / Δ_k, for each leaf k. NOT private.
 
-    The noise of a step is σ Δ/n per entry (times what the allocation says), so that the signal of
+    The noise of a step is σ Δ/n per entry, times the factor of the allocation. So the signal of
     leaf k stands out where the ratio is large against σ√(entries)/n.
 
     Args:
@@ -47,12 +53,13 @@ def signal_to_noise_average(
       params: the parameters.
       batch: pytree of `[B, ...]`.
       mask: bool `[B]`; rows that are False count for nothing.
+      **kwargs: further arguments of the loss.
 
     Returns:
       Ratios, norms and bounds, scalars, for each leaf that has a gradient.
 
     Raises:
-      What `lipschitz.bounded_grads` raises.
+      TypeError, ValueError, NotImplementedError: as `lipschitz.bounded_grads`.
 
     Example:
       >>> loss_fn = lambda params, x: params["w"] @ x
@@ -81,18 +88,20 @@ def signal_to_noise_elementwise(
     trainable: Any = True,
     **kwargs: Any,
 ) -> SignalToNoise:
-    r"""Of each sample: $\lVert g_{ik} \rVert_2 / \Delta_k$, how tight the bounds are on data.
-    NOT private.
+    """The gradient of each sample over the bound, ‖g_ik‖ / Δ_k, for each leaf k. NOT private.
+
+    The ratios show how tight the bounds are on data.
 
     Args:
       loss_fn, params, batch, input_bound, mask, trainable: as for `signal_to_noise_average`.
+      **kwargs: further arguments of the loss.
 
     Returns:
       Ratios and norms `[B]`, zero in masked rows, and bounds, scalars, for each leaf that has a
       gradient.
 
     Raises:
-      What `lipschitz.bounded_grads` raises.
+      TypeError, ValueError, NotImplementedError: as `lipschitz.bounded_grads`.
 
     Example:
       >>> loss_fn = lambda params, x: params["w"] @ x

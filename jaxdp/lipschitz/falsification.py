@@ -1,4 +1,4 @@
-"""Attacks on bounds: a bound counts only when an attack has failed to break it."""
+"""Attacks on bounds: trust a bound only after an attack has failed to break it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,24 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.accounting.checks import check_integer
-from jaxdp.lipschitz.bounds import input_limits, is_float, leaf_bounds, pose_one
+from jaxdp.checks import check_integer
+from jaxdp.lipschitz.bounds import input_limits, leaf_bounds, pose_one
 from jaxdp.lipschitz.gradients import admitted
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, merged_tree, with_gradient
 from jaxdp.tables import aligned
+from jaxdp.trees import is_float
 
 _STEP = 0.3
-"""Of the gradient ascent, relative to the norm of the input."""
+"""The length of a step of the gradient ascent, relative to the norm of the input."""
 
 _UNBOUNDED = 1000.0
-"""The norm of inputs that may have any."""
+"""The largest norm of inputs without a bound."""
 
 TOLERANCE = 1e-5
-"""What a ratio may exceed one by: norms are rounded, too."""
+"""How far a ratio may exceed one, since norms are rounded, too."""
 
 
-# Of classes, examples and steps: what int32 counts of them are computed in.
+# The largest number of classes, examples and steps, which int32 counts.
 _MOST = 2**31 - 1
 
 
@@ -33,10 +34,17 @@ class Attack(NamedTuple):
     """The largest gradient found for one parameter.
 
     Attributes:
-      ratio: its norm over the bound; above 1 the bound is false.
-      norm: its norm.
-      bound: Δ.
-      by: which attack found it.
+      ratio: the norm of the gradient over the bound; above 1 the bound is false.
+      norm: the norm of the gradient.
+      bound: Δ, the bound on that norm.
+      by: the attack that found the gradient.
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.tanh(params @ x)
+      >>> found = falsify(loss_fn, jnp.zeros(3), jnp.zeros(3), 2.0, key=jax.random.key(0))
+      >>> attack = found.attacks[""]
+      >>> round(attack.norm, 2), round(attack.bound, 2)
+      (2.0, 2.0)
     """
 
     ratio: float
@@ -49,8 +57,14 @@ class Falsification(NamedTuple):
     """What `lipschitz.falsify` found; printing it gives a table.
 
     Attributes:
-      attacks: the best one for each leaf, by path.
-      reason: what made a bound infinite; "" if none is.
+      attacks: the best attack for each leaf, by path.
+      reason: why a bound is infinite; "" if none is.
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.tanh(params @ x)
+      >>> found = falsify(loss_fn, jnp.zeros(3), jnp.zeros(3), 2.0, key=jax.random.key(0))
+      >>> found.survived, list(found.attacks)
+      (True, [''])
     """
 
     attacks: dict[str, Attack]
@@ -58,7 +72,7 @@ class Falsification(NamedTuple):
 
     @property
     def survived(self) -> bool:
-        """Whether no bound was broken, to 1e-5. NaN breaks a bound, and so does infinity."""
+        """Whether every ratio is at most 1 + 1e-5. NaN breaks a bound, and so does infinity."""
         return all(
             attack.ratio <= 1 + TOLERANCE and math.isfinite(attack.bound)
             for attack in self.attacks.values()
@@ -88,30 +102,30 @@ def falsify(
     trainable: Any = True,
     **kwargs: Any,
 ) -> Falsification:
-    r"""Tries to break the bounds of `lipschitz.bounds` by examples.
+    """Tries to break the bounds of `lipschitz.bounds` by examples.
 
-    For each leaf, the largest $\lVert \nabla_{\theta_k} \ell(\theta, x) \rVert_2 / \Delta_k$
-    over inputs x on the sphere and within the ball of radius X: random ones, sparse ones, constant
-    ones, impulses, waves of either sign, and what gradient ascent on the norm makes of them; with
-    random and equal labels. Norms come from `jaxdp.per_sample_grads`, which shares no rule with
-    the bounds.
+    For each leaf k it searches the largest ‖∇_k ℓ(θ, x)‖ / Δ_k over inputs x on the sphere and
+    within the ball of radius X. It tries random, sparse and constant inputs, impulses and waves of
+    either sign, improves them by gradient ascent on the norm, and combines them with random and
+    equal labels. Norms come from `jaxdp.per_sample_grads`, which shares no rule with the bounds.
 
-    A bound that survives is not proved by it; one that does not is refuted. Run it after training,
+    An attack that fails proves nothing; one that succeeds refutes the bound. Run it after training,
     too: bounds depend on the weights.
 
     Args:
       loss_fn, params, example, input_bound, trainable: as for `lipschitz.bounds`. Leaves whose
         bound is infinite are attacked with norms up to 1000.
-      key: of the attacks.
+      key: the JAX key of the random inputs.
       classes: integer leaves of the example get values in 0..classes-1.
-      count: of examples for each kind of attack.
-      steps: of gradient ascent.
+      count: number of examples for each kind of attack.
+      steps: number of steps of gradient ascent.
+      **kwargs: further arguments of the loss.
 
     Returns:
       The `Falsification`. Nothing in it is private: it looks at no data.
 
     Raises:
-      What `lipschitz.bounds` raises.
+      TypeError, ValueError, NotImplementedError: as `lipschitz.bounds`; a count out of range.
 
     Example:
       >>> loss_fn = lambda params, x: jnp.tanh(params @ x)
@@ -133,7 +147,7 @@ def falsify(
 
     @jax.jit
     def norms(batch: Any) -> jax.Array:
-        """Of each leaf with a gradient, `[count, K]`."""
+        """The norms of each leaf with a gradient, `[count, K]`."""
         grads = grads_fn(params, batch, **kwargs)
         ranks = iter(range(len(names)))
         return grads.norms(tuple(None if g is None else next(ranks) for g in grads.groups))
@@ -160,7 +174,7 @@ def falsify(
 
 
 def _worse(attack: Attack, best: Attack) -> bool:
-    """NaN is the worst of all, and stays."""
+    """The larger of two ratios; NaN counts as the largest."""
     return not np.isnan(best.ratio) and not attack.ratio <= best.ratio
 
 
@@ -171,7 +185,7 @@ def _ratio(norm: float, bound: float) -> float:
 def _starts(
     example: Any, limits: list[float], classes: int, count: int, key: jax.Array
 ) -> dict[str, Any]:
-    """Kind of attack -> batch of examples. On the host: nothing here is worth compiling."""
+    """Maps each kind of attack to a batch of examples, on the host."""
     leaves, treedef = jax.tree.flatten(example)
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
 

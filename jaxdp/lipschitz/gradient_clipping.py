@@ -1,9 +1,9 @@
-r"""Clips of the cotangent on its way back, so that all bounds below them become small.
+"""Clips of the cotangent in the backward pass, so that all bounds below them become small.
 
 The threshold is fixed (`clip_gradient`, `gradient_clip`), or follows a quantile of the norms that
-it meets (`adaptive_gradient_clip`). What following it releases is one more leaf of the gradient:
-it gets noise and is charged to the ledger as every other. `select_clip_value` chooses it between
-epochs instead.
+it meets (`adaptive_gradient_clip`). In the second case the threshold is one more parameter: its
+gradient gets noise and is charged to the ledger as every other leaf. `select_clip_value` chooses
+the threshold between epochs instead.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_array, check_real, shown
+from jaxdp.checks import check_array, check_real, shown
 from jaxdp.clipping.thresholds import adaptive_limits
 from jaxdp.engine.numerics import once, square_sums
 from jaxdp.engine.rounding import roundings
@@ -25,24 +25,29 @@ from jaxdp.lipschitz.rules.registry import PullBack
 from jaxdp.lipschitz.value import SHARED, Cotangent, Range, Value
 from jaxdp.nn.composition import function
 from jaxdp.nn.layer import Layer, Params
-from jaxdp.schedules import checked_number
+from jaxdp.schedules import check_number
+from jaxdp.trees import is_float
 
 
 def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
-    r"""x; on the way back, the cotangent g of this one example is $g \min(1, C/\lVert g\rVert_2)$,
-    and zero where g is not finite.
+    """Returns x, and clips the cotangent g of x in the backward pass.
 
-    So the bound on all gradients below becomes small, at the price of a bias where it acts. C is
-    in the unit of one example's gradient: under `jax.vmap`, as here, each example is clipped
-    alone, and no mean divides it before.
+    The cotangent becomes g · min(1, C/‖g‖), and zero where g is not finite. So the
+    bound on all gradients below becomes small, at the price of a bias where the clip acts. C has
+    the unit of one example's gradient: also under `jax.vmap` each example is clipped alone, before
+    any mean over the batch.
 
     Args:
-      x: any shape; a value that depends on the example, for which there is no bound else.
-      clip_value: C ≥ 0, a scalar that depends on no example; it may be traced, and counts as zero
-        where it is below.
+      x: any shape. It must depend on the example; without that the clip has no bound.
+      clip_value: C ≥ 0, a scalar that depends on no example. It may be traced; a negative one
+        counts as zero.
 
     Returns:
       x.
+
+    Raises:
+      TypeError: x that holds no floating-point numbers; a clip value that is no number.
+      ValueError: a clip value that is known and negative or not finite.
 
     Example:
       >>> loss_fn = lambda x: 10 * jnp.sum(clip_gradient(x, 1.0))
@@ -53,10 +58,10 @@ def clip_gradient(x: jax.Array, clip_value: ArrayLike) -> jax.Array:
     C per sample.
     """
     advice = "Clip an array that the loss is differentiated through."
-    if not jnp.issubdtype(jnp.result_type(check_array("x", x, advice=advice)), jnp.floating):
+    if not is_float(check_array("x", x, advice=advice)):
         raise TypeError(f"x must be of floating-point numbers, got {shown(x)}. {advice}")
     x = jnp.asarray(x)
-    checked_number("clip_value", clip_value, zero=True)
+    check_number("clip_value", clip_value, zero=True)
     return _clip_gradient(x, jnp.asarray(clip_value, x.dtype))
 
 
@@ -76,16 +81,17 @@ def gradient_clip(clip_value: float) -> Layer:
       >>> print(gradient_clip(1.0).apply({}, jnp.ones(2)))
       [1. 1.]
     """
-    checked_number("clip_value", clip_value)
+    check_number("clip_value", clip_value)
     return function(lambda x: clip_gradient(x, clip_value))
 
 
 def adaptive_gradient_clip(initial: float = 1.0) -> Layer:
-    r"""`clip_gradient` at a threshold C that `track_quantile` or `select_clip_value` moves.
+    """`clip_gradient` at a threshold C that `track_quantile` or `select_clip_value` moves.
 
-    The gradient of C for a sample is ½ where its cotangent was not clipped and -½ where it was;
-    zero where there is none. It is no derivative: it is what must be known to move C towards a
-    quantile, and its bound of ½ is the sensitivity of counting.
+    The gradient of C for a sample is ½ if the cotangent of the sample was not clipped, -½ if it
+    was, and zero if there is none. It is no derivative. Its sum over samples tells how many
+    were clipped, which moves C towards a quantile, and its bound of ½ is the sensitivity of that
+    sum.
 
     Args:
       initial: C at the start, > 0.
@@ -108,7 +114,7 @@ def adaptive_gradient_clip(initial: float = 1.0) -> Layer:
     Source: Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", for the
     count, here of cotangents.
     """
-    checked_number("initial", initial)
+    check_number("initial", initial)
 
     def apply(params: Params, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         return _counted_clip(x, params["clip_value"])
@@ -136,11 +142,12 @@ def track_quantile(
     $$ C \leftarrow C \exp(-\eta (\tilde b - \gamma)), \qquad
        \tilde b = \tfrac12 + \tfrac1B \Bigl( \sum_i (b_i - \tfrac12) + \text{noise} \Bigr) $$
 
-    with b_i whether sample i was not clipped. C stays between a millionth and a million times its
-    value at `init`: where cotangents vanish it stops falling, and when they return it follows them.
+    where b_i is one if sample i was not clipped, else zero. C stays between a millionth and a
+    million times its value at `init`: where cotangents vanish it stops falling, and when they
+    return it follows them.
 
     Args:
-      quantile: γ in (0, 1), of the norms, where C is to be.
+      quantile: γ in (0, 1), the quantile of the norms that C moves to.
       learning_rate: η > 0.
       expected_batch_size: B.
 
@@ -166,8 +173,8 @@ def track_quantile(
     """
     advice = "Pass the share of samples that are not to be clipped."
     quantile = check_real("quantile", quantile, above=0, below=1, advice=advice)
-    checked_number("learning_rate", learning_rate)
-    checked_number("expected_batch_size", expected_batch_size)
+    check_number("learning_rate", learning_rate)
+    check_number("expected_batch_size", expected_batch_size)
 
     def init(params: Any) -> TrackQuantileState:
         limits = [adaptive_limits(leaf) for leaf in jax.tree.leaves(params)]
@@ -179,8 +186,8 @@ def track_quantile(
     ) -> tuple[Any, TrackQuantileState]:
         if params is None:
             raise ValueError(
-                "track_quantile needs the parameters, got None: call "
-                "tx.update(updates, state, params)"
+                "track_quantile needs the parameters, got None. Call "
+                "tx.update(updates, state, params)."
             )
 
         def moved(
@@ -209,13 +216,13 @@ def _clipped_cotangent(clip_value: jax.Array, cotangent: jax.Array) -> tuple[jax
     cotangent = once(cotangent)
     size = _size(cotangent)
     factor = jnp.where(size <= clip_value, jnp.ones_like(size), clip_value / size)
-    # Where the cotangent is not finite nothing is left of it: a factor of zero would keep NaN.
+    # A cotangent that is not finite is replaced by zeros: a factor of zero would keep NaN.
     clipped = jnp.where(jnp.isfinite(size), factor * cotangent, jnp.zeros_like(cotangent))
     return clipped, jnp.zeros_like(clip_value)
 
 
 def _size(cotangent: jax.Array) -> jax.Array:
-    """Its L2 norm: divided by the largest entry first, since squares vanish and overflow."""
+    """The L2 norm; entries are divided by the largest one first: squares vanish and overflow."""
     scale = divisor(jnp.max(jnp.abs(cotangent), initial=0))
     share = cotangent / scale
     return scale * jnp.sqrt(square_sums(share.reshape(1, -1))[0])
@@ -228,20 +235,21 @@ def _clip_rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range],
     x, clip_value = values
     if clip_value.array is None:
         raise NotImplementedError(
-            f"a clip of gradients needs a threshold that depends on no example ({eqn.source})"
+            f"a clip of gradients needs a threshold that depends on no example ({eqn.source}). "
+            "Take it from the parameters, or a constant."
         )
     if not x.per_sample:
         raise NotImplementedError(
-            "a clip of gradients needs a value that depends on the example "
-            f"({eqn.source}): {SHARED}"
+            f"a clip of gradients needs a value that depends on the example ({eqn.source}), since "
+            f"{SHARED}. Put the clip behind the example."
         )
 
-    # The norm that it is compared with, the quotient and the product are rounded.
+    # The norm, the quotient and the product are rounded.
     most = up(jnp.maximum(clip_value.high, 0), roundings(x.size) // 2 + 4)
 
     def pull_back(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
         (bound,) = bounds
-        # Infinite, it is clipped all the same: what is not finite is dropped.
+        # An infinite bound becomes finite here, since a cotangent that is not finite is dropped.
         return [None if bound is None else jnp.minimum(bound, most), None]
 
     return [x.range], pull_back

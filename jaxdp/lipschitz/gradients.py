@@ -1,4 +1,4 @@
-r"""Gradients that are bounded by what the network is, so that nothing is clipped.
+"""Gradients that are bounded by the design of the network, so that nothing is clipped.
 
 grads_fn = lipschitz.bounded_grads(loss_fn, input_bound=1.0)
 tx = optax.chain(jaxdp.add_noise(1.1, key), optax.scale(1 / 256), optax.adam(1e-3))
@@ -14,19 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxdp.accounting.checks import check_bool
 from jaxdp.bounded import Bounded
+from jaxdp.checks import check_bool
 from jaxdp.clipping import clip_per_layer
 from jaxdp.clipping.thresholds import SMALLEST_THRESHOLD, check_threshold
 from jaxdp.engine.numerics import once, select_rows, square_sums, widened
 from jaxdp.engine.reduction import Batch, zero_sum
 from jaxdp.engine.sharded import on_each_device, row_sharding
-from jaxdp.lipschitz.bounds import LeafBounds, input_limits, is_float, leaf_bounds
+from jaxdp.lipschitz.bounds import LeafBounds, input_limits, leaf_bounds
 from jaxdp.lipschitz.value import known_infinite
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.problem import LossFn, Problem, check_function, pose, taken_apart, with_gradient
-from jaxdp.schedules import checked_number
-from jaxdp.trees import prefix_leaves
+from jaxdp.schedules import check_number
+from jaxdp.trees import is_float, prefix_leaves
 from jaxdp.varying import sample_axes
 
 
@@ -44,13 +44,13 @@ def bounded_grads(
 
     $$ \sum_i \nabla_\theta\, \ell(\theta, x_i), \qquad \Delta_k \text{ as in } \texttt{bounds} $$
 
-    computed by one ordinary gradient of the batch: nothing is clipped, no gradient of a single
-    example exists. Every floating-point leaf of an example that is longer than its bound is
-    scaled down to it first, targets not excepted: `math.inf` leaves them as they are. An example
-    that is not finite in float32, or whose squared norm is not, counts for nothing.
+    The sum is computed by one ordinary gradient of the batch: nothing is clipped, and no gradient
+    of a single example exists. Before that, every floating-point leaf of an example that is longer
+    than its bound is scaled down to it, targets included; `math.inf` leaves a leaf as it is. An
+    example that is not finite in float32, or whose squared norm is not, counts for nothing.
 
-    Δ bounds what one example adds as float32 computes it (`jaxdp.lipschitz.rounding`); the sum over
-    the examples of a batch is rounded as on the road that clips.
+    Δ bounds the term that one example adds, as float32 computes it (`jaxdp.lipschitz.rounding`).
+    The sum over the examples of a batch is rounded as it is after a clip.
 
     Args:
       loss_fn: as for `jaxdp.per_sample_grads`.
@@ -58,9 +58,9 @@ def bounded_grads(
       thresholds: C > 0 for leaves whose bound is too loose to be of use: a pytree prefix of the
         parameters. Their gradients are clipped to min(C, Δ) for each sample, at the price of
         clipping; leaves with `math.inf`, the default, are not.
-      enforce_input_bound: False for data that was prepared so: then the caller guarantees that
-        every row, masked ones included, is finite and within its bound (2⁶⁴ where that is
-        infinite), and no pass over the batch is spent on it.
+      enforce_input_bound: whether examples are scaled down. With False the caller guarantees that
+        every row, masked ones included, is finite and within its bound (2⁶⁴ where the bound is
+        infinite), and saves a pass over the batch.
       with_losses: whether the losses are returned, too.
       trainable, sharding: as for `per_sample_grads`.
 
@@ -71,10 +71,12 @@ def bounded_grads(
 
     Raises:
       TypeError: `loss_fn` is no function.
-      (when called) what `bounds` raises, and what `per_sample_grads` raises of batch and mask;
-        ValueError for a threshold that is not positive, and for a leaf without a threshold whose
-        bound is infinite, with what made it so. Inside of `jax.jit` that is known only where it
-        holds for all parameters; else the sum of such a leaf is NaN and its sensitivity infinite.
+      TypeError, ValueError: (when called) the errors of `bounds`, and those of `per_sample_grads`
+        about batch and mask.
+      ValueError: (when called) a threshold that is not positive; a leaf without a threshold whose
+        bound is infinite, with the reason. Inside of `jax.jit` a bound is known to be infinite only
+        where it is so for all parameters; elsewhere the sum of such a leaf is NaN and its
+        sensitivity infinite.
 
     Example:
       >>> import jaxdp, optax
@@ -101,7 +103,7 @@ def bounded_grads(
         found = leaf_bounds(problem, limits)
         caps = with_gradient(_caps(thresholds, problem.params), problem.groups)
         refuse_infinite(found, caps, problem.names)
-        # A clip has a least threshold, which a bound is below where a leaf is not used.
+        # The bound of a leaf that is not used is below the least threshold of a clip.
         sensitivity = [
             bound if cap == math.inf else jnp.clip(bound, SMALLEST_THRESHOLD, cap)
             for bound, cap in zip(found.arrays, caps, strict=True)
@@ -115,7 +117,7 @@ def bounded_grads(
             kept = problem._replace(batch=Batch(examples, counted, given))
             sums, losses = _summed(kept, loose)
             if any(loose):
-                # Either is zero where the other is not.
+                # In each leaf one of the two sums is zero.
                 sums = list(map(jnp.add, sums, _clipped(kept, loose, thresholds)))
             sums = [
                 jnp.where(jnp.isfinite(bound), total, jnp.nan)
@@ -158,15 +160,18 @@ def refuse_infinite(found: LeafBounds, caps: Sequence[float], names: Sequence[st
         reason = found.reason()
         raise ValueError(
             f"the gradient of {', '.join(map(repr, without))} must have a bound, got infinity, "
-            f"because {reason}: use another function there, declare one with its bound "
+            f"because {reason}. Use another function there, declare one with its bound "
             "(jaxdp.lipschitz.declare), clip the cotangent behind it (lipschitz.clip_gradient), or "
-            "give these leaves a threshold (thresholds=)"
+            "give these leaves a threshold (thresholds=)."
         )
 
 
 def admitted(examples: Any, mask: jax.Array, limits: Sequence[float]) -> tuple[Any, jax.Array]:
-    """Examples as the bounds assume them: each floating-point leaf finite and no longer than its
-    limit, zero where there is no sample; and which rows count, bool `[B]`."""
+    """Examples as the bounds assume them, and the rows that count, bool `[B]`.
+
+    Each floating-point leaf is finite and no longer than its limit; it is zero in rows without a
+    sample.
+    """
     leaves, treedef = jax.tree.flatten(examples)
     leaves = [once(leaf) if is_float(leaf) else leaf for leaf in leaves]
     squared = [
@@ -196,8 +201,8 @@ def admitted(examples: Any, mask: jax.Array, limits: Sequence[float]) -> tuple[A
 
 
 def _shrunk(leaf: jax.Array, factors: jax.Array) -> jax.Array:
-    """Every row times its factor of at most one, in float32 at least; in half precision no entry
-    is rounded up, so that a row is no longer than it would be there."""
+    """Multiplies every row by its factor of at most one, in float32 at least. The result in half
+    precision is rounded towards zero, so that no row becomes longer."""
     wide = widened(leaf)
     scaled = wide * factors.reshape(-1, *(1,) * (leaf.ndim - 1))
     if leaf.dtype == wide.dtype:
@@ -248,4 +253,4 @@ def _is_infinite(cap: Any) -> bool:
 
 def _threshold(cap: Any) -> Any:
     check_threshold("thresholds", cap)
-    return checked_number("thresholds", cap)
+    return check_number("thresholds", cap)

@@ -1,4 +1,4 @@
-r"""Certified operator norms: upper bounds that no iteration has to converge for.
+"""Certified operator norms: upper bounds that hold before an iteration has converged.
 
 Power iteration approaches a norm from below, and a bound that is too small is a leak. Everything
 here is an upper bound at any number of iterations; more of them only make it tighter.
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdp.accounting.checks import (
+from jaxdp.checks import (
     LARGEST_COUNT,
     check_array,
     check_integer,
@@ -34,7 +34,7 @@ from jaxdp.lipschitz.rounding import (
 )
 
 _SQUARINGS = 6
-"""Of a Gram matrix. The bound is at most rank^(1/256) times the norm: 2.7 % for rank 1024."""
+"""Squarings of a Gram matrix: the bound is at most rank^(1/256) ‖W‖, 1.027 ‖W‖ for rank 1024."""
 
 _POINTS_PER_DEGREE = 16
 """Frequencies per degree of a kernel: the bound is at most 1 % too large for each axis."""
@@ -79,8 +79,8 @@ def check_matrix(name: str, value: jax.Array, *, minimum_axes: int = 2, advice: 
 def matrix_norm(matrix: jax.Array) -> jax.Array:
     r"""An upper bound on the largest singular value.
 
-    The least of four: the Frobenius norm, $\sqrt{\lVert W\rVert_1 \lVert W\rVert_\infty}$,
-    $\sqrt{1 + \lVert W^*W - I\rVert_F}$ (tight where W is nearly orthogonal), and Gram iteration,
+    It is the least of four: the Frobenius norm, √(‖W‖₁ ‖W‖_∞), √(1 + ‖W*W - I‖_F) (tight where W
+    is nearly orthogonal), and Gram iteration,
 
     $$ \lVert W \rVert_2 \le \lVert (W^*W)^{2^t} \rVert_F^{1/2^{t+1}}. $$
 
@@ -109,7 +109,7 @@ def _matrix_norm(matrix: jax.Array) -> jax.Array:
     rows, columns = matrix.shape[-2:]
     if 0 in matrix.shape[-2:]:
         return jnp.zeros(matrix.shape[:-2], jnp.float32)
-    # Entries of at most one: no square overflows, and none that counts is lost.
+    # Entries are at most one: no square overflows, and no square that counts is lost.
     sizes = jnp.abs(matrix)
     largest = jnp.max(sizes, (-2, -1), keepdims=True)
     scale = divisor(largest)
@@ -124,7 +124,7 @@ def _matrix_norm(matrix: jax.Array) -> jax.Array:
         gram = _gram(matrix)
         off = _error(max(rows, columns), matrix.dtype) * frobenius
         squared = jnp.minimum(squared, _gram_iteration(gram) + off)
-        # Of a large matrix this is not a number, and not the least of the four.
+        # For a large matrix this is NaN, and not the least of the four.
         near = (1 + _from_identity(gram, scale)) / jnp.square(scale) + off
         squared = jnp.minimum(squared, jnp.where(jnp.isnan(near), jnp.inf, near))
     # The division by the scale, the root and the product are rounded.
@@ -139,19 +139,18 @@ def convolution_norm(
     of any size.
 
     The convolution with stride s equals one of stride 1 on an input whose s positions became
-    channels. That is a part of the convolution on the infinite grid, whose norm is
-    $\sup_\omega \lVert \hat K(\omega) \rVert_2$. With N frequencies along an axis on which the
-    kernel has width k,
+    channels. That is a part of the convolution on the infinite grid, whose norm is sup_ω ‖K̂(ω)‖.
+    With N frequencies along an axis on which the kernel has width k,
 
     $$ \sup_\omega \lVert \hat K(\omega) \rVert_2^2 \le
        \frac{\max_j \lVert \hat K(2\pi j/N) \rVert_2^2}{\cos(\pi (k-1)/N)} $$
 
-    since $|u^* \hat K v|^2$ is a trigonometric polynomial of degree k - 1.
+    since |u* K̂ v|² is a trigonometric polynomial of degree k - 1.
 
     Args:
       kernel: `[*window, in_channels / groups, out_channels]`.
-      stride, dilation: one for each axis of the window.
-      groups: of channels.
+      stride, dilation: one number for each axis of the window.
+      groups: number of groups of channels.
 
     Returns:
       float32 scalar.
@@ -218,11 +217,11 @@ def _convolution_norm(
 def patch_multiplicity(
     window: Sequence[int], stride: Sequence[int], dilation: Sequence[int], positions: Sequence[int]
 ) -> int:
-    """In how many windows an input position lies, at most.
+    """The largest number of windows that an input position lies in.
 
     Args:
-      window, stride, dilation: of a convolution or pooling, one for each axis.
-      positions: of windows along each axis.
+      window, stride, dilation: those of a convolution or pooling, one number for each axis.
+      positions: number of windows along each axis.
 
     Example:
       >>> patch_multiplicity((5, 5), (2, 2), (1, 1), (9, 9))
@@ -236,7 +235,7 @@ def patch_multiplicity(
 
 
 def _gram(matrix: jax.Array) -> jax.Array:
-    """W*W or WW*, the smaller one."""
+    """W*W or WW*, whichever is smaller."""
     adjoint = jnp.conj(jnp.swapaxes(matrix, -1, -2))
     tall = matrix.shape[-2] >= matrix.shape[-1]
     return _product(adjoint, matrix) if tall else _product(matrix, adjoint)
@@ -278,7 +277,7 @@ _CHUNK = 64
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The product, in chunks of the axis that is summed: so it is rounded as few sums are."""
+    """The product, summed in chunks, which keeps its rounding error small."""
     terms = a.shape[-1]
     if terms <= 2 * _CHUNK:
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
@@ -297,23 +296,26 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _error(terms: int, dtype: Any) -> float:
-    """Of `_product`, relative to the product of absolute values: that of a real or complex inner
-    product (each of whose products is two, so that terms double) in chunks that are added."""
+    """The error of `_product`, relative to the product of absolute values.
+
+    It is the error of a real or complex inner product (a complex product is two real ones, so that
+    terms double) in chunks that are added.
+    """
     added = terms if terms <= 2 * _CHUNK else _CHUNK - (-terms // _CHUNK)
     complex_valued = jnp.issubdtype(dtype, jnp.complexfloating)
     return 2 * product(2 * added + 2) if complex_valued else product(added)
 
 
 def _frobenius(matrix: jax.Array) -> jax.Array:
-    """Rounded up, its square too."""
+    """The Frobenius norm, rounded up so that its square is an upper bound, too."""
     count = math.prod(matrix.shape[-2:])
     squares = square_sums(jnp.abs(matrix).reshape(-1, count)).reshape(matrix.shape[:-2])
     return jnp.sqrt(squares) * (1 + gamma(roundings(count) // 2 + 8))
 
 
 def _dilated_for(kernel: jax.Array, stride: Sequence[int], dilation: Sequence[int]) -> jax.Array:
-    """The kernel with its holes along axes with a stride; without one they change no norm: the
-    spectrum is the same, at other frequencies."""
+    """The kernel with the holes of its dilation along axes with a stride. Along other axes holes
+    change no norm: the spectrum is the same, at other frequencies."""
     for axis, (step, gap) in enumerate(zip(stride, dilation, strict=True)):
         if step > 1 and gap > 1:
             width = kernel.shape[axis]
@@ -325,8 +327,8 @@ def _dilated_for(kernel: jax.Array, stride: Sequence[int], dilation: Sequence[in
 
 
 def _without_stride(kernel: jax.Array, stride: Sequence[int]) -> jax.Array:
-    """`[*window / stride, channels · strides, outputs]`: of the same operator with stride 1, on
-    an input whose positions within a stride became channels."""
+    """The kernel `[*window / stride, channels · strides, outputs]` of the same operator with stride
+    1, on an input whose positions within a stride became channels."""
     *window, channels, outputs = kernel.shape
     rank = len(window)
     counts = [-(-width // step) for width, step in zip(window, stride, strict=True)]

@@ -1,6 +1,6 @@
 """Projections of weights onto sets of small norm, and the transformation that applies them.
 
-A bound never rests on a projection: it is computed from the weights as they are. Projections keep
+A bound does not depend on a projection: it is computed from the current weights. Projections keep
 it small.
 """
 
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdp.accounting.checks import check_array, check_callable, shown
+from jaxdp.checks import check_array, check_callable, shown
 from jaxdp.lipschitz.operator_norm import check_matrix, matrix_norm
-from jaxdp.schedules import checked_number
+from jaxdp.schedules import check_number
 
 _BJORCK_STEPS = 12
 
@@ -24,11 +24,22 @@ _MATRIX = "Pass one matrix: map over trees of them."
 def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
     """The nearest array of L2 (Frobenius) norm at most `norm`.
 
+    Args:
+      array: any shape, floating-point.
+      norm: the radius, above zero.
+
+    Returns:
+      The array, scaled down where it is longer.
+
+    Raises:
+      TypeError: an array of another dtype; a norm that is no number.
+      ValueError: a norm that is not positive and finite.
+
     Example:
       >>> print(onto_ball(jnp.array([3.0, 4.0])))
       [0.6 0.8]
     """
-    limit = checked_number("norm", norm)
+    limit = check_number("norm", norm)
     check_array("array", array, advice=_ARRAY)
     if not jnp.issubdtype(jnp.result_type(array), jnp.inexact):
         raise TypeError(f"array must be of a float dtype, got {shown(array)}. {_ARRAY}")
@@ -39,23 +50,44 @@ def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
 def onto_spectral_ball(matrix: jax.Array, norm: float = 1.0) -> jax.Array:
     """The matrix `[m, n]`, scaled down where its largest singular value exceeds `norm`.
 
+    Args:
+      matrix: `[m, n]`, floating-point.
+      norm: the largest singular value that is allowed, above zero.
+
+    Returns:
+      The matrix, scaled down where it exceeds that.
+
+    Raises:
+      TypeError: a matrix of another dtype; a norm that is no number.
+      ValueError: an array without two axes; a norm that is not positive and finite.
+
     Example:
       >>> print(onto_spectral_ball(jnp.diag(jnp.array([4.0, 1.0]))).round(3))
       [[1.   0.  ]
        [0.   0.25]]
     """
-    limit = checked_number("norm", norm)
+    limit = check_number("norm", norm)
     matrix = _one_matrix(matrix)
     size = matrix_norm(matrix)
     return matrix * jnp.where(size > limit, limit / size, jnp.ones_like(size))
 
 
 def orthogonal(matrix: jax.Array) -> jax.Array:
-    r"""A matrix `[m, n]` near to this one whose singular values are near to one.
+    """A matrix near to the given one whose singular values are near to one.
 
-    Björck's iteration $W \leftarrow \tfrac32 W - \tfrac12 W W^\top W$, which moves every singular
-    value in (0, √3) towards one, from the matrix divided by an upper bound on its norm. Singular
-    values that are tiny remain below one.
+    It is computed by Björck's iteration W ← 3/2 W - 1/2 W Wᵀ W, which moves every singular value in
+    (0, √3) towards one, from the matrix divided by an upper bound on its norm. Tiny singular values
+    remain below one.
+
+    Args:
+      matrix: `[m, n]`, floating-point.
+
+    Returns:
+      The matrix after the iteration, `[m, n]`.
+
+    Raises:
+      TypeError: the matrix is no array of floats.
+      ValueError: it has another number of axes than two.
 
     Example:
       >>> near = orthogonal(jnp.array([[2.0, 1.0], [0.0, 1.0]]))
@@ -91,14 +123,14 @@ def _orthogonal(matrix: jax.Array) -> jax.Array:
 
 
 def project(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
-    """Ends a chain: the updates that take the parameters to the projection of where they would be.
+    """Changes the updates so that they take the parameters to a projection. It ends a chain.
 
     Args:
       projection: `params -> params`, as `Layer.project`.
 
     Returns:
-      A stateless transformation, to be put behind the optimizer. It is post-processing: noise was
-      added before.
+      A stateless transformation. Put it behind the optimizer; it is post-processing, since noise
+      was added before.
 
     Raises:
       ValueError: (in `update`) no params are given.
@@ -115,7 +147,7 @@ def project(projection: Callable[[Any], Any]) -> optax.GradientTransformation:
     def update(updates: Any, params: Any) -> Any:
         if params is None:
             raise ValueError(
-                "project needs the parameters, got None: call tx.update(updates, state, params)"
+                "project needs the parameters, got None. Call tx.update(updates, state, params)."
             )
         nearest = projection(optax.apply_updates(params, updates))
         return jax.tree.map(jnp.subtract, nearest, params)

@@ -1,4 +1,4 @@
-"""Bounds through a whole program: values forward, cotangents backward."""
+"""Propagates bounds through a whole program: on values forward, on cotangents backward."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,13 +28,13 @@ from jaxdp.lipschitz.value import (
 
 
 class Step(NamedTuple):
-    """One equation of the program, or what loops do beside those of their body.
+    """One equation of the program, or the work of a loop beside the equations of its body.
 
     Attributes:
-      name: of its primitive, or of the declared function.
+      name: the name of the primitive or of the declared function.
       source: where the user wrote it.
-      operands, outputs: what is known of them.
-      pull_back: of cotangents.
+      operands, outputs: their values, as far as they are known.
+      pull_back: maps bounds on cotangents of the outputs to bounds on those of the operands.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Cotangents:
 
 
 def propagate(program: Program, inputs: Sequence[Value]) -> tuple[list[Value], Tape]:
-    """Values of the outputs, and what it takes to pull cotangents back.
+    """Values of the outputs, and the steps through which cotangents are pulled back.
 
     Raises:
       NotImplementedError: a primitive without a rule.
@@ -91,9 +91,11 @@ def pull_back(tape: Tape, outputs: Sequence[Value], bounds: Sequence[Cotangent])
 
 
 def culprit(tape: Tape, cotangents: Cotangents) -> str:
-    """What made the bound on a cotangent infinite, in words, with its place: an equation that is
-    arbitrarily steep, or one whose result may be infinite or NaN though its operands are not.
-    "" where the bounds are traced."""
+    """Names the equation that made the bound on a cotangent infinite, with its place in the code.
+
+    The equation is arbitrarily steep, or its result may be infinite or NaN though its operands are
+    not. The answer is "" where the bounds are traced.
+    """
     makers = {id(output): step for step in tape for output in step.outputs}
     for step in reversed(tape):
         if any(known_infinite(cotangents[value]) for value in step.outputs):
@@ -158,7 +160,7 @@ def _evaluate(
 
 
 class _Found(NamedTuple):
-    """What is known of the outputs of an equation, see `Value`, and how cotangents go back."""
+    """The values of the outputs of an equation, and how cotangents go back."""
 
     ranges: Sequence[Range]
     pull_back: PullBack
@@ -183,12 +185,12 @@ def _found(
     if whole_numbers and eqn.name in _CHOICES:
         return _of_rule(rule_of(eqn), eqn, values, same)
     if not any(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in eqn.outputs):
-        # Numbers to count and to compare with have no gradient, and any value of their type.
+        # Integers and flags have no gradient, and may have any value of their type.
         return _Found([UNKNOWN for _ in eqn.outputs], lambda bounds: [None] * len(values), same)
     return _of_rule(rule_of(eqn), eqn, values, same)
 
 
-# What gives one of its operands for each entry, so that no integer overflows.
+# These give one of their operands for each entry, so that no integer overflows.
 _CHOICES = {
     "broadcast_in_dim", "clamp", "concatenate", "expand_dims", "max", "min", "reshape", "rev",
     "select_n", "slice", "squeeze", "transpose",
@@ -210,20 +212,20 @@ def _check_precision(eqn: Equation) -> None:
     for aval in eqn.outputs:
         if jnp.issubdtype(aval.dtype, jnp.complexfloating):
             raise NotImplementedError(
-                f"no bound is known for complex numbers, as {eqn.name} gives ({eqn.source}): clip "
-                "instead (jaxdp.clip_flat)"
+                f"no bound is known for complex numbers, as {eqn.name} gives ({eqn.source}). Clip "
+                "instead (jaxdp.clip_flat)."
             )
         if jnp.issubdtype(aval.dtype, jnp.floating) and jnp.finfo(aval.dtype).bits < 32:
             raise TypeError(
-                f"bounds need at least float32, got {aval.dtype} ({eqn.source}): half precision "
-                "rounds by more than a bound has room for; clip instead (jaxdp.clip_flat)"
+                f"bounds need at least float32, got {aval.dtype} ({eqn.source}). Half precision "
+                "rounds by more than a bound has room for; clip instead (jaxdp.clip_flat)."
             )
 
 
 def _unrolled(
     scan: walker.Scan, eqn: Equation, values: Sequence[Value], tape: Tape, declared: bool
 ) -> list[Value]:
-    """The body once for every step, since what is known of the state changes from step to step."""
+    """Propagates through the body once for every step, since the bounds on the state change."""
     first, last = scan.constants, scan.constants + scan.carry
     constants, carry, rows = values[:first], list(values[first:last]), values[last:]
     parts = [_rows(value, scan.length, eqn, tape) for value in rows]
@@ -273,7 +275,7 @@ def _stacked(parts: list[Value], aval: Any, eqn: Equation, tape: Tape) -> Value:
 
 
 def _branches(eqn: Equation, values: Sequence[Value], declared: bool) -> _Found:
-    """Whatever the branch."""
+    """Bounds that hold for every branch."""
     operands = values[1:]
     runs: list[tuple[list[Value], Tape]] = []
     for branch in eqn.branches:
@@ -304,13 +306,16 @@ def _branches(eqn: Equation, values: Sequence[Value], declared: bool) -> _Found:
 def _own_derivative(
     body: Program, eqn: Equation, values: Sequence[Value], declared: bool
 ) -> _Found:
-    """Of `jax.custom_jvp` and `jax.custom_vjp`: their body says nothing about their gradient, so
-    the program of the gradient itself is bounded, with its cotangent as one more input."""
+    """Bounds for `jax.custom_jvp` and `jax.custom_vjp`.
+
+    Their body says nothing about their gradient. So the program of the gradient itself is bounded,
+    with the cotangent as one more input.
+    """
     outputs = _evaluate(body, values, [], declared)
     if eqn.custom_vjp is not None and not all(output.per_sample for output in outputs):
         raise NotImplementedError(
             f"the gradient of {eqn.name} ({eqn.source}) need not be linear in the cotangent, and "
-            f"{SHARED}: use jax.custom_jvp, or declare the function (jaxdp.lipschitz.declare)"
+            f"{SHARED}. Use jax.custom_jvp, or declare the function (jaxdp.lipschitz.declare)."
         )
     moving = [index for index, value in enumerate(values) if value.moves]
 
@@ -331,8 +336,8 @@ def _own_derivative(
         if not all(vanishing(program, [False] * len(shapes) + [True] * len(outs))):
             raise NotImplementedError(
                 f"the gradient of {eqn.name} ({eqn.source}) is not known to be zero where its "
-                "cotangent is, so that rows without a sample might count: multiply it by the "
-                "cotangent, or declare the function (jaxdp.lipschitz.declare)"
+                "cotangent is, so that rows without a sample might count. Multiply it by the "
+                "cotangent, or declare the function (jaxdp.lipschitz.declare)."
             )
         upstream = [
             Value(

@@ -1,7 +1,7 @@
-r"""The arithmetic in which bounds hold: what float32 may add to a value, and to a bound.
+"""The arithmetic in which bounds hold: how far float32 may move a value, and a bound.
 
-A bound is one on the numbers that the machine computes, not on those of exact arithmetic. So every
-rule answers for the rounding of its own primitive, forward and backward, and bounds themselves are
+A bound holds for the numbers that the machine computes, not for those of exact arithmetic. So every
+rule includes the rounding of its own primitive, forward and backward, and bounds themselves are
 rounded up. The model, with u = 2⁻²⁴:
 
 * A sum of k terms, in any order, with or without fused multiply-adds, is off by at most
@@ -19,9 +19,9 @@ as much as z is rounded. Where a formula needs that a number and a function of i
 the number `once`. (The gradient of a maximum is divided between the entries that equal it: that
 there is one is assumed.)
 
-Products in the default precision of an accelerator round their operands first (`product`). What is
-computed from public values alone is computed alike by the program of the loss and by that of its
-bounds. The sum over samples is not part of this: it is rounded as on the road that clips.
+Products in the default precision of an accelerator round their operands first (`product`). Values
+that depend on public values alone are computed alike by the program of the loss and by that of its
+bounds. The sum over samples is not part of this: it is rounded as it is after a clip.
 """
 
 import math
@@ -39,10 +39,10 @@ UNIT = 2.0**-24
 """u: the largest relative error of one operation in float32."""
 
 EQUATION = 2.0**-19
-"""32u, relative: what one equation without a sum and the arithmetic of its bound may be off by."""
+"""32u, the largest relative error of an equation without a sum, its bound's arithmetic included."""
 
 COMPOSED = 128
-"""In units of u: XLA's exp2 is that of a product, and erfc has a tail of its own."""
+"""Further error in units of u: XLA's exp2 is that of a product, and erfc has a tail of its own."""
 
 TINY = float(np.finfo(np.float32).tiny)
 """The least normal number of float32."""
@@ -53,17 +53,17 @@ _OPERANDS = {"gpu": 2.0**-10, "cuda": 2.0**-10, "rocm": 2.0**-10, "tpu": 2.0**-7
 
 
 def gamma(count: int, unit: float = UNIT) -> float:
-    """γ_k, of a sum of so many terms; infinite where it says nothing."""
+    """γ_k, the relative error of a sum of k = `count` terms; infinite where ku ≥ ½."""
     share = count * unit
     return share / (1 - share) if share < 0.5 else math.inf
 
 
 def product(count: int, precision: Any = jax.lax.Precision.HIGHEST) -> float:
-    """The error of an inner product of so many terms, relative to Σ|x_j y_j|.
+    """The error of an inner product of k terms, relative to Σ|x_j y_j|.
 
     Args:
       count: k.
-      precision: as the equation says it: an algorithm with a name of its own counts as the least
+      precision: the precision that the equation names; an unknown algorithm counts as the least
         precise one.
     """
     platform = jax.default_backend()
@@ -77,13 +77,13 @@ def product(count: int, precision: Any = jax.lax.Precision.HIGHEST) -> float:
 
 
 def up(bound: ArrayLike, count: int = 0) -> jax.Array:
-    """A bound on what is computed, from one on what is exact: for one equation, with a sum of so
-    many terms in it."""
+    """A bound on the computed result, from a bound on the exact one, for one equation that holds a
+    sum of that many terms."""
     return jnp.asarray(bound, jnp.float32) * np.float32(1 + EQUATION + gamma(count))
 
 
 def times(*factors: ArrayLike) -> jax.Array:
-    """The product of bounds: above zero where all factors are, infinite where one is."""
+    """The product of bounds. It is above zero where all factors are, and infinite where one is."""
     result, *rest = (jnp.asarray(factor, jnp.float32) for factor in factors)
     for factor in rest:
         positive = (result > 0) & (factor > 0)
@@ -100,14 +100,17 @@ def power(bound: jax.Array, exponent: int) -> jax.Array:
 
 
 def divisor(most: jax.Array) -> jax.Array:
-    """What to divide numbers by, of which this is the largest absolute value, so that their squares
-    neither overflow nor vanish: that value, or 2¹²⁵, since a division may be a product with the
-    reciprocal, which must not vanish; one for zeros."""
+    """The divisor for numbers of this largest absolute value, so that squares neither overflow nor
+    all vanish.
+
+    It is that value, but at most 2¹²⁵, since a division may be computed as a product with the
+    reciprocal, which must not vanish; and one for zeros.
+    """
     return jnp.where(most > 0, jnp.minimum(most, jnp.asarray(2.0**125, most.dtype)), 1)
 
 
 def root_of_squares(bounds: ArrayLike) -> jax.Array:
-    """sqrt(Σ b²), at any scale: divided by the largest first, since squares vanish."""
+    """sqrt(Σ b²) at any scale: bounds are divided by the largest first, since squares vanish."""
     bounds = jnp.asarray(bounds, jnp.float32).reshape(-1)
     scale = divisor(jnp.max(bounds, initial=0))
     found = scale * jnp.sqrt(jnp.sum(jnp.square(bounds / scale)))
@@ -115,7 +118,7 @@ def root_of_squares(bounds: ArrayLike) -> jax.Array:
 
 
 def norm(array: jax.Array) -> jax.Array:
-    """Bound on the L2 norm of an array, at any scale; infinite unless all of it is finite."""
+    """A bound on the L2 norm of an array at any scale; infinite unless every entry is finite."""
     sizes = jnp.abs(array).reshape(1, -1)
     most = jnp.max(sizes, initial=0)
     share = (sizes / divisor(most)).astype(jnp.float32)

@@ -1,4 +1,4 @@
-r"""A threshold of a gradient clip from a few candidates, by the sparse vector technique.
+"""The choice of a gradient clip's threshold among candidates, by the sparse vector technique.
 
     counts_fn = jax.jit(lipschitz.unclipped_counts(loss_fn, 1.0, values, leaf="clip/clip_value"))
     counts = sum(counts_fn(state.params, batch, mask) for batch, mask in all_the_data)
@@ -6,8 +6,8 @@ r"""A threshold of a gradient clip from a few candidates, by the sparse vector t
         counts, values, quantile=0.8, expected_count=60_000, epsilon=0.05, key=key, step=state.step)
     ledger = ledger.charge_pure(0.05)
 
-Every few epochs, instead of a count at every step as with `track_quantile`: put the value into the
-parameters, and keep its leaf out of training (`bounded_grads(..., trainable=)`).
+Choose a threshold every few epochs, instead of counting at every step as `track_quantile` does. Put
+the value into the parameters, and keep its leaf out of training (`bounded_grads(..., trainable=)`).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import (
+from jaxdp.checks import (
     check_array,
     check_integer,
     check_real,
@@ -31,9 +31,9 @@ from jaxdp.lipschitz.bounds import input_limits
 from jaxdp.lipschitz.gradients import admitted
 from jaxdp.problem import LossFn, Problem, check_function, pose
 from jaxdp.randomness import SELECTION_NOISE, drawn_alone, fingerprint, own_key, step_key
-from jaxdp.schedules import checked_number
+from jaxdp.schedules import check_number
 
-# Below, the noise would exceed the integers that it is compared in.
+# With a smaller ε the noise would exceed the integers in which it is compared.
 _SMALLEST_EPSILON = 1e-7
 _LARGEST_COUNT = 2**30
 
@@ -44,25 +44,24 @@ Candidates = Sequence[float] | ArrayLike
 def unclipped_counts(
     loss_fn: LossFn, input_bound: Any, candidates: Candidates, *, leaf: str
 ) -> Callable[..., jax.Array]:
-    r"""How many samples an `adaptive_gradient_clip` would leave as they are. NOT private.
+    r"""Counts the samples that an `adaptive_gradient_clip` would not clip. NOT private.
 
     $$ q_j = \#\{i : \lVert g_i \rVert_2 \le C_j\} $$
 
-    with g_i the cotangent of sample i where the clip stands. It is the count that `track_quantile`
-    follows, read off the same gradient of the threshold: one forward pass, and a backward pass
-    down to the clip, serve all candidates. Counts of disjoint batches add up to those of the whole
-    data set.
+    Here g_i is the cotangent of sample i at the clip. `track_quantile` follows the same count, read
+    off the same gradient of the threshold. One forward pass, and a backward pass down to the clip,
+    serve all candidates. Counts of disjoint batches add up to those of the whole data set.
 
     Args:
-      loss_fn: of one example, as for `bounded_grads`.
-      input_bound: as for `bounded_grads`, which trains with the same one. Longer examples are
-        scaled down, and those that are not finite left out.
+      loss_fn: the loss of one example, as for `bounded_grads`.
+      input_bound: the bound with which `bounded_grads` trains. Longer examples are scaled down, and
+        examples that are not finite are left out.
       candidates: C_1 < ... < C_J, each > 0, for `select_clip_value`.
-      leaf: path of the clip's threshold in the parameters, as in "clip/clip_value": the name that
-        `bounds(...).by_name` has for it.
+      leaf: path of the clip's threshold in the parameters, as in "clip/clip_value". It is the name
+        in `bounds(...).by_name`.
 
     Returns:
-      `counts_fn(params, batch, mask=None, **kwargs) -> int32 [J]`, never falling. Masked rows
+      `counts_fn(params, batch, mask=None, **kwargs) -> int32 [J]`, in ascending order. Masked rows
       count for nothing. A sample with a cotangent of zero is not clipped, and counts.
 
     Raises:
@@ -121,32 +120,33 @@ def select_clip_value(
     $$ \min \{ j : q_j + \nu_j \ge \gamma n + \rho \}, \qquad
        \rho, \nu_1, \dots, \nu_J \sim \operatorname{Lap}(1/\varepsilon) $$
 
-    and the last candidate where there is none such: which of them it was is all that is released.
+    or the last candidate if there is no such j. The index j is all that is released.
 
     Privacy notes:
-      * One selection is ε-differentially private when an example is added or removed, however many
-        candidates there are, and 2ε when one is replaced: `Ledger.charge_pure(epsilon)`. The
-        charge is the caller's: nothing else tells the ledger.
-      * That holds for the sums of `unclipped_counts` over disjoint batches, where a sample counts
-        at all candidates from some one on. For counts of anything else it would take twice the
-        noise, or more.
-      * Counts are of the whole data set, or of a Poisson draw made for this alone, then
+      * One selection is ε-differentially private when an example is added or removed, and
+        2ε-differentially private when one is replaced, for any number of candidates. The caller
+        charges it, `Ledger.charge_pure(epsilon)`: nothing else tells the ledger.
+      * This holds for the sums of `unclipped_counts` over disjoint batches, where a sample that
+        counts at one candidate counts at all larger ones. Other counts need twice the noise, or
+        more.
+      * Count the whole data set, or a Poisson draw made for this selection alone; then charge
         `charge_pure(epsilon, PoissonSampling(q))`. Never count the batch of a step.
       * n is a public constant. The realised number of samples is as private as the counts.
-      * Noise is drawn in float32, by `jaxdp.distributions.laplace`, whose tails go to 44: no
-        defence against attacks on its lowest bits.
+      * Noise is drawn in float32, by `jaxdp.distributions.laplace`, whose tails reach 44. Nothing
+        defends its lowest bits against attacks.
 
     Args:
       counts: q, integers `[J]`, from `unclipped_counts`.
-      candidates: C_1 < ... < C_J that were counted, > 0. They may follow what was released before,
-        and nothing else that the data says.
-      quantile: γ in (0, 1), of the norms, where C is to be.
+      candidates: C_1 < ... < C_J that were counted, > 0. They may depend on the data only through
+        earlier releases.
+      quantile: γ in (0, 1), the share of samples that are not to be clipped.
       expected_count: n in (0, 2³⁰], the number of examples, or the expected size of the draw.
       epsilon: ε ≥ 1e-7. With probability 1 - β the noise moves no comparison by more than
         2 ln((J + 1)/β)/ε samples.
-      key: may be that of the noise.
-      step: number of this selection, as the logical step: another one for each with this key. Two
-        with the same draw the same noise; `selection_draws` tells a ledger.
+      key: a JAX key; it may be the key of the noise.
+      step: number of this selection, such as the logical step, different for each selection with
+        this key. Two selections with the same key and step draw the same noise; `selection_draws`
+        tells a ledger.
 
     Returns:
       The value for the threshold's leaf, a float32 scalar; NaN where two members of a `vmap` have
@@ -172,21 +172,21 @@ def select_clip_value(
     counts = jnp.asarray(check_array("counts", counts, advice="Pass sums of unclipped_counts."))
     if not jnp.issubdtype(counts.dtype, jnp.integer):
         raise TypeError(
-            f"counts must be integers, got {counts.dtype}: pass sums of unclipped_counts"
+            f"counts must be integers, got {counts.dtype}. Pass sums of unclipped_counts."
         )
     if counts.shape != thresholds.shape:
         raise ValueError(
             f"counts must have one entry for each of the {thresholds.size} candidates, got shape "
-            f"{counts.shape}"
+            f"{counts.shape}. Pass sums of unclipped_counts for the same candidates."
         )
     advice = "Pass the share of samples that are not to be clipped."
     quantile = check_real("quantile", quantile, above=0, below=1, advice=advice)
-    checked_number("expected_count", expected_count)
+    check_number("expected_count", expected_count)
     advice = "Count a Poisson draw of the data, which costs less privacy, too."
     expected_count = check_real(
         "expected_count", expected_count, maximum=_LARGEST_COUNT, advice=advice
     )
-    checked_number("epsilon", epsilon)
+    check_number("epsilon", epsilon)
     advice = "Less is a choice at random: make it without looking at the data."
     epsilon = check_real("epsilon", epsilon, minimum=_SMALLEST_EPSILON, advice=advice)
     # Why Lap(1/ε) is enough. Let D' be D with one example more. It counts from some candidate a
@@ -219,10 +219,18 @@ def select_clip_value(
 
 
 def selection_draws(key: jax.Array, step: int) -> tuple[tuple[str, str, int], ...]:
-    """Which noise `select_clip_value` draws with this key and step: (purpose, fingerprint, step).
+    """The noise that `select_clip_value` draws with a key and a step: (purpose, fingerprint, step).
 
-    A second selection with both draws the same noise, and the two together may tell what neither
-    does. A ledger that is told of them refuses that, as it does for `jaxdp.noise_draws`.
+    A second selection with both draws the same noise, and the two together may reveal what neither
+    reveals alone. A ledger that knows these draws refuses the second one, as with
+    `jaxdp.noise_draws`.
+
+    Args:
+      key: as for `select_clip_value`.
+      step: as for `select_clip_value`, an integer that is known.
+
+    Returns:
+      One triple in a tuple, for `Ledger.charge_pure`.
 
     Example:
       >>> [(purpose, name, step)] = selection_draws(jax.random.key(0), step=3)
@@ -248,19 +256,20 @@ def _ascending(candidates: Candidates) -> np.ndarray:
         values = values.astype(np.float32)
     if not (np.all(np.isfinite(values)) and values[0] > 0 and np.all(np.diff(values) > 0)):
         raise ValueError(
-            f"candidates must be finite, above 0 and ascending in float32, got {values.tolist()}"
+            f"candidates must be finite, above 0 and ascending in float32, got {values.tolist()}. "
+            "Leave out what float32 cannot tell apart."
         )
     return values
 
 
 def _place(leaf: str, problem: Problem) -> int:
-    """Where the threshold is among the leaves."""
+    """The index of the threshold among the leaves."""
     scalars = [
         name for name, value in zip(problem.names, problem.leaves, strict=True) if not value.shape
     ]
     if leaf not in scalars:
         raise ValueError(
             f"leaf must name a scalar parameter, the threshold of an adaptive_gradient_clip, got "
-            f"{shown(leaf)}: the scalars here are {scalars}"
+            f"{shown(leaf)}. The scalars here are {scalars}."
         )
     return problem.names.index(leaf)

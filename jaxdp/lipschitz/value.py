@@ -1,4 +1,4 @@
-"""What is known of an intermediate result: an L2 norm, an interval, or the array itself."""
+"""Bounds on an intermediate result: an L2 norm, an interval, or the array itself."""
 
 import functools
 import math
@@ -15,14 +15,14 @@ from jaxdp.lipschitz import rounding
 from jaxdp.lipschitz.rounding import EQUATION, gamma, root_of_squares, times, up
 
 Cotangent = jax.Array | float | None
-"""Bound on the L2 norm of a cotangent, a scalar; None where the cotangent is zero. A finite one
-says that all of it is finite."""
+"""A bound on the L2 norm of a cotangent, a scalar; None where the cotangent is zero. A finite bound
+implies that every entry is finite."""
 
 INFINITE = math.inf
-"""Of a cotangent that may be anything, whatever the parameters are: a number, not an array."""
+"""The bound on a cotangent that is unbounded for all parameters: a number, not an array."""
 
 SHARED = "the cotangents of samples that share a value are added up before"
-"""Why a backward pass that is not linear has no bound on a value without a row for each sample."""
+"""The reason why a nonlinear backward pass has no bound on a value that samples share."""
 
 
 class Range(NamedTuple):
@@ -30,15 +30,20 @@ class Range(NamedTuple):
 
     $$ \lVert x \rVert_2 \le \text{norm}, \qquad \text{low} \le x_j \le \text{high} $$
 
-    They are bounds on what the machine computes (`jaxdp.lipschitz.rounding`), and may depend on the
-    parameters, never on an example. A finite one says that every entry is a finite number, NaN is
-    none: what may be infinite or NaN has no bound at all. One that is not given follows from the
-    others, where it can.
+    The bounds hold for the numbers that the machine computes (`jaxdp.lipschitz.rounding`). They may
+    depend on the parameters, never on an example. A finite bound implies that every entry is
+    finite; an array that may hold an infinity or NaN has no bound. A bound that is not given
+    follows from the others, where possible.
 
     Attributes:
-      norm: of all entries together.
-      low: of the smallest entry.
-      high: of the largest entry.
+      norm: bound on the L2 norm of all entries together.
+      low: lower bound on every entry.
+      high: upper bound on every entry.
+
+    Example:
+      >>> from jaxdp import lipschitz
+      >>> print(lipschitz.Range(low=-1, high=1).tightened(4).norm.round(3))
+      2.0
     """
 
     norm: ArrayLike = math.inf
@@ -47,12 +52,22 @@ class Range(NamedTuple):
 
     @property
     def unknown(self) -> bool:
-        """Whether it says nothing, whatever the parameters are."""
+        """Whether it bounds nothing, for any parameters."""
         return all(isinstance(bound, float) for bound in self) and self == UNKNOWN
 
     def outward(self, units: int = 0) -> "Range":
-        """Rounded so that it holds for what one equation computes: see `rounding.EQUATION`; with
-        a function in it that is off by so many u more."""
+        """The range, rounded outward so that it holds for what one equation computes.
+
+        Args:
+          units: by how many u more a function in the equation is off, see `rounding.EQUATION`.
+
+        Returns:
+          A range that contains this one.
+
+        Example:
+          >>> bool(Range(1.0, -1.0, 1.0).outward().norm > 1)
+          True
+        """
         if self.unknown:
             return self
         low, high = (jnp.asarray(end, jnp.float32) for end in (self.low, self.high))
@@ -60,8 +75,20 @@ class Range(NamedTuple):
         return Range(up(self.norm, units), low - slip * jnp.abs(low), high + slip * jnp.abs(high))
 
     def tightened(self, size: int) -> "Range":
-        """What norm and interval say of each other, for `size` entries; nothing at all where
-        neither is finite, or one is NaN: 0 · ∞ and ∞ - ∞ say nothing."""
+        """The range with what norm and interval say of each other.
+
+        Where neither is finite, or one is NaN (0 · ∞, ∞ - ∞), the result says nothing.
+
+        Args:
+          size: number of entries of the array.
+
+        Returns:
+          A range of float32 scalars.
+
+        Example:
+          >>> print(Range(norm=3.0).tightened(4).high)
+          3.0
+        """
         if size == 0:
             return Range(*(jnp.zeros((), jnp.float32),) * 3)
         norm, low, high = (jnp.asarray(bound, jnp.float32) for bound in self)
@@ -77,20 +104,25 @@ class Range(NamedTuple):
 
 
 UNKNOWN = Range()
-"""Of what may be anything, NaN included, whatever the parameters are."""
+"""The range of an array that may hold anything, NaN included, for all parameters."""
 
 
 class Value:
     """One intermediate result of the program of one example.
 
     Args:
-      shape, dtype: of the result.
-      range: bounds on it; not needed where the array is known. Of integers and flags those of
-        their dtype, if none are given.
+      shape, dtype: shape and dtype of the result.
+      range: bounds on the result; not needed where the array is known. By default integers and
+        flags have the bounds of their dtype.
       array: the result itself, if it depends on no example.
-      moves: whether it depends on a parameter, so that its cotangent matters.
-      per_sample: whether `jax.vmap` certainly gives it a row for each sample. What has none is
-        shared: the cotangents of all samples arrive there as one sum.
+      moves: whether the result depends on a parameter, so that its cotangent matters.
+      per_sample: whether `jax.vmap` certainly gives the result a row for each sample. A result
+        without such rows is shared: the cotangents of all samples arrive there as one sum.
+
+    Example:
+      >>> x = Value((4,), jnp.float32, range=Range(low=-1, high=1), per_sample=True)
+      >>> print(x.size, x.norm.round(3), x.largest)
+      4 2.0 1.0
     """
 
     def __init__(
@@ -113,7 +145,19 @@ class Value:
 
     @classmethod
     def known(cls, array: Any, *, moves: bool = False) -> "Value":
-        """An array that depends on no example."""
+        """The value of an array that depends on no example.
+
+        Args:
+          array: the result itself.
+          moves: whether it depends on a parameter.
+
+        Returns:
+          A value whose range is read from the array.
+
+        Example:
+          >>> print(Value.known(jnp.array([3.0, 4.0])).norm.round(3))
+          5.0
+        """
         return cls(jnp.shape(array), jnp.result_type(array), array=array, moves=moves)
 
     @property
@@ -123,19 +167,31 @@ class Value:
 
     @property
     def unknown(self) -> bool:
-        """Whether nothing is known of it, whatever the parameters are."""
+        """Whether nothing is known of the result, for any parameters."""
         return self.array is None and self._range.unknown
 
     def once(self, what: Hashable, compute: Callable[[], jax.Array]) -> jax.Array:
-        """What `compute` finds out about this value, found out once: the steps of a loop share
-        their weights."""
+        """The number that `compute` finds for this value, found once: the steps of a loop share it.
+
+        Args:
+          what: names the number among those of this value.
+          compute: called for the first request of that name.
+
+        Returns:
+          The number.
+
+        Example:
+          >>> weights = Value.known(jnp.eye(2))
+          >>> print(weights.once("trace", lambda: jnp.trace(weights.array)))
+          2.0
+        """
         if what not in self._found:
             self._found[what] = compute()
         return self._found[what]
 
     @functools.cached_property
     def range(self) -> Range:
-        """Norm and interval. Computed when asked for: not every array has numbers in it."""
+        """Norm and interval, computed when they are asked for: not every array holds numbers."""
         if self.unknown:
             return UNKNOWN
         if self.array is None:
@@ -154,22 +210,22 @@ class Value:
 
     @property
     def norm(self) -> jax.Array:
-        """Bound on the L2 norm of all entries together."""
+        """A bound on the L2 norm of all entries together."""
         return jnp.asarray(self.range.norm)
 
     @property
     def low(self) -> jax.Array:
-        """Bound on the smallest entry."""
+        """A lower bound on every entry."""
         return jnp.asarray(self.range.low)
 
     @property
     def high(self) -> jax.Array:
-        """Bound on the largest entry."""
+        """An upper bound on every entry."""
         return jnp.asarray(self.range.high)
 
     @property
     def largest(self) -> jax.Array:
-        """Bound on the absolute value of an entry."""
+        """A bound on the absolute value of every entry."""
         return jnp.maximum(jnp.abs(self.low), jnp.abs(self.high))
 
 
@@ -178,7 +234,7 @@ def _has_numbers(dtype: Any) -> bool:
 
 
 def _all_of(dtype: Any) -> Range:
-    """What an array of that dtype may hold."""
+    """The range of all numbers of a dtype."""
     if jnp.issubdtype(dtype, jnp.bool_):
         return Range(low=0, high=1)
     if jnp.issubdtype(dtype, jnp.integer):
@@ -188,18 +244,18 @@ def _all_of(dtype: Any) -> Range:
 
 
 def is_infinite(bound: Cotangent) -> bool:
-    """Whether it is `INFINITE`, which is known while the program of a bound is traced."""
+    """Whether a bound is `INFINITE`, which is known while the program of the bound is traced."""
     return isinstance(bound, float) and bound == INFINITE
 
 
 def known_infinite(bound: Cotangent) -> bool:
-    """Whether it is infinite, as far as that is known outside of compiled code."""
+    """Whether a bound is infinite, as far as that is known outside of compiled code."""
     unknown = bound is None or isinstance(bound, Tracer)
     return not unknown and not np.isfinite(np.asarray(bound))
 
 
 def added(bounds: Sequence[Cotangent]) -> Cotangent:
-    """Of the sum of cotangents: the triangle inequality."""
+    """The bound on a sum of cotangents, by the triangle inequality."""
     found = [bound for bound in bounds if bound is not None]
     if len(found) < 2:
         return found[0] if found else None
@@ -207,7 +263,7 @@ def added(bounds: Sequence[Cotangent]) -> Cotangent:
 
 
 def jointly(bounds: Sequence[Cotangent]) -> Cotangent:
-    """Of cotangents side by side: Pythagoras."""
+    """The bound on cotangents side by side, by Pythagoras."""
     found = [bound for bound in bounds if bound is not None]
     if any(map(is_infinite, found)):
         return INFINITE
@@ -215,7 +271,7 @@ def jointly(bounds: Sequence[Cotangent]) -> Cotangent:
 
 
 def largest(bounds: Sequence[Cotangent]) -> Cotangent:
-    """Of one among them, whichever."""
+    """The bound on any one of the cotangents."""
     found = [bound for bound in bounds if bound is not None]
     if any(map(is_infinite, found)):
         return INFINITE
@@ -223,5 +279,13 @@ def largest(bounds: Sequence[Cotangent]) -> Cotangent:
 
 
 def scaled(bound: Cotangent, *gains: ArrayLike) -> Cotangent:
-    """Behind linear maps of these operator norms, one after the other."""
+    """The bound behind linear maps of these operator norms, one after the other."""
     return bound if bound is None or is_infinite(bound) else times(bound, *gains)
+
+
+def through_entries(bound: Cotangent, x: Value, gain: float) -> Cotangent:
+    """The bound behind a layer that multiplies the cotangent by entries of x in between; infinite
+    where that product may overflow."""
+    if bound is None:
+        return None
+    return times(bound, gain) + 0 * times(bound, x.norm)

@@ -1,6 +1,6 @@
 """Activations: functions of one array, which `sequential` takes as they are.
 
-Those of `jax.nn` under their own names, and those for which torch has another default.
+Most are functions of `jax.nn` under their own names; others have the default of torch.
 """
 
 import functools
@@ -27,15 +27,8 @@ from jax.nn import softmax as softmax
 from jax.nn import softplus as softplus
 from jax.numpy import tanh as tanh
 
-from jaxdp.nn.layer import (
-    Layer,
-    Params,
-    TorchName,
-    along_last,
-    check_input,
-    check_sizes,
-    deterministic,
-)
+from jaxdp.checks import check_sizes
+from jaxdp.nn.layer import Layer, Params, TorchName, along_last, check_input, deterministic
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)

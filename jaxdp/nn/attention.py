@@ -1,22 +1,21 @@
 """Attention, and the learned last position that it may attend to."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdp.checks import check_flags, check_rate, check_sizes
 from jaxdp.nn.layer import (
     Layer,
     Params,
     TorchName,
     TorchNames,
     affine,
-    check_flags,
     check_input,
-    check_rate,
-    check_sizes,
     deterministic,
     drop,
     kernel_from_torch,
@@ -81,23 +80,16 @@ def multi_head_attention(
     check_rate("dropout", dropout)
     check_flags(bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn)
     if embed_dim % num_heads:
-        raise ValueError(f"embed_dim must be a multiple of num_heads={num_heads}, got {embed_dim}")
-    width = embed_dim // num_heads
+        raise ValueError(
+            f"embed_dim must be a multiple of num_heads={num_heads}, got {embed_dim}. Each head "
+            "takes an equal part of it."
+        )
+    features = {"queries": embed_dim, "keys": kdim, "values": vdim}
     extra = sequence_bias(embed_dim)
 
     def init(key: jax.Array) -> Params:
         keys = jax.random.split(key, 6)
-        inputs = {"query": embed_dim, "key": kdim, "value": vdim, "out": embed_dim}
-        params: Params = {}
-        # Torch draws three projections of one width as one matrix, with its fans.
-        fans = 4 * embed_dim if kdim == vdim == embed_dim else None
-        for (name, size), each in zip(inputs.items(), keys, strict=False):
-            bound = math.sqrt(6 / (fans or size + embed_dim))
-            if name == "out":
-                bound = 1 / math.sqrt(embed_dim)
-            params[name] = {"kernel": uniform(each, (size, embed_dim), bound)}
-            if bias:
-                params[name]["bias"] = jnp.zeros(embed_dim)
+        params = _projections([*keys[:4]], embed_dim, kdim, vdim, bias)
         if add_bias_kv:
             params["key_bias"], params["value_bias"] = extra.init(keys[4]), extra.init(keys[5])
         return params
@@ -115,13 +107,7 @@ def multi_head_attention(
     ) -> jax.Array:
         keys = queries if keys is None else keys
         values = keys if values is None else values
-        check_input("multi_head_attention (queries)", queries, last=embed_dim, rank=2)
-        check_input("multi_head_attention (keys)", keys, last=kdim, rank=2)
-        check_input("multi_head_attention (values)", values, last=vdim, rank=2)
-        if len(keys) != len(values):
-            raise ValueError(
-                f"keys and values must be equally many, got {len(keys)} and {len(values)}"
-            )
+        _check_sequences({"queries": queries, "keys": keys, "values": values}, features)
         allowed = _allowed(len(queries), len(keys), num_heads, mask, key_mask, is_causal)
         q, k, v = (
             affine(params[name], x)
@@ -131,16 +117,40 @@ def multi_head_attention(
             k, v = extra.apply(params["key_bias"], k), extra.apply(params["value_bias"], v)
         if add_zero_attn:
             k, v = (jnp.pad(x, ((0, 1), (0, 0))) for x in (k, v))
-        q, k, v = (x.reshape(len(x), num_heads, width) for x in (q, k, v))
-        scores = jnp.einsum("thd,shd->hts", q, k) / math.sqrt(width)
-        if allowed is not None:
-            added = k.shape[0] - allowed.shape[2]
-            allowed = jnp.pad(allowed, ((0, 0), (0, 0), (0, added)), constant_values=True)
-        weights = drop(_softmax(scores, allowed), dropout, key)
+        q, k, v = (x.reshape(len(x), num_heads, -1) for x in (q, k, v))
+        weights = drop(_attention_weights(q, k, allowed), dropout, key)
         mixed = jnp.einsum("hts,shd->thd", weights, v).reshape(len(q), embed_dim)
         return affine(params["out"], mixed)
 
     return Layer(init, apply, _torch_names(embed_dim, bias, add_bias_kv))
+
+
+def _projections(
+    keys: Sequence[jax.Array], embed_dim: int, kdim: int, vdim: int, bias: bool
+) -> Params:
+    """Kernel and bias of the three projections of the inputs, and of the one of the output."""
+    inputs = {"query": embed_dim, "key": kdim, "value": vdim, "out": embed_dim}
+    params: Params = {}
+    # Torch draws three projections of one width as one matrix, with its fans.
+    fans = 4 * embed_dim if kdim == vdim == embed_dim else None
+    for (name, size), key in zip(inputs.items(), keys, strict=True):
+        bound = math.sqrt(6 / (fans or size + embed_dim))
+        if name == "out":
+            bound = 1 / math.sqrt(embed_dim)
+        params[name] = {"kernel": uniform(key, (size, embed_dim), bound)}
+        if bias:
+            params[name]["bias"] = jnp.zeros(embed_dim)
+    return params
+
+
+def _attention_weights(q: jax.Array, k: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    """The softmax `[heads, T, S]` of scaled products of queries `[T, heads, d]` and keys
+    `[S, heads, d]`. Every query may attend to keys behind the last one of the mask."""
+    scores = jnp.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[2])
+    if allowed is not None:
+        added = k.shape[0] - allowed.shape[2]
+        allowed = jnp.pad(allowed, ((0, 0), (0, 0), (0, added)), constant_values=True)
+    return _softmax(scores, allowed)
 
 
 def sequence_bias(embed_dim: int) -> Layer:
@@ -173,6 +183,18 @@ def sequence_bias(embed_dim: int) -> Layer:
     return deterministic(init, apply, {("bias",): (TorchName("bias", np.ravel),)})
 
 
+def _check_sequences(given: dict[str, jax.Array], features: dict[str, int]) -> None:
+    """Raises unless queries, keys and values have their features, and each key a value."""
+    for name, x in given.items():
+        check_input(f"multi_head_attention ({name})", x, last=features[name], rank=2)
+    keys, values = len(given["keys"]), len(given["values"])
+    if keys != values:
+        raise ValueError(
+            f"keys and values must be equally many, got {keys} and {values}. Pass one value for "
+            "each key."
+        )
+
+
 def _allowed(
     queries: int,
     keys: int,
@@ -181,7 +203,7 @@ def _allowed(
     key_mask: jax.Array | None,
     is_causal: bool,
 ) -> jax.Array | None:
-    """All masks as one `[1 or heads, T, S]`; None where there is none."""
+    """All masks as one mask `[1 or heads, T, S]`; None without masks."""
     masks = []
     for name, given, shapes in (
         ("mask", mask, [(queries, keys), (heads, queries, keys)]),
@@ -190,10 +212,15 @@ def _allowed(
         if given is None:
             continue
         if given.dtype != bool:
-            raise TypeError(f"{name} must be boolean, True where allowed, got {given.dtype}")
+            raise TypeError(
+                f"{name} must be boolean, True where allowed, got {given.dtype}. Pass mask == 0 "
+                "for a mask that is added to the scores."
+            )
         if given.shape not in shapes:
             wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"{name} must have shape {wanted}, got {given.shape}")
+            raise ValueError(
+                f"{name} must have shape {wanted}, got {given.shape}. Leave out the batch axis."
+            )
         masks.append(given.reshape((1,) * (3 - given.ndim) + given.shape))
     if is_causal:
         masks.append(jnp.tri(queries, keys, dtype=bool)[None])
@@ -204,7 +231,7 @@ def _allowed(
 
 
 def _softmax(scores: jax.Array, allowed: jax.Array | None) -> jax.Array:
-    """Over the last axis of `[heads, T, S]`; zeros where nothing is allowed."""
+    """The softmax over the last axis of `[heads, T, S]`; zeros where nothing is allowed."""
     if allowed is None:
         return jax.nn.softmax(scores)
     allowed = jnp.broadcast_to(allowed, scores.shape)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdp.accounting.checks import check_callable, shown
-from jaxdp.nn.layer import Layer, Params, below, check_flags, check_rate, drop, split_key
+from jaxdp.checks import check_callable, check_flags, check_rate, shown
+from jaxdp.nn.layer import Layer, Params, below, drop, split_key
 
 # A function of one array counts as a layer without parameters.
 LayerLike = Layer | Callable[[Any], Any]
@@ -19,7 +19,7 @@ def sequential(*layers: LayerLike, **named: LayerLike) -> Layer:
     Args:
       *layers: layers, or functions of one array (`jax.nn.relu`); their parameters are called "0",
         "1", ..., as in torch.nn.Sequential.
-      **named: more of them, with names for their parameters.
+      **named: more layers, each under the name of its parameters.
 
     Returns:
       A layer from the input of the first to the output of the last. Parameters: one dict for each
@@ -45,7 +45,7 @@ def residual(layer: LayerLike, shortcut: LayerLike = lambda x: x) -> Layer:
 
     Args:
       layer: the branch.
-      shortcut: the other one, where the shape changes; nothing is done to x by default.
+      shortcut: the other branch, for a layer that changes the shape; by default x itself.
 
     Returns:
       A layer. Parameters: "layer" and "shortcut", as far as they have any.
@@ -68,10 +68,13 @@ def function(fun: Callable[[Any], Any]) -> Layer:
     """A layer without parameters.
 
     Args:
-      fun: of the output of the layer before, whatever that is.
+      fun: a function of the output of the layer before, an array or any pytree.
 
     Returns:
       A layer.
+
+    Raises:
+      TypeError: `fun` cannot be called.
 
     Example:
       >>> last_state = function(lambda result: result[0][-1])
@@ -83,7 +86,7 @@ def function(fun: Callable[[Any], Any]) -> Layer:
 
 
 def dropout(rate: float) -> Layer:
-    """Zeros with probability `rate`, and x / (1 - rate) else, independently for each entry.
+    """Replaces each entry by zero with probability `rate`, and divides the others by 1 - rate.
 
     In training, give every sample a key of its own: `example = (x, y, key)`.
 
@@ -111,7 +114,7 @@ def dropout(rate: float) -> Layer:
 
 
 def flatten(*, channels_first: bool = False) -> Layer:
-    """All axes as one.
+    """Flattens all axes into one.
 
     Args:
       channels_first: whether channels become the slowest axis. A linear layer that was trained in
@@ -119,6 +122,9 @@ def flatten(*, channels_first: bool = False) -> Layer:
 
     Returns:
       A layer of `[..., C] -> [n]`, without parameters.
+
+    Raises:
+      TypeError: `channels_first` is no bool.
 
     Example:
       >>> flatten(channels_first=True).apply({}, jnp.array([[1, 2], [3, 4]])).tolist()
@@ -129,7 +135,7 @@ def flatten(*, channels_first: bool = False) -> Layer:
 
 
 def as_layer(layer: LayerLike) -> Layer:
-    """The layer itself, or the `function`.
+    """A layer as it is, or a function as a layer.
 
     Raises:
       TypeError: neither.

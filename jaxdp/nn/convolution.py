@@ -1,22 +1,19 @@
 """Convolutions along one to three axes, channels last."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdp.accounting.checks import check_choice
+from jaxdp.checks import check_choice, check_flags, check_sizes
 from jaxdp.nn.layer import (
     Layer,
     Params,
     add_bias,
-    check_flags,
     check_input,
     check_output,
-    check_sizes,
     deterministic,
     kernel_and_bias,
 )
@@ -25,7 +22,7 @@ from jaxdp.nn.sizes import Size, sizes
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
-# Torch's names for what `jnp.pad` calls otherwise.
+# Maps torch's names to those of `jnp.pad`.
 _PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 _SPATIAL = ("W", "HW", "DHW")
 
@@ -44,6 +41,10 @@ def conv1d(
 ) -> Layer:
     """Cross-correlation along one axis; see `conv2d`.
 
+    Args:
+      in_channels, out_channels, kernel_size: as for `conv2d`.
+      stride, padding, dilation, groups, bias, padding_mode: as for `conv2d`.
+
     Returns:
       A layer of `[W, in_channels] -> [W', out_channels]`. Parameters: kernel
       `[k, in_channels / groups, out_channels]`, bias `[out_channels]`.
@@ -56,10 +57,10 @@ def conv1d(
       >>> layer.apply(layer.init(jax.random.key(0)), jnp.ones((10, 3))).shape
       (10, 8)
     """
-    return _conv(
-        1, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-        padding_mode,
-    )  # fmt: skip
+    options = checked_options(
+        1, in_channels, out_channels, kernel_size, stride, dilation, groups, bias
+    )
+    return _conv(options, padding, padding_mode)
 
 
 def conv2d(
@@ -86,7 +87,7 @@ def conv2d(
       kernel_size, stride, dilation: one number, or one for each axis.
       padding: positions added on both sides of each axis, one number or one for each axis;
         "valid" for none; "same" for as many as keep the size (the odd one goes behind).
-      groups: into how many groups the channels fall, each convolved with kernels of its own.
+      groups: number of groups of channels, each convolved with kernels of its own.
       bias: whether there is a b.
       padding_mode: what the added positions hold: "zeros", "reflect" (mirrored, without the
         edge), "replicate" (the edge) or "circular" (the other side).
@@ -98,18 +99,17 @@ def conv2d(
 
     Raises:
       ValueError: a size below 1; channels that groups do not divide; an unknown padding or
-        padding_mode; "same" with a stride; an input of
-        another shape, or smaller than the window.
+        padding_mode; "same" with a stride; an input of another shape, or smaller than the window.
 
     Example:
       >>> layer = conv2d(3, 8, 3, stride=2, padding=1)
       >>> layer.apply(layer.init(jax.random.key(0)), jnp.ones((9, 8, 3))).shape
       (5, 4, 8)
     """
-    return _conv(
-        2, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-        padding_mode,
-    )  # fmt: skip
+    options = checked_options(
+        2, in_channels, out_channels, kernel_size, stride, dilation, groups, bias
+    )
+    return _conv(options, padding, padding_mode)
 
 
 def conv3d(
@@ -126,6 +126,10 @@ def conv3d(
 ) -> Layer:
     """Cross-correlation along three axes; see `conv2d`.
 
+    Args:
+      in_channels, out_channels, kernel_size: as for `conv2d`.
+      stride, padding, dilation, groups, bias, padding_mode: as for `conv2d`.
+
     Returns:
       A layer of `[D, H, W, in_channels] -> [D', H', W', out_channels]`. Parameters: kernel
       `[kd, kh, kw, in_channels / groups, out_channels]`, bias `[out_channels]`.
@@ -138,38 +142,80 @@ def conv3d(
       >>> layer.apply(layer.init(jax.random.key(0)), jnp.ones((5, 5, 5, 2))).shape
       (5, 4, 3, 4)
     """
-    return _conv(
-        3, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-        padding_mode,
-    )  # fmt: skip
+    options = checked_options(
+        3, in_channels, out_channels, kernel_size, stride, dilation, groups, bias
+    )
+    return _conv(options, padding, padding_mode)
 
 
-def _conv(
+class Options(NamedTuple):
+    """The checked arguments of a convolution or its transpose; tuples have an entry for each axis.
+
+    Attributes:
+      in_channels: length of the last axis of x.
+      out_channels: length of the last axis of y.
+      window: size of the kernel.
+      strides: positions between two windows, or between two entries of a transposed input.
+      dilations: positions between two entries of the kernel.
+      groups: number of groups of channels.
+      bias: whether there is a bias.
+    """
+
+    in_channels: int
+    out_channels: int
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    groups: int
+    bias: bool
+
+    @property
+    def rank(self) -> int:
+        """Number of axes that the window moves along."""
+        return len(self.window)
+
+
+def checked_options(
     rank: int,
     in_channels: int,
     out_channels: int,
     kernel_size: Size,
     stride: Size,
-    padding: Size | str,
     dilation: Size,
     groups: int,
     bias: bool,
-    padding_mode: str,
-) -> Layer:
-    check_channels(in_channels, out_channels, groups)
+) -> Options:
+    """Checks the arguments that `conv2d` and `conv_transpose2d` share, for `rank` axes.
+
+    Raises:
+      TypeError: a size that is no integer; a bias that is no bool.
+      ValueError: a size below 1; channels that groups do not divide.
+    """
+    check_sizes(in_channels=in_channels, out_channels=out_channels, groups=groups)
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels % groups:
+            raise ValueError(
+                f"{name} must be a multiple of groups={groups}, got {channels}. Each group takes "
+                "an equal part of the channels."
+            )
     check_flags(bias=bias)
-    check_choice("padding_mode", padding_mode, ["zeros", *_PAD_MODES])
     window = sizes("kernel_size", kernel_size, rank)
-    steps, spread = sizes("stride", stride, rank), sizes("dilation", dilation, rank)
-    pads = _pads(padding, window, steps, spread)
-    inputs = in_channels // groups
+    strides, dilations = sizes("stride", stride, rank), sizes("dilation", dilation, rank)
+    return Options(in_channels, out_channels, window, strides, dilations, groups, bias)
+
+
+def _conv(options: Options, padding: Size | str, padding_mode: str) -> Layer:
+    check_choice("padding_mode", padding_mode, ["zeros", *_PAD_MODES])
+    rank, window = options.rank, options.window
+    pads = _pads(padding, options)
+    inputs = options.in_channels // options.groups
 
     def init(key: jax.Array) -> Params:
         fan_in = inputs * math.prod(window)
-        return kernel_and_bias(key, (*window, inputs, out_channels), fan_in, bias)
+        return kernel_and_bias(key, (*window, inputs, options.out_channels), fan_in, options.bias)
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
-        check_input(f"conv{rank}d", x, last=in_channels, rank=rank + 1)
+        check_input(f"conv{rank}d", x, last=options.in_channels, rank=rank + 1)
         edges = pads
         if padding_mode in _PAD_MODES and any(map(any, pads)):
             _check_room(padding_mode, pads, x)
@@ -178,54 +224,45 @@ def _conv(
         y = lax.conv_general_dilated(
             x[None],
             params["kernel"],
-            steps,
+            options.strides,
             edges,
-            rhs_dilation=spread,
+            rhs_dilation=options.dilations,
             dimension_numbers=layout(rank),
-            feature_group_count=groups,
+            feature_group_count=options.groups,
         )
         check_output(f"conv{rank}d", x, y[0])
         return add_bias(params, y[0])
 
-    return deterministic(init, apply, kernel_and_bias_names(bias))
+    return deterministic(init, apply, kernel_and_bias_names(options.bias))
 
 
-def _pads(
-    padding: Size | str, window: Sequence[int], steps: Sequence[int], spread: Sequence[int]
-) -> list[tuple[int, int]]:
+def _pads(padding: Size | str, options: Options) -> list[tuple[int, int]]:
     """Positions added before and behind each axis."""
+    window, strides = options.window, options.strides
     if isinstance(padding, str):
         check_choice("padding", padding, ["same", "valid"])
     if isinstance(padding, str) and padding == "valid":
         return [(0, 0)] * len(window)
     if isinstance(padding, str):
-        if set(steps) != {1}:
-            raise ValueError(f"padding 'same' needs a stride of 1, got {steps}: give a number")
-        totals = [d * (k - 1) for k, d in zip(window, spread, strict=True)]
+        if set(strides) != {1}:
+            raise ValueError(f"padding 'same' needs a stride of 1, got {strides}. Give a number.")
+        totals = [d * (k - 1) for k, d in zip(window, options.dilations, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
     return [(n, n) for n in sizes("padding", padding, len(window), least=0)]
 
 
 def _check_room(padding_mode: str, pads: list[tuple[int, int]], x: jax.Array) -> None:
-    """Mirrored or wrapped around, an axis fills at most its own length."""
+    """Raises where an axis is too short to fill its padding by mirroring or wrapping around."""
     for size, sides in zip(x.shape, pads, strict=False):
         room = {"reflect": size - 1, "circular": size}.get(padding_mode, max(sides))
         if max(sides) > room:
             raise ValueError(
                 f"padding must be at most {room} with padding_mode {padding_mode!r} on an axis of "
-                f"{size}, got {max(sides)}"
+                f"{size}, got {max(sides)}. Pad by less, or with zeros."
             )
 
 
-def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    """Raises unless all are positive and groups divide both counts of channels."""
-    check_sizes(in_channels=in_channels, out_channels=out_channels, groups=groups)
-    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if channels % groups:
-            raise ValueError(f"{name} must be a multiple of groups={groups}, got {channels}")
-
-
 def layout(rank: int) -> tuple[str, str, str]:
-    """Of images, kernels and results, as `lax.conv_general_dilated` takes it."""
+    """The dimension numbers of images, kernels and results for `lax.conv_general_dilated`."""
     spatial = _SPATIAL[rank - 1]
     return f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"

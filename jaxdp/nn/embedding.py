@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdp.accounting.checks import check_integer, check_real
-from jaxdp.nn.layer import Layer, Params, TorchName, check_flags, check_sizes, deterministic
+from jaxdp.checks import check_flags, check_integer, check_real, check_sizes
+from jaxdp.nn.layer import Layer, Params, TorchName, deterministic
 
-# As torch has it, in the divisor of rows that are too long.
+# Torch adds it to the divisor of rows that are too long.
 _NORM_EPS = 1e-7
 
 
@@ -24,8 +24,8 @@ def embedding(
 ) -> Layer:
     """The row of a table for each id.
 
-    Per-sample gradients cost memory for the rows that are looked up, never for the table: there
-    is no option `sparse`, it is always so.
+    Per-sample gradients cost memory for the rows that are looked up, never for the table. So there
+    is no option `sparse`: every table is sparse in this sense.
 
     Args:
       num_embeddings: V, number of rows.
@@ -77,9 +77,9 @@ def embedding(
     def apply(params: Params, ids: jax.Array) -> jax.Array:
         ids = jnp.asarray(ids)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"embedding takes integer ids, got {ids.dtype}")
+            raise TypeError(f"embedding takes integer ids, got {ids.dtype}. Convert them (astype).")
         ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
-        # Negative ids would count from the end: they go to the other side.
+        # Negative ids would count from the end: they are moved out of the table.
         inside = jnp.where(ids < 0, jnp.full_like(ids, num_embeddings), ids)
         rows = params["embedding"].at[inside].get(mode="fill", fill_value=jnp.nan)
         if max_norm is not None:
@@ -98,5 +98,5 @@ def embedding(
 
 
 def _with_value(x: jax.Array, value: jax.Array) -> jax.Array:
-    """This value with the derivative of x."""
+    """An array with this value and the derivative of x."""
     return lax.stop_gradient(value) + (x - lax.stop_gradient(x))

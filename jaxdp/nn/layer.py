@@ -1,4 +1,4 @@
-"""What a layer is, and what all of them share."""
+"""The type of a layer, and the functions that all layers share."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jaxdp.accounting.checks import check_bool, check_integer, check_real
 
 Params = dict[str, Any]
 
@@ -19,18 +17,19 @@ class TorchName(NamedTuple):
     Attributes:
       name: its key there.
       convert: turns the array found there into the parameter.
+
+    Example:
+      >>> from jaxdp import nn
+      >>> nn.linear(3, 2).torch_names["kernel",][0].name
+      'weight'
     """
 
     name: str
     convert: Callable[[np.ndarray], np.ndarray] = np.asarray
 
 
-# Path of a parameter -> names that it may have; the first one found counts.
+# Maps the path of a parameter to the names that it may have; the first one found counts.
 TorchNames = Mapping[tuple[str, ...], Sequence[TorchName]]
-
-
-LARGEST_SIZE = 2**31 - 1
-"""The longest axis that a layer is asked to have."""
 
 
 def _unconstrained(params: Params) -> Params:
@@ -45,8 +44,8 @@ class Layer(NamedTuple):
       apply: `(params, x, *, key=None) -> y`. A key turns dropout on; without one the layer is
         deterministic. Some layers take more arguments; their factories say which.
       torch_names: where `from_torch_state_dict` finds the parameters.
-      project: `params -> params`, the nearest that the layer allows; most allow all. For layers
-        with a Lipschitz constant (`jaxdp.lipschitz`), after every update.
+      project: `params -> params`, the nearest parameters that the layer allows; most layers allow
+        all. Layers with a Lipschitz constant (`jaxdp.lipschitz`) need it after every update.
 
     Example:
       >>> import jax
@@ -80,7 +79,7 @@ def kernel_from_torch(weight: np.ndarray) -> np.ndarray:
 
 
 def below(name: str, names: TorchNames) -> dict[tuple[str, ...], tuple[TorchName, ...]]:
-    """The names of a layer that is a part, called `name`, of another one."""
+    """The torch names of a layer that is the part `name` of another layer."""
     return {
         (name, *path): tuple(each._replace(name=f"{name}.{each.name}") for each in found)
         for path, found in names.items()
@@ -88,14 +87,14 @@ def below(name: str, names: TorchNames) -> dict[tuple[str, ...], tuple[TorchName
 
 
 def uniform(key: jax.Array, shape: Sequence[int], bound: float) -> jax.Array:
-    """Of U(-bound, bound)."""
+    """Draws from U(-bound, bound)."""
     return jax.random.uniform(key, tuple(shape), minval=-bound, maxval=bound)
 
 
 def kernel_and_bias(
     key: jax.Array, kernel: Sequence[int], fan_in: int, bias: bool, bias_size: int | None = None
 ) -> Params:
-    """Of U(±1/√fan_in), as torch starts linear and convolution layers."""
+    """Draws from U(±1/√fan_in), with which torch starts linear and convolution layers."""
     bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
     for_kernel, for_bias = jax.random.split(key)
     params = {"kernel": uniform(for_kernel, kernel, bound)}
@@ -119,24 +118,6 @@ def affine(params: Params, x: jax.Array) -> jax.Array:
     return add_bias(params, x @ params["kernel"])
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raises unless all of them are positive integers that an axis may have."""
-    advice = "It is the length of an axis, or a number of parts."
-    for name, size in sizes.items():
-        check_integer(name, size, minimum=1, maximum=LARGEST_SIZE, advice=advice)
-
-
-def check_rate(name: str, rate: float) -> None:
-    """Raises unless it is a probability."""
-    check_real(name, rate, minimum=0, maximum=1, advice="It is the chance that an entry is zeroed.")
-
-
-def check_flags(**flags: bool) -> None:
-    """Raises unless all of them are True or False."""
-    for name, flag in flags.items():
-        check_bool(name, flag, advice="It says whether the layer has or does this.")
-
-
 def check_input(layer: str, x: jax.Array, *, last: int, rank: int | None = None) -> None:
     """Raises unless x has `last` features in its last axis, and rank axes in all."""
     if x.ndim == 0 or x.shape[-1] != last or (rank is not None and x.ndim != rank):
@@ -144,7 +125,7 @@ def check_input(layer: str, x: jax.Array, *, last: int, rank: int | None = None)
         wanted = f"[{axes}, {last}]" if axes else f"[{last}]"
         raise ValueError(
             f"{layer} takes one example of shape {wanted}, without a batch axis, got "
-            f"{tuple(x.shape)}: channels come last, and jax.vmap adds the batch"
+            f"{tuple(x.shape)}. Channels come last, and jax.vmap adds the batch."
         )
 
 
@@ -152,13 +133,14 @@ def check_output(layer: str, x: jax.Array, y: jax.Array) -> None:
     """Raises if windows do not fit into x anywhere, so that y is empty."""
     if y.size == 0 and x.size > 0:
         raise ValueError(
-            f"{layer}: the window must be at most as large as the input, padding included, got an "
-            f"input of shape {tuple(x.shape)}, which leaves an output of {tuple(y.shape)}"
+            f"the window of {layer} must be at most as large as the input, padding included, got "
+            f"an input of shape {tuple(x.shape)}, which leaves an output of {tuple(y.shape)}. Take "
+            "a smaller window, or more padding."
         )
 
 
-def widened(x: jax.Array) -> jax.Array:
-    """In float32 at least."""
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """x, converted to float32 if it is in half precision."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 

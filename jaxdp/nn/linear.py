@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from jaxdp.checks import check_flags, check_sizes
 from jaxdp.nn.layer import (
     Layer,
     Params,
@@ -11,9 +12,7 @@ from jaxdp.nn.layer import (
     TorchNames,
     add_bias,
     affine,
-    check_flags,
     check_input,
-    check_sizes,
     deterministic,
     kernel_and_bias,
     kernel_from_torch,
@@ -55,8 +54,8 @@ def linear(in_features: int, out_features: int, bias: bool = True) -> Layer:
 def conv_linear(in_features: int, out_features: int, bias: bool = True) -> Layer:
     """The function of `linear`, computed by a convolution of width 1.
 
-    BastionLab's `ConvLinear`. Of use where a device is faster at convolutions; else prefer
-    `linear`.
+    This is BastionLab's `ConvLinear`. It helps on devices that are faster at convolutions;
+    otherwise prefer `linear`.
 
     Args:
       in_features, out_features, bias: as for `linear`.
@@ -94,6 +93,6 @@ def conv_linear(in_features: int, out_features: int, bias: bool = True) -> Layer
 
 
 def kernel_and_bias_names(bias: bool, convert=kernel_from_torch) -> TorchNames:
-    """`weight` and `bias`, as torch calls them."""
+    """The torch names `weight` and `bias`."""
     names = {("kernel",): (TorchName("weight", convert),)}
     return names | ({("bias",): (TorchName("bias"),)} if bias else {})

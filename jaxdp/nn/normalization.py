@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxdp.accounting.checks import check_real, check_sequence
+from jaxdp.checks import check_real, check_sequence, check_sizes
 from jaxdp.nn.layer import (
     Layer,
     Params,
@@ -17,10 +17,9 @@ from jaxdp.nn.layer import (
     TorchNames,
     add_bias,
     along_last,
+    at_least_float32,
     check_input,
-    check_sizes,
     deterministic,
-    widened,
 )
 
 
@@ -34,7 +33,7 @@ def layer_norm(
     """y = (x - mean) / √(variance + eps) ⊙ scale + bias, over the last axes.
 
     Args:
-      normalized_shape: of the last axes of x, over which mean and (biased) variance are taken.
+      normalized_shape: lengths of the last axes of x; mean and (biased) variance are over these.
       eps: at least 0.
       elementwise_affine: whether there are a scale and a bias.
       bias: whether there is a bias beside the scale.
@@ -73,7 +72,7 @@ def rms_norm(
     """y = x / √(mean of x² + eps) ⊙ scale, over the last axes.
 
     Args:
-      normalized_shape: of the last axes of x.
+      normalized_shape: lengths of the last axes of x.
       eps: at least 0; None for the machine epsilon of float32 (of x, if that is wider). With 0, a
         row of zeros has no gradient: it is NaN.
       elementwise_affine: whether there is a scale.
@@ -97,7 +96,7 @@ def rms_norm(
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         _check_last("rms_norm", x, shape)
-        wide = widened(x)
+        wide = at_least_float32(x)
         floor = jnp.finfo(wide.dtype).eps if eps is None else eps
         square = jnp.mean(jnp.square(wide), axis=_last(shape), keepdims=True)
         return _scaled(params, (wide * lax.rsqrt(square + floor)).astype(x.dtype))
@@ -134,7 +133,8 @@ def group_norm(
     _check_eps(eps)
     if num_channels % num_groups:
         raise ValueError(
-            f"num_channels must be a multiple of num_groups={num_groups}, got {num_channels}"
+            f"num_channels must be a multiple of num_groups={num_groups}, got {num_channels}. "
+            "Each group takes an equal part of the channels."
         )
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
@@ -150,7 +150,7 @@ def group_norm(
 def instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False) -> Layer:
     """y = (x - mean) / √(variance + eps), per channel, over the positions of one example.
 
-    Torch's InstanceNorm1d to 3d without running statistics, which would be shared by samples.
+    This is torch's InstanceNorm1d to 3d without running statistics, which samples would share.
 
     Args:
       num_features: length of the last axis of x.
@@ -178,8 +178,8 @@ def instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False)
         check_input("instance_norm", x, last=num_features)
         if math.prod(x.shape[:-1]) == 1:
             raise ValueError(
-                f"instance_norm needs more than one position, got shape {tuple(x.shape)}: with one "
-                "the result is zero whatever the input"
+                f"instance_norm needs more than one position, got shape {tuple(x.shape)}. With one "
+                "the result is zero whatever the input."
             )
         positions = tuple(range(x.ndim - 1))
         return add_bias(params, _per_channel(params, x, (num_features,), positions, eps))
@@ -190,13 +190,24 @@ def instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False)
 def batch_norm(*args: object, **kwargs: object) -> NoReturn:
     """Always an error: batch statistics cannot be private.
 
+    Args:
+      *args, **kwargs: those of any batch normalisation.
+
+    Returns:
+      Nothing: it always raises.
+
     Raises:
       ValueError: says what to use in its place.
+
+    Example:
+      >>> batch_norm(16)
+      Traceback (most recent call last):
+      ValueError: batch_norm normalises a sample by others, which no clip can undo, ...
     """
     raise ValueError(
         "batch_norm normalises a sample by others, which no clip can undo, so it has no private "
         "form. Use nn.group_norm(32, channels), nn.instance_norm, nn.layer_norm or nn.rms_norm; "
-        "for a trained model fold the running statistics into the layer before"
+        "for a trained model fold the running statistics into the layer before."
     )
 
 
@@ -221,13 +232,16 @@ def _last(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _check_last(layer: str, x: jax.Array, shape: tuple[int, ...]) -> None:
     if tuple(x.shape[-len(shape) :]) != shape:
-        raise ValueError(f"{layer} takes inputs whose last axes are {shape}, got {x.shape}")
+        raise ValueError(
+            f"{layer} takes inputs whose last axes are {shape}, got {x.shape}. Build the layer "
+            "with the sizes of its input."
+        )
 
 
 def _moments(x: jax.Array, axes: tuple[int, ...], eps: float) -> tuple[jax.Array, jax.Array]:
-    """x minus its mean, and one over its standard deviation; in float32 at least, where squares
-    neither overflow nor lose the small differences."""
-    x = widened(x)
+    """x minus its mean, and the inverse of its standard deviation. Both are in float32 at least,
+    where squares neither overflow nor lose small differences."""
+    x = at_least_float32(x)
     centred = x - jnp.mean(x, axis=axes, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
     return centred, lax.rsqrt(variance + eps)
@@ -239,7 +253,7 @@ def _per_channel(
     """x `[*positions, *channels]`, standardised over some axes and scaled."""
     centred, inverse = _moments(x, axes, eps)
     if "scale" in params:
-        # Two small factors first: one pass over the activation less, in both directions.
+        # The two small factors first: that saves a pass over the activation in both directions.
         scale = params["scale"].reshape(channels).astype(inverse.dtype)
         inverse = inverse * along_last(scale, x)
     return (centred * inverse).astype(x.dtype)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxdp.accounting.checks import check_integer, shown
+from jaxdp.checks import check_flags, check_integer, shown
 from jaxdp.nn.composition import function
-from jaxdp.nn.layer import Layer, check_flags, check_output
+from jaxdp.nn.layer import Layer, check_output
 from jaxdp.nn.sizes import Size, sizes
 
-# Of an adaptive pooling along an axis, which holds a row of weights for each.
+# The largest output of an adaptive pooling along an axis: it keeps a row of weights for each.
 _MOST_WINDOWS = 2**16
 
 
@@ -24,8 +24,8 @@ def max_pool(
     """The largest entry of every window, for each channel.
 
     Args:
-      kernel_size: of the window: one number for all axes but the last, or one for each.
-      stride: from window to window; None for kernel_size.
+      kernel_size: size of the window, one number for all axes but the last, or one for each.
+      stride: distance between windows; None for kernel_size.
       padding: positions of -inf added on both sides; at most half of kernel_size.
       dilation: distance of the positions in a window.
 
@@ -55,7 +55,7 @@ def avg_pool(
     Args:
       kernel_size, stride: as for `max_pool`.
       padding: positions of zero added on both sides; at most half of kernel_size.
-      count_include_pad: whether they count in the mean.
+      count_include_pad: whether these zeros count in the mean.
 
     Returns:
       A layer of `[*positions, C] -> [*fewer positions, C]`, without parameters.
@@ -81,10 +81,10 @@ def avg_pool(
 
 
 def adaptive_avg_pool(output_size: Size) -> Layer:
-    """Means over as many windows as asked for, of sizes as equal as can be.
+    """Means over a given number of windows, of sizes as equal as possible.
 
-    Window i of n positions runs from ⌊i·n/m⌋ to ⌈(i + 1)·n/m⌉ for m windows. One is the mean over
-    all positions.
+    Of n positions, window i of m runs from ⌊i·n/m⌋ to ⌈(i + 1)·n/m⌉. With m = 1 the output is the
+    mean over all positions.
 
     Args:
       output_size: m: one number for all axes but the last, or one for each.
@@ -125,7 +125,8 @@ def _reduce(
     pads = sizes("padding", padding, rank, least=0)
     if any(2 * pad > size for pad, size in zip(pads, window, strict=True)):
         raise ValueError(
-            f"padding must be at most half of kernel_size={window}, got {shown(padding)}"
+            f"padding must be at most half of kernel_size={window}, got {shown(padding)}. Pad by "
+            "less, or take a larger window."
         )
     y = lax.reduce_window(
         x,
@@ -141,7 +142,7 @@ def _reduce(
 
 
 def _shares(length: int, count: int, dtype: Any) -> jax.Array:
-    """`[count, length]`: what each position is worth in each window's mean."""
+    """The weights `[count, length]` of the positions in the mean of each window."""
     windows, positions = jnp.arange(count)[:, None], jnp.arange(length)[None]
     start, stop = windows * length // count, -(-(windows + 1) * length // count)
     inside = (positions >= start) & (positions < stop)

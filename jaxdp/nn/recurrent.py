@@ -1,23 +1,20 @@
 """Recurrent layers: LSTM, GRU and the simple RNN, stacked and in one or two directions."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdp.accounting.checks import check_choice, check_integer
+from jaxdp.checks import check_choice, check_flags, check_integer, check_rate, check_sizes
 from jaxdp.nn.layer import (
     Layer,
     Params,
     TorchName,
     TorchNames,
-    check_flags,
     check_input,
-    check_rate,
-    check_sizes,
     drop,
     kernel_from_torch,
     split_key,
@@ -48,8 +45,8 @@ def lstm(
       hidden_size: H, features of the state.
       num_layers: L; each layer reads the outputs of the one before.
       bias: whether there are b and r.
-      dropout: rate between layers: on the outputs of each but the last, for every step anew.
-        Active while `apply` is given a key.
+      dropout: rate on the outputs of each layer but the last, drawn anew for every step. It is
+        active while `apply` is given a key.
       bidirectional: a second set of parameters reads backwards; then Q = 2 directions, else 1.
 
     Returns:
@@ -128,7 +125,7 @@ def rnn(
     dropout: float = 0.0,
     bidirectional: bool = False,
 ) -> Layer:
-    r"""The simple recurrent network of Elman, $h_t = \tanh(x_t W + b + h_{t-1} R + r)$.
+    """The simple recurrent network of Elman, h_t = tanh(x_t W + b + h_{t-1} R + r).
 
     Args:
       nonlinearity: "tanh" or "relu".
@@ -159,17 +156,17 @@ def rnn(
     return _recurrent(cell, input_size, hidden_size, num_layers, bias, dropout, bidirectional)
 
 
-# The output first: (h, c) of an LSTM, (h,) of the others.
+# The output comes first: (h, c) for an LSTM, (h,) for the others.
 State = tuple[jax.Array, ...]
 
 
 class _Cell(NamedTuple):
-    """One step.
+    """One step of a recurrent layer.
 
     Attributes:
-      name: of the layer, for messages.
+      name: name of the layer, for messages.
       gates: columns of the kernels, in units of H.
-      states: how many arrays are carried.
+      states: number of arrays that are carried.
       step: `(state, x_t W + b, h_{t-1} R + r) -> state`.
       adds: whether the step only adds the two, so that b + r may be added once.
     """
@@ -214,20 +211,13 @@ def _recurrent(
     columns = cell.gates * hidden_size
 
     def init(key: jax.Array) -> Params:
-        bound = 1 / math.sqrt(hidden_size)
         params: Params = {}
         for layer in range(num_layers):
             width = input_size if layer == 0 else len(directions) * hidden_size
             for direction in directions:
                 key, *keys = jax.random.split(key, 5)
-                parts = {
-                    "input": {"kernel": uniform(keys[0], (width, columns), bound)},
-                    "recurrent": {"kernel": uniform(keys[1], (hidden_size, columns), bound)},
-                }
-                if bias:
-                    parts["input"]["bias"] = uniform(keys[2], (columns,), bound)
-                    parts["recurrent"]["bias"] = uniform(keys[3], (columns,), bound)
-                params[f"l{layer}{direction}"] = parts
+                cell_params = _cell_params(keys, width, hidden_size, columns, bias)
+                params[f"l{layer}{direction}"] = cell_params
         return params
 
     def apply(
@@ -241,7 +231,7 @@ def _recurrent(
         check_input(cell.name, x, last=input_size, rank=2)
         dtype = jnp.result_type(x, params["l0"]["recurrent"]["kernel"])
         start = _start(cell, state, (num_layers * len(directions), hidden_size), dtype)
-        # Inside `shard_map` a loop begins as it goes on: varying over devices.
+        # Inside `shard_map` the carry must vary over devices from the first step on.
         start = vary(start, varying_axes((x, params, start)))
         _check_mask(mask, len(x))
         keys = split_key(key, num_layers)
@@ -261,6 +251,21 @@ def _recurrent(
         return x, final if cell.states > 1 else final[0]
 
     return Layer(init, apply, _torch_names(num_layers, directions, bias))
+
+
+def _cell_params(
+    keys: Sequence[jax.Array], width: int, hidden_size: int, columns: int, bias: bool
+) -> Params:
+    """Parameters of one layer in one direction, from U(±1/√hidden_size)."""
+    bound = 1 / math.sqrt(hidden_size)
+    params = {
+        "input": {"kernel": uniform(keys[0], (width, columns), bound)},
+        "recurrent": {"kernel": uniform(keys[1], (hidden_size, columns), bound)},
+    }
+    if bias:
+        params["input"]["bias"] = uniform(keys[2], (columns,), bound)
+        params["recurrent"]["bias"] = uniform(keys[3], (columns,), bound)
+    return params
 
 
 def _run(
@@ -306,7 +311,7 @@ def _start(cell: _Cell, state: Any, shape: tuple[int, int], dtype: Any) -> State
     if shapes != [shape] * cell.states:
         raise ValueError(
             f"{cell.name} takes an initial state of {cell.states} array(s) of shape {shape}, got "
-            f"{shapes}: layers times directions, then features, without a batch axis"
+            f"{shapes}. Its axes are layers times directions, then features."
         )
     return given
 
@@ -315,13 +320,13 @@ def _check_mask(mask: jax.Array | None, steps: int) -> None:
     if mask is None:
         return
     if mask.dtype != bool:
-        raise TypeError(f"mask must be boolean, got {mask.dtype}: use jnp.arange(T) < length")
+        raise TypeError(f"mask must be boolean, got {mask.dtype}. Use jnp.arange(T) < length.")
     if mask.shape != (steps,):
-        raise ValueError(f"mask must have shape ({steps},), one for each step, got {mask.shape}")
+        raise ValueError(f"mask must have shape ({steps},), one for each step, got {mask.shape}.")
 
 
 def _torch_names(num_layers: int, directions: tuple[str, ...], bias: bool) -> TorchNames:
-    """Those of torch, and those of the linear layers in Opacus's cells."""
+    """The names of torch, and those of the linear layers in Opacus's cells."""
     names: dict[tuple[str, ...], tuple[TorchName, ...]] = {}
     for layer in range(num_layers):
         for direction in directions:

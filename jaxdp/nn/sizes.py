@@ -1,11 +1,10 @@
-"""Sizes that may be given once for all axes."""
+"""Sizes that are given for each axis, or once for all axes."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from jaxdp.accounting.checks import check_integer, check_sequence, shown
-from jaxdp.nn.layer import LARGEST_SIZE
+from jaxdp.checks import LARGEST_SIZE, check_integer, check_sequence, shown
 
 Size = int | Sequence[int]
 
@@ -14,8 +13,8 @@ def sizes(name: str, value: Size, rank: int, least: int = 1) -> tuple[int, ...]:
     """One number for each of `rank` axes.
 
     Raises:
-      TypeError: neither an integer nor a sequence of them.
-      ValueError: another count; a number below `least`.
+      TypeError: the value is neither an integer nor a sequence of integers.
+      ValueError: the count is not `rank`; a number is below `least`.
     """
     advice = f"Pass one integer for all axes, or {rank} of them."
     several = isinstance(value, Sequence) or np.ndim(value) > 0

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.accounting.checks import check_instance
+from jaxdp.checks import check_instance
 from jaxdp.nn.layer import Layer, Params, TorchName
 
 
@@ -16,24 +16,24 @@ def from_torch_state_dict(
 ) -> Params:
     """The parameters of a layer from a torch `state_dict`; torch need not be installed.
 
-    Names and layouts are translated: torch keeps kernels as `[out, in, *window]` and packs the
-    projections of an attention layer into one matrix. Opacus's DP layers have the names of
-    torch's, or their own, and both are known; a `GradSampleModule` adds the prefix "_module.".
-    Layers of a `sequential` are found under their names: "0", "1", ... or those that they were
-    given. Inputs differ, too: here channels come last, see `flatten`.
+    The function translates names and layouts: torch keeps kernels as `[out, in, *window]` and packs
+    the projections of an attention layer into one matrix. It knows the names of torch's layers and
+    those of Opacus's DP layers; a `GradSampleModule` adds the prefix "_module.". Layers of a
+    `sequential` are found under their names: "0", "1", ... or those that they were given. Inputs
+    differ, too: here channels come last, see `flatten`.
 
     Args:
-      layer: what the parameters are for, with the sizes of the torch layer.
-      state_dict: name -> array, or anything that NumPy turns into one.
-      prefix: of the names that belong to the layer; others are left alone.
+      layer: the layer that takes the parameters, with the sizes of the torch layer.
+      state_dict: maps names to arrays, or to values that NumPy turns into arrays.
+      prefix: prefix of the names that belong to the layer; other names are ignored.
 
     Returns:
       Parameters as `layer.init` returns them, in its dtypes.
 
     Raises:
-      ValueError: a parameter that is not there, or has another shape; a name under the prefix
-        that belongs to none (running statistics, for one); a layer without torch names.
-      TypeError: a value that NumPy cannot read, as torch's bfloat16.
+      ValueError: a parameter that is missing or has another shape; a name under the prefix that
+        belongs to no parameter (running statistics, for example); a layer without torch names.
+      TypeError: a value that NumPy cannot read, such as torch's bfloat16.
 
     Example:
       >>> from jaxdp import nn
@@ -59,20 +59,23 @@ def from_torch_state_dict(
         candidates = layer.torch_names.get(where, ())
         if not candidates:
             raise ValueError(
-                f"parameter {'/'.join(where)} must have a torch name, got a layer without: add it "
-                "to the layer's torch_names"
+                f"parameter {'/'.join(where)} must have a torch name, got a layer without. Add it "
+                "to the layer's torch_names."
             )
         # Opacus keeps some arrays under two names.
         found = [each for each in candidates if each.name in given]
         if not found:
             wanted = " or ".join(prefix + each.name for each in candidates)
-            raise ValueError(f"state_dict must hold {wanted}, got {sorted(state_dict)}")
+            raise ValueError(
+                f"state_dict must hold {wanted}, got {sorted(state_dict)}. Name the layer's part "
+                "of it by prefix, and build the layer as the torch layer was built."
+            )
         used |= {each.name for each in found}
         params.append(_converted(found[0], given[found[0].name], leaf))
     if unused := sorted(set(given) - used):
         raise ValueError(
-            f"state_dict must hold nothing but the layer's parameters, got {unused}: name the "
-            "layer's part of it by prefix. Running statistics of a batch norm have no counterpart"
+            f"state_dict must hold nothing but the layer's parameters, got {unused}. Name the "
+            "layer's part of it by prefix. Running statistics of a batch norm have no counterpart."
         )
     return jax.tree.unflatten(treedef, params)
 
@@ -83,15 +86,15 @@ def _converted(source: TorchName, value: Any, leaf: jax.ShapeDtypeStruct) -> jax
     except TypeError as error:
         raise TypeError(
             f"{source.name} must be an array that NumPy can read, got {type(value).__name__} "
-            f"({error}): convert bfloat16 tensors with .float()"
+            f"({error}). Convert bfloat16 tensors with .float()."
         ) from error
     try:
         converted = source.convert(array)
-    except ValueError:  # of a reshape to sizes that do not fit
+    except ValueError:  # from a reshape to sizes that do not fit
         converted = array
     if converted.shape != leaf.shape:
         raise ValueError(
             f"{source.name} must become a parameter of shape {leaf.shape}, got an array of shape "
-            f"{array.shape}: build the layer with the sizes of the torch layer"
+            f"{array.shape}. Build the layer with the sizes of the torch layer."
         )
     return jnp.asarray(converted, leaf.dtype)

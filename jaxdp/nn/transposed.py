@@ -6,12 +6,11 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxdp.nn.convolution import check_channels, layout
+from jaxdp.nn.convolution import Options, checked_options, layout
 from jaxdp.nn.layer import (
     Layer,
     Params,
     add_bias,
-    check_flags,
     check_input,
     deterministic,
     kernel_and_bias,
@@ -35,6 +34,10 @@ def conv_transpose1d(
 ) -> Layer:
     """Transposed convolution along one axis; see `conv_transpose2d`.
 
+    Args:
+      in_channels, out_channels, kernel_size: as for `conv_transpose2d`.
+      stride, padding, output_padding, dilation, groups, bias: as for `conv_transpose2d`.
+
     Returns:
       A layer of `[W, in_channels] -> [W', out_channels]`.
 
@@ -46,10 +49,10 @@ def conv_transpose1d(
       >>> layer.apply(layer.init(jax.random.key(0)), jax.numpy.ones((5, 3))).shape
       (10, 8)
     """
-    return _conv_transpose(
-        1, in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation,
-        groups, bias,
-    )  # fmt: skip
+    options = checked_options(
+        1, in_channels, out_channels, kernel_size, stride, dilation, groups, bias
+    )
+    return _conv_transpose(options, padding, output_padding)
 
 
 def conv_transpose2d(
@@ -78,9 +81,9 @@ def conv_transpose2d(
 
     Returns:
       A layer of `[H, W, in_channels] -> [H', W', out_channels]`. Parameters: kernel
-      `[kh, kw, in_channels / groups, out_channels]`, as it is correlated with the spread x (that
-      of torch is turned around and transposed), bias `[out_channels]`, of
-      U(±1/√(kh·kw·out_channels/groups)) as torch has them.
+      `[kh, kw, in_channels / groups, out_channels]`, as it is correlated with the dilated x (the
+      kernel of torch is turned around and transposed), bias `[out_channels]`, both from
+      U(±1/√(kh·kw·out_channels/groups)) as in torch.
 
     Raises:
       ValueError: as `conv2d`; an output_padding that is too large.
@@ -90,10 +93,10 @@ def conv_transpose2d(
       >>> layer.apply(layer.init(jax.random.key(0)), jax.numpy.ones((5, 4, 3))).shape
       (10, 8, 8)
     """
-    return _conv_transpose(
-        2, in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation,
-        groups, bias,
-    )  # fmt: skip
+    options = checked_options(
+        2, in_channels, out_channels, kernel_size, stride, dilation, groups, bias
+    )
+    return _conv_transpose(options, padding, output_padding)
 
 
 def conv_transpose3d(
@@ -110,6 +113,10 @@ def conv_transpose3d(
 ) -> Layer:
     """Transposed convolution along three axes; see `conv_transpose2d`.
 
+    Args:
+      in_channels, out_channels, kernel_size: as for `conv_transpose2d`.
+      stride, padding, output_padding, dilation, groups, bias: as for `conv_transpose2d`.
+
     Returns:
       A layer of `[D, H, W, in_channels] -> [D', H', W', out_channels]`.
 
@@ -121,63 +128,52 @@ def conv_transpose3d(
       >>> layer.apply(layer.init(jax.random.key(0)), jax.numpy.ones((2, 3, 4, 3))).shape
       (4, 6, 8, 2)
     """
-    return _conv_transpose(
-        3, in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation,
-        groups, bias,
-    )  # fmt: skip
+    options = checked_options(
+        3, in_channels, out_channels, kernel_size, stride, dilation, groups, bias
+    )
+    return _conv_transpose(options, padding, output_padding)
 
 
-def _conv_transpose(
-    rank: int,
-    in_channels: int,
-    out_channels: int,
-    kernel_size: Size,
-    stride: Size,
-    padding: Size,
-    output_padding: Size,
-    dilation: Size,
-    groups: int,
-    bias: bool,
-) -> Layer:
-    check_channels(in_channels, out_channels, groups)
-    check_flags(bias=bias)
-    window = sizes("kernel_size", kernel_size, rank)
-    steps, spread = sizes("stride", stride, rank), sizes("dilation", dilation, rank)
+def _conv_transpose(options: Options, padding: Size, output_padding: Size) -> Layer:
+    rank, window, groups = options.rank, options.window, options.groups
+    strides, dilations = options.strides, options.dilations
     cut = sizes("padding", padding, rank, least=0)
     behind = sizes("output_padding", output_padding, rank, least=0)
-    if any(extra >= max(s, d) for extra, s, d in zip(behind, steps, spread, strict=True)):
+    if any(extra >= max(s, d) for extra, s, d in zip(behind, strides, dilations, strict=True)):
         raise ValueError(
             f"output_padding must be below the stride or the dilation, got {output_padding} with "
-            f"stride {stride} and dilation {dilation}"
+            f"stride {strides} and dilation {dilations}. Lower it, or raise the stride."
         )
     pads = [
         (d * (k - 1) - p, d * (k - 1) - p + extra)
-        for k, d, p, extra in zip(window, spread, cut, behind, strict=True)
+        for k, d, p, extra in zip(window, dilations, cut, behind, strict=True)
     ]
-    inputs, outputs = in_channels // groups, out_channels // groups
+    inputs, outputs = options.in_channels // groups, options.out_channels // groups
 
     def init(key: jax.Array) -> Params:
         fan_in = outputs * math.prod(window)
-        return kernel_and_bias(key, (*window, inputs, out_channels), fan_in, bias)
+        return kernel_and_bias(key, (*window, inputs, options.out_channels), fan_in, options.bias)
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
-        check_input(f"conv_transpose{rank}d", x, last=in_channels, rank=rank + 1)
+        check_input(f"conv_transpose{rank}d", x, last=options.in_channels, rank=rank + 1)
         lengths = [
             (n - 1) * s + low + high - d * (k - 1) + 1
-            for n, s, k, d, (low, high) in zip(x.shape, steps, window, spread, pads, strict=False)
+            for n, s, k, d, (low, high) in zip(
+                x.shape, strides, window, dilations, pads, strict=False
+            )
         ]
         if min(lengths) < 1:
             raise ValueError(
                 f"conv_transpose{rank}d must have an output, got sizes {lengths} from an input of "
-                f"{tuple(x.shape)}: lower the padding"
+                f"{tuple(x.shape)}. Lower the padding."
             )
         y = lax.conv_general_dilated(
             x[None],
             params["kernel"],
             (1,) * rank,
             pads,
-            lhs_dilation=steps,
-            rhs_dilation=spread,
+            lhs_dilation=strides,
+            rhs_dilation=dilations,
             dimension_numbers=layout(rank),
             feature_group_count=groups,
         )
@@ -189,4 +185,4 @@ def _conv_transpose(
         split = turned.reshape(groups, inputs, outputs, *window)
         return kernel_from_torch(np.moveaxis(split, 1, 2).reshape(-1, inputs, *window))
 
-    return deterministic(init, apply, kernel_and_bias_names(bias, convert))
+    return deterministic(init, apply, kernel_and_bias_names(options.bias, convert))

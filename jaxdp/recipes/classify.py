@@ -5,8 +5,7 @@ import dataclasses
 import hashlib
 import hmac
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,101 +15,39 @@ import numpy as np
 import optax
 
 from jaxdp import accounting, lipschitz, training
-from jaxdp.accounting.checks import check_choice
 from jaxdp.accumulation import accumulate
 from jaxdp.clipping import clip_adaptive, clip_automatic, clip_flat, clip_per_layer
 from jaxdp.distributed import check_agreement, data_parallel, shared_seed
 from jaxdp.noise import add_noise
 from jaxdp.per_sample import per_sample_grads
 from jaxdp.randomness import random_key
+from jaxdp.recipes.configuration import Config
 from jaxdp.recipes.data import Dataset
 from jaxdp.recipes.models import LIPSCHITZ_MODELS, Model, build
-from jaxdp.sampling import PoissonSampler
-from jaxdp.schedules import checked_number
+from jaxdp.sampling import PoissonSampler, Sampler
 from jaxdp.training.arguments import LARGEST_STEPS
 from jaxdp.training.logs import LogFn
 
-CLIP_NAMES = ("flat", "per-layer", "automatic", "adaptive", "none")
-SCHEDULE_NAMES = ("cosine", "constant")
-
-# Of the count of an adaptive clip, relative to the batch size: costs next to nothing.
+# Noise of the count of an adaptive clip, relative to the batch size: it costs little privacy.
 _COUNT_NOISE = 0.05
 
-# Any input may come: a Lipschitz model bounds it itself.
+# Inputs may have any norm: a Lipschitz model bounds them itself.
 _INPUT_BOUND = math.inf
 
 
-@dataclass(frozen=True)
-class Config:
-    """What to train, and with which guarantee.
-
-    Attributes:
-      model: one of `recipes.models.MODEL_NAMES`.
-      epsilon: ε of the whole run; the noise multiplier is calibrated to it.
-      delta: δ.
-      epochs: passes over the data, in expectation.
-      batch_size: expected number of examples per step.
-      clip: one of `CLIP_NAMES`. "none" is for Lipschitz models, whose gradients are bounded by
-        what the model is.
-      threshold: clip norm C of the whole gradient (initial, if adaptive); None for "none", and
-        only there.
-      learning_rate: of SGD with momentum, for gradients averaged over the expected batch.
-      schedule: of the learning rate, one of `SCHEDULE_NAMES`; "cosine" falls to zero over the
-        run, which averages the noise of the last steps away.
-      momentum: in [0, 1).
-      accountant: "pld" or "rdp".
-      microbatch_size: per-sample gradients held at a time; None for a whole physical batch, and
-        where nothing is clipped.
-      seed: in [0, 2³²), for initialisation, sampling and noise. None draws all of them from the
-        operating system: needed for a model that is released, since whoever knows the seed can
-        subtract the noise.
-    """
-
-    model: str
-    epsilon: float
-    delta: float = 1e-5
-    epochs: float = 20.0
-    batch_size: float = 256.0
-    clip: str = "flat"
-    threshold: float | None = None
-    learning_rate: float = 1.0
-    schedule: str = "cosine"
-    momentum: float = 0.9
-    accountant: accounting.AccountantName = "pld"
-    microbatch_size: int | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        checked_number("epochs", self.epochs)
-        checked_number("learning_rate", self.learning_rate)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
-        check_choice("clip", self.clip, CLIP_NAMES)
-        check_choice("schedule", self.schedule, SCHEDULE_NAMES)
-        if self.clip != "none" and self.threshold is None:
-            raise ValueError(f"threshold must be a clip norm for clip {self.clip!r}, got None")
-        for field in ("threshold", "microbatch_size"):
-            if self.clip == "none" and (given := getattr(self, field)) is not None:
-                raise ValueError(
-                    f"{field} must be left out where nothing is clipped (clip 'none'), got {given}"
-                )
-
-
 class Result(NamedTuple):
-    """What came out.
+    """The result of a run.
 
     Attributes:
       params: trained parameters; private, they may be released.
-      accuracy: on the test set, in [0, 1].
+      accuracy: accuracy on the test set, in [0, 1].
       epsilon: ε spent at `config.delta`, as the ledger says.
-      noise_multiplier: σ of the gradients, as the ledger says; the smallest if there were several,
-        NaN where no step was executed.
+      noise_multiplier: σ of the gradients, as the ledger says; the smallest one if there are
+        several, NaN if no step was executed.
       steps: logical steps executed, as the ledger says.
-      stopped_by: why no more were: "steps" or "budget".
-      history: of the run, one dict per epoch.
-      assumptions: what ε rests on, in words.
+      stopped_by: the reason for the end: "steps" or "budget".
+      history: the reports of the run, one dict per epoch.
+      assumptions: the assumptions behind ε, in words.
     """
 
     params: Any
@@ -124,7 +61,7 @@ class Result(NamedTuple):
 
 
 def configuration(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What decides a run and is no secret: of the seed it tells whether there is one.
+    """The settings that decide a run, without secrets: of the seed only whether there is one.
 
     Returns:
       Data for JSON.
@@ -181,14 +118,17 @@ def train(
     """Trains `config.model` on `dataset` within (ε, δ) and evaluates it after every epoch.
 
     Args:
-      config: what to train.
+      config: the model, the guarantee and the hyperparameters.
       dataset: examples and labels.
       log_fn: as in `training.fit`.
       checkpoints: directory to save to and resume from, with the same configuration and data; or
         None.
-      progress: show a bar.
-      devices: over how many of this process the batches are spread; where there are several
-        processes (`jaxdp.distributed.join`), over as many of each.
+      progress: whether to show a bar.
+      devices: number of devices of this process over which the batches are spread; with several
+        processes (`jaxdp.distributed.join`), of each.
+
+    Returns:
+      The `Result`.
 
     Raises:
       ProcessLost: another process has ended.
@@ -208,35 +148,22 @@ def train(
     sampler = _sampler(config, count, shared_seed() if config.seed is None else config.seed)
     sampler = _divided(sampler, sampler.physical_batch_size, rows_at)
     steps = _steps(config, count)
-    total = accounting.calibrate_noise_multiplier(
-        config.epsilon,
-        delta=config.delta,
-        steps=steps,
-        sampling=sampler.scheme,
-        accountant=config.accountant,
-    )
+    total = _calibrated(config, sampler, steps)
     key = random_key() if config.seed is None else jax.random.key(config.seed)
     init_key, chain_key = jax.random.split(key)
     params = jax.jit(model.init)(init_key)
     tx = _chain(config, model, total, steps, params, chain_key)
     accuracy = accuracy_fn(model, dataset.test_x, dataset.test_y)
-    with contextlib.ExitStack() as stack:
-        store = None
-        if checkpoints is not None:
-            with contextlib.closing(training.Checkpoints(checkpoints)) as opened:
-                saved = opened.sampler()
-            seed = sampler.seed
-            if saved is not None:
-                seed = saved.seed
-                sampler = _sampler(config, count, seed if config.seed is None else config.seed)
-                sampler = _divided(sampler, saved.physical_batch_size, rows_at)
-            # Keyed, since a refusal shows it: as it is it would tell whoever guesses one example,
-            # and knows the others, that the guess is right.
-            keyed = hmac.new(f"{seed}".encode(), training_data.encode(), "sha256").hexdigest()
-            opened = training.Checkpoints(
-                checkpoints, configuration=settings | {"training_data": keyed}
-            )
-            store = stack.enter_context(contextlib.closing(opened))
+    seed = sampler.seed
+    saved = _saved_sampler(checkpoints)
+    if saved is not None:
+        seed = saved.seed
+        sampler = _sampler(config, count, seed if config.seed is None else config.seed)
+        sampler = _divided(sampler, saved.physical_batch_size, rows_at)
+    # Keyed, since a refusal shows it: as it is it would tell whoever guesses one example, and knows
+    # the others, that the guess is right.
+    keyed = hmac.new(f"{seed}".encode(), training_data.encode(), "sha256").hexdigest()
+    with _opened(checkpoints, settings | {"training_data": keyed}) as store:
         run = training.fit(
             training.init(params, tx),
             training.make_step(grads_fn, tx),
@@ -260,15 +187,52 @@ def train(
         steps=run.ledger.steps,
         stopped_by=run.stopped_by,
         history=run.history,
-        assumptions={
-            "gradient of one example": _bounded_by(config, model, run.state.params, dataset),
-            "unit of privacy": "one training example, added or removed",
-            "sampling": f"Poisson, rate {sampler.scheme.sampling_rate:.4g} per step",
-            "released": "every iterate, of which this shows the test accuracy (the test set "
-            "counts as public)",
-            "randomness": _randomness(config),
-        },
+        assumptions=_assumptions(config, sampler, model, run.state.params, dataset),
     )
+
+
+def _calibrated(config: Config, sampler: PoissonSampler, steps: int) -> float:
+    """The noise multiplier that spends ε in these steps."""
+    return accounting.calibrate_noise_multiplier(
+        config.epsilon,
+        delta=config.delta,
+        steps=steps,
+        sampling=sampler.scheme,
+        accountant=config.accountant,
+    )
+
+
+def _assumptions(
+    config: Config, sampler: PoissonSampler, model: Model, params: Any, dataset: Dataset
+) -> dict[str, str]:
+    return {
+        "gradient of one example": _bounded_by(config, model, params, dataset),
+        "unit of privacy": "one training example, added or removed",
+        "sampling": f"Poisson, rate {sampler.scheme.sampling_rate:.4g} per step",
+        "released": "every iterate, of which this shows the test accuracy (the test set "
+        "counts as public)",
+        "randomness": _randomness(config),
+    }
+
+
+def _saved_sampler(checkpoints: str | Path | None) -> Sampler | None:
+    """The sampler of the newest checkpoint, if there is one."""
+    if checkpoints is None:
+        return None
+    with contextlib.closing(training.Checkpoints(checkpoints)) as opened:
+        return opened.sampler()
+
+
+@contextlib.contextmanager
+def _opened(
+    checkpoints: str | Path | None, settings: dict[str, Any]
+) -> Iterator[training.Checkpoints | None]:
+    """The checkpoints of a run with these settings, closed at the end; None without a directory."""
+    if checkpoints is None:
+        yield None
+        return
+    with contextlib.closing(training.Checkpoints(checkpoints, configuration=settings)) as store:
+        yield store
 
 
 def _randomness(config: Config) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxdp import lipschitz
 from jaxdp import nn as jaxdp_nn
-from jaxdp.accounting.checks import check_choice
+from jaxdp.checks import check_choice
 from jaxdp.recipes.data import names
 
 

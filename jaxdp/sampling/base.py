@@ -11,9 +11,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxdp.accounting.checks import LARGEST_COUNT, check_integer
 from jaxdp.accounting.draws import BATCHES, Draws
 from jaxdp.accounting.schemes import SamplingScheme
+from jaxdp.checks import LARGEST_COUNT, check_integer
 
 _SEED_BITS = 128
 
@@ -63,6 +63,12 @@ class Sampler(ABC):
         num_examples: n.
         physical_batch_size: rows of one physical batch.
         seed: as secret as the data and the noise key; left out of `repr`.
+
+    Example:
+      >>> from jaxdp.sampling import FixedSizeSampler
+      >>> sampler = FixedSizeSampler(10, batch_size=2, seed=1)
+      >>> isinstance(sampler, Sampler), len(sampler.members(step=0))
+      (True, 2)
     """
 
     kind: ClassVar[str]
@@ -103,7 +109,14 @@ class Sampler(ABC):
 
     @abstractmethod
     def members(self, step: int) -> NDArray[np.intp]:
-        """Indices of the examples that take part in a step ≥ 0."""
+        """Indices of the examples that take part in a step ≥ 0.
+
+        Args:
+          step: number of the step.
+
+        Returns:
+          Indices, int64, in 0..num_examples-1.
+        """
 
     def draw(self, step: int, parts: int = 1) -> tuple[PhysicalBatch, ...]:
         """The logical batch of one step.
@@ -226,6 +239,10 @@ class Sampler(ABC):
         Returns:
             An iterator of (step, physical batch).
 
+        Raises:
+          TypeError: start is no integer.
+          ValueError: start is out of range.
+
         Example:
             >>> from jaxdp.sampling import PoissonSampler
             >>> next(PoissonSampler(20, sampling_rate=0.1, seed=1).batches(start=5))[0]
@@ -249,7 +266,20 @@ class Sampler(ABC):
         return {"kind": self.kind, **asdict(self)}
 
     def words(self, number: int) -> np.random.PCG64:
-        """The stream of raw 64-bit words of a step or an epoch."""
+        """The stream of raw 64-bit words of a step or an epoch.
+
+        Args:
+          number: of the step or the epoch.
+
+        Returns:
+          A bit generator, the same for the same seed, kind and number.
+
+        Example:
+          >>> from jaxdp.sampling import FixedSizeSampler
+          >>> first, again = (FixedSizeSampler(9, batch_size=2, seed=1).words(0) for _ in range(2))
+          >>> first.random_raw() == again.random_raw()
+          True
+        """
         sequence = np.random.SeedSequence(self.seed, spawn_key=(self.stream, number))
         return np.random.PCG64(sequence)
 

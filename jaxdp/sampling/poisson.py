@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxdp.accounting.checks import check_real, shown
 from jaxdp.accounting.schemes import PoissonSampling
+from jaxdp.checks import check_real, shown
 from jaxdp.sampling.base import LARGEST_PHYSICAL, Sampler, check_num_examples
 from jaxdp.sampling.registry import register
 

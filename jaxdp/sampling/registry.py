@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TypeVar
 
-from jaxdp.accounting.checks import check_choice
 from jaxdp.accounting.strict_json import check_keys
+from jaxdp.checks import check_choice
 from jaxdp.sampling.base import Sampler
 
 _Kind = TypeVar("_Kind", bound=type[Sampler])

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jax.sharding import NamedSharding
 
 from jaxdp.accounting import Guarantee, Ledger
-from jaxdp.accounting.checks import (
+from jaxdp.checks import (
     LARGEST_COUNT,
     check_bool,
     check_callable,

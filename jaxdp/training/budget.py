@@ -177,6 +177,12 @@ class Budget:
           noise_multipliers: of the Gaussians that the coming step releases.
           sampling: the scheme that draws its batch.
           draws: what the coming step will be charged with beside.
+
+        Returns:
+          Whether the ledger stays within the budget with the coming step.
+
+        Raises:
+          TypeError, ValueError: what `Ledger.charge` refuses.
         """
         sigma, drawn = combined_noise_multiplier(noise_multipliers), check_draws(draws)
         grant = self._grant

@@ -25,8 +25,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxdp.accounting import Ledger
-from jaxdp.accounting.checks import check_integer, shown
 from jaxdp.accounting.strict_json import check_keys, parse
+from jaxdp.checks import check_integer, shown
 from jaxdp.sampling import Sampler, sampler_from_dict
 from jaxdp.training.configuration import as_json, differences
 from jaxdp.training.files import check_seal, seal, sync_folder, write_file
@@ -83,6 +83,15 @@ class Checkpoints:
       >>> store = Checkpoints(tempfile.mkdtemp(), configuration={"threshold": 0.1})
       >>> store.configuration() is None  # nothing has been saved
       True
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxdp import FixedSizeSampler, training
+      >>> state = training.init({"w": jnp.zeros(2)}, optax.sgd(0.1))
+      >>> sampler = FixedSizeSampler(10, batch_size=2, seed=1)
+      >>> store.save(state, Ledger(), sampler, history=[])
+      >>> store.sampler() == sampler, store.configuration()
+      (True, {'threshold': 0.1})
+      >>> int(store.restore(state, sampler).state.step)
+      0
       >>> store.close()
     """
 
@@ -165,6 +174,9 @@ class Checkpoints:
         A run whose seed came from the operating system can be resumed only with the sampler that
         was saved: its seed is written nowhere else.
 
+        Returns:
+          The sampler, or None.
+
         Raises:
           ValueError: the checkpoint is damaged.
         """
@@ -178,6 +190,9 @@ class Checkpoints:
 
     def configuration(self) -> Any:
         """The configuration in the newest checkpoint, or None where there is none.
+
+        Returns:
+          What `Checkpoints` was given by the run that saved it, or None.
 
         Raises:
           ValueError: the checkpoint is damaged.
@@ -193,6 +208,9 @@ class Checkpoints:
           sampler: the sampler of the run, which must be the one that was saved.
           data: a digest of what it trains on, which must be the one that was saved, where both
             are known.
+
+        Returns:
+          State, ledger and history, or None.
 
         Raises:
           ValueError: an array of the state has no entries; the checkpoint belongs to another

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxdp.accounting.checks import shown
+from jaxdp.checks import shown
 
 LogFn = Callable[[Mapping[str, Any]], None]
 

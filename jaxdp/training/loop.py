@@ -65,9 +65,10 @@ def fit(
     and ends in the same state. What `ledger` holds beyond the saved one is added to it; what the
     saved one was given before is not added again, unless its draws tell that it was released once
     more: charge a release that every start makes anew, such as a clip value that is selected, with
-    its draws. A state that has come as far as the checkpoint is continued as it is given, with its
-    ledger: between two calls you may release something else, change the parameters by it, and
-    charge it. Other data than that of the checkpoint is refused where `data` are arrays, all of
+    its draws. If `state` has
+    executed as many steps as the checkpoint, the run continues from `state` and `ledger` instead:
+    between two calls you may release something else, change the parameters by it, and charge it.
+    Other data than that of the checkpoint is refused where `data` are arrays, all of
     which are read for it.
 
     An exception, Ctrl-C included, leaves state, ledger and history in reach:

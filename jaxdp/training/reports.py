@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxdp.accounting import Ledger
-from jaxdp.accounting.checks import shown
+from jaxdp.checks import shown
 from jaxdp.sampling import Sampler
 from jaxdp.training.arguments import Plan
 from jaxdp.training.step import StepMetrics, TrainState

@@ -24,6 +24,13 @@ class Run(NamedTuple):
         samples_per_second, and what `evaluate` returned. Loss, nonfinite and samples_per_second
         come from raw training data and are NOT private.
       stopped_by: "steps" or "budget"; or the name of the exception, such as "KeyboardInterrupt".
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxdp import training
+      >>> state = training.init(jnp.zeros(2), optax.sgd(0.1))
+      >>> Run(state, Ledger(), history=[], stopped_by="steps").ledger.steps
+      0
     """
 
     state: TrainState

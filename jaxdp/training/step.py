@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.accounting.checks import check_bool, check_callable, check_instance
 from jaxdp.bounded import Bounded, Groups
+from jaxdp.checks import check_bool, check_callable, check_instance
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.problem import check_arrays, merged_tree, with_gradient
 from jaxdp.released import executed_noise_multipliers
+from jaxdp.trees import path_name
 
 
 class TrainState(NamedTuple):
@@ -23,6 +24,12 @@ class TrainState(NamedTuple):
       params: the parameters.
       opt_state: state of the optax chain; the noise keys live here.
       key: randomness of the model (dropout), see `example_keys` of `make_step`; not of the noise.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> state = init({"w": jnp.zeros(2)}, optax.sgd(0.1))
+      >>> print(state.step, state.params["w"])
+      0 [0. 0.]
     """
 
     step: jax.Array
@@ -38,6 +45,12 @@ class StepMetrics(NamedTuple):
       loss_sum: Σ of the losses of its samples, float scalar.
       samples: how many rows held a sample, int32 scalar. The realised batch size is a secret.
       nonfinite: how many samples counted for nothing, their gradient not being finite, int32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> metrics = StepMetrics(jnp.float32(3), samples=jnp.int32(2), nonfinite=jnp.int32(0))
+      >>> print(metrics.loss_sum, metrics.samples)
+      3.0 2
     """
 
     loss_sum: jax.Array
@@ -54,6 +67,15 @@ class Step(NamedTuple):
       noise_multipliers: `(state, batch) -> float32 [R]`, of the R Gaussians that the coming
         logical step will release, for the ledger. Runs nothing but the schedules: of `batch` only
         the shapes matter.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxdp
+      >>> tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(1.0, jax.random.key(0)))
+      >>> step = make_step(jaxdp.per_sample_grads(lambda params, x: params @ x), tx)
+      >>> mask = jnp.ones(3, bool)
+      >>> state, metrics = step.run(init(jnp.ones(2), tx), jnp.ones((3, 2)), mask, True)
+      >>> print(state.step, metrics.samples)
+      1 3
     """
 
     run: Callable[[TrainState, Any, ArrayLike, ArrayLike], tuple[TrainState, StepMetrics]]
@@ -75,6 +97,9 @@ def init(
       tx: the optax chain.
       key: randomness of the model, of threefry (`jax.random.key(seed, impl="threefry2x32")`), whose
         keys draw apart from each other in a batch; default that of seed 0.
+
+    Returns:
+      A state with copies of the parameters, after zero steps.
 
     Raises:
       TypeError: a parameter is a random key, or an attribute that is a Python number.
@@ -192,7 +217,7 @@ def _updated(params: Any, updates: Any, groups: Groups) -> Any:
         if jnp.shape(update) != jnp.shape(leaf):
             raise ValueError(
                 "an update must have the shape of its parameter, got "
-                f"{jnp.shape(update)} for {jax.tree_util.keystr(path, simple=True, separator='/')} "
+                f"{jnp.shape(update)} for {path_name(path)} "
                 f"of shape {jnp.shape(leaf)}: every leaf must pass the clip and jaxdp.add_noise, "
                 "which a branch of optax.partition or optax.masked may lack"
             )

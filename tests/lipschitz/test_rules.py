@@ -193,7 +193,7 @@ REFUSED = {
     "a kernel that depends on the example": (
         lambda w, x: jax.lax.conv(w[None, None], x[None, None], (1,), "SAME"),
         NotImplementedError,
-        "clip instead",
+        "Clip instead",
     ),
     "half precision": (
         lambda w, x: (w * x).astype(jnp.bfloat16).astype(jnp.float32),

@@ -387,7 +387,7 @@ def selecting(**changes: Any) -> Any:
         (
             lambda: COUNTS(loss_fn, 1.0, [1.0], leaf="clip")(PARAMS, batch()),
             ValueError,
-            "got 'clip': the scalars here are .'clip/clip_value'",
+            "got 'clip'. The scalars here are .'clip/clip_value'",
         ),
         (
             lambda: COUNTS(loss_fn, 1.0, [1.0], leaf="0/kernel")(PARAMS, batch()),

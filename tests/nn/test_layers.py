@@ -202,7 +202,7 @@ def test_bad_arguments_are_refused(call: Any, error: type[Exception], sentence: 
 MISFITS: list[tuple[nn.Layer, Any, dict[str, Any], type[Exception], str]] = [
     (nn.linear(3, 2), jnp.ones(4), {}, ValueError, r"\[\.\.\., 3\].* got \(4,\)"),
     (nn.conv2d(3, 2, 1), jnp.ones((5, 8, 8, 3)), {}, ValueError, "without a batch axis"),
-    (nn.conv2d(3, 2, 1), jnp.ones((3, 8, 8)), {}, ValueError, "channels come last"),
+    (nn.conv2d(3, 2, 1), jnp.ones((3, 8, 8)), {}, ValueError, "Channels come last"),
     (nn.embedding(5, 2), jnp.ones(3), {}, TypeError, "integer ids, got float32"),
     (nn.layer_norm((2, 3)), jnp.ones((3, 2)), {}, ValueError, r"\(2, 3\), got \(3, 2\)"),
     (nn.instance_norm(3), jnp.ones((1, 3)), {}, ValueError, "more than one position"),

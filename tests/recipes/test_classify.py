@@ -10,7 +10,7 @@ import pytest
 
 from jaxdp import accounting, training
 from jaxdp.recipes import classify
-from jaxdp.recipes.classify import CLIP_NAMES, Config
+from jaxdp.recipes.configuration import CLIP_NAMES, Config
 from jaxdp.recipes.data import Dataset
 
 GENERATOR = np.random.default_rng(0)

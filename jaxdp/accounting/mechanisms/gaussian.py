@@ -23,7 +23,6 @@ import numpy as np
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from numpy.typing import NDArray
 
-from jaxdp.accounting.checks import check_integer, shown
 from jaxdp.accounting.draws import BATCHES, EPOCHS, Draws, check_draws
 from jaxdp.accounting.epochs import EpochSteps, participations
 from jaxdp.accounting.mechanisms.base import (
@@ -45,6 +44,7 @@ from jaxdp.accounting.schemes import (
     combined_noise_multiplier,
     scheme_from_dict,
 )
+from jaxdp.checks import check_integer, shown
 
 MOST_SAMPLED_STEPS = 10_000_000
 """More equal sampled steps than this are not composed with "pld"."""

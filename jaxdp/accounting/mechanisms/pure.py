@@ -21,11 +21,11 @@ from dp_accounting.pld.privacy_loss_distribution import (
 )
 from numpy.typing import NDArray
 
-from jaxdp.accounting.checks import check_real, shown
 from jaxdp.accounting.draws import Draws, check_draws
 from jaxdp.accounting.mechanisms.base import Counted, Entry, Losses, Mechanism, alike
 from jaxdp.accounting.question import Question, RelationName
 from jaxdp.accounting.schemes import PoissonSampling, scheme_from_dict
+from jaxdp.checks import check_real, shown
 
 # A pure release of a larger ε is counted as one without noise: e^2ε would leave the floats.
 _LARGEST_EPSILON = 300.0

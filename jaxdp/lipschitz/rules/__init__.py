@@ -1,4 +1,4 @@
-"""How bounds go through the primitives of JAX, one file per family."""
+"""The bound rules of the primitives of JAX, one file per family."""
 
 # Imported for their rules, which they register.
 from jaxdp.lipschitz.rules import elementwise as elementwise

@@ -1,4 +1,4 @@
-"""Functions of one entry, and arithmetic entry by entry."""
+"""Bound rules of functions of one entry, and of arithmetic entry by entry."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +22,14 @@ def _monotone(
     *,
     units: int = 0,
 ) -> BoundRule:
-    r"""Of an increasing function φ, entry by entry.
+    """The rule of an increasing function φ that acts entry by entry.
 
     Args:
       fun: φ.
       slope: an upper bound on |φ'| between the bounds of x.
       at_zero: φ(0), if the slope holds between zero and x, too: then
         ‖φ(x)‖ ≤ slope · ‖x‖ + √n |φ(0)|.
-      units: by how many u more than other functions it is off.
+      units: its error beyond that of other functions, in units of u.
     """
 
     def rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
@@ -45,7 +45,7 @@ def _monotone(
 
 
 def _step(fun: Callable[[jax.Array], jax.Array]) -> BoundRule:
-    """Of an increasing function without slope."""
+    """The rule of an increasing function that is constant between its jumps."""
 
     def rule(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
         (x,) = values
@@ -55,12 +55,12 @@ def _step(fun: Callable[[jax.Array], jax.Array]) -> BoundRule:
 
 
 def _inverse(x: jax.Array) -> jax.Array:
-    """A bound on the reciprocal of what is at least that, infinite at zero."""
+    """A bound on the reciprocal of numbers that are at least x; infinite at zero."""
     return jnp.where(x > 0, jnp.maximum(1 / x, TINY), jnp.inf)
 
 
 def _positive(x: Value) -> jax.Array:
-    """The least that x can be, zero if that is not positive: slopes become infinite there."""
+    """The least value of x, or zero if that is not positive: there slopes become infinite."""
     return jnp.maximum(x.low, 0)
 
 
@@ -131,7 +131,7 @@ def _power(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pul
     exponent = eqn.params.get("y", 2)
     if exponent < 1:
         raise NotImplementedError(
-            f"no bound is known for x ** {exponent} ({eqn.source}): write it as a division"
+            f"no bound is known for x ** {exponent} ({eqn.source}). Write it as a division."
         )
     slope = power(x.largest, exponent - 1)
     norm = times(x.norm, slope)
@@ -144,7 +144,7 @@ def _power(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pul
 
 
 def _lower_power(x: jax.Array, exponent: int) -> jax.Array:
-    """A lower bound on the power of what is at least x, which is of either sign if it is odd."""
+    """A lower bound on a power of numbers that are at least x; x may be negative for odd powers."""
     below = -power(jnp.maximum(-x, 0), exponent)
     return jnp.where(x < 0, below, x**exponent * (1 - gamma(2 * exponent)))
 
@@ -250,19 +250,19 @@ def _select(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pu
 
 
 def _is_chosen(which: Value, number: int) -> jax.Array:
-    """Whether any entry comes from the case of that number: all may, where nothing is known."""
+    """Whether any entry comes from the case of that number; True where the choice is not known."""
     if which.array is None:
         return jnp.ones((), bool)
     return jnp.any(jnp.asarray(which.array).astype(jnp.int32) == number)
 
 
 def _least_size(x: Value) -> jax.Array:
-    """The least absolute value of an entry: zero, unless all have one sign."""
+    """A lower bound on the absolute value of every entry: zero unless all entries have one sign."""
     return jnp.maximum(jnp.maximum(x.low, -x.high), 0)
 
 
 def _corners(x: Value, y: Value) -> tuple[jax.Array, jax.Array]:
-    """The interval of products."""
+    """The interval of the products of entries of x and y."""
     pairs = [(a, b) for a in (x.low, x.high) for b in (y.low, y.high)]
     products = jnp.stack([a * b for a, b in pairs])
     products = jnp.where(jnp.isnan(products), 0, products)  # 0 · ∞: then the norm is infinite
@@ -273,25 +273,26 @@ def _corners(x: Value, y: Value) -> tuple[jax.Array, jax.Array]:
 
 
 def _copies(eqn: Equation, values: Sequence[Value]) -> list[float]:
-    """By how much the norm of each operand grows because its entries meet several others: scalars,
-    and axes of one, are not always broadcast by an equation of their own."""
+    """The factor by which the norm of each operand grows because its entries meet several entries
+    of the other: scalars and axes of length one need not be broadcast by an equation of their own.
+    """
     size = eqn.outputs[0].size
     return [math.sqrt(size / value.size) if value.size else 1.0 for value in values]
 
 
 def _as_often_as_met(copies: Sequence[float]) -> PullBack:
-    """The cotangent of the output to every operand, as often as its entries meet others."""
+    """Pulls the cotangent of the output back to every operand, as often as its entries are used."""
     return lambda cotangents: [scaled(cotangents[0], _met(many)) for many in copies]
 
 
 def _met(copies: float) -> float:
-    """The norm of a sum over copies squared, relative to that of its terms, as it is rounded."""
+    """The norm of a sum over copies² terms relative to that of its terms, rounding included."""
     return copies * (1 + gamma(round(copies**2)))
 
 
 def _weighing(copies: float, other: Value) -> jax.Array:
-    """How much a product with another array lengthens the cotangent of an operand: entry by entry,
-    or, where one entry meets several, by what it meets (Cauchy-Schwarz)."""
+    """The factor by which a product with another array lengthens the cotangent of an operand: the
+    largest entry, or, where one entry meets several, their norm (Cauchy-Schwarz)."""
     if copies == 1:
         return other.largest
     return jnp.minimum(times(copies, other.largest), other.norm) * (_met(copies) / copies)

@@ -1,4 +1,4 @@
-"""Look-ups."""
+"""Bound rules of look-ups."""
 
 import math
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ def _gather(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pu
         fill is not None and math.isfinite(fill)
     ):
         raise NotImplementedError(
-            f"no bound is known for a look-up that gives NaN outside of the table ({eqn.source}): "
-            'use x.at[index].get(mode="clip"), or fill_value=0'
+            f"no bound is known for a look-up that gives NaN outside of the table ({eqn.source}). "
+            'Use x.at[index].get(mode="clip"), or fill_value=0.'
         )
     repeats = _repeats(eqn, x, index)
     low, high = x.low, x.high
@@ -37,12 +37,12 @@ def _gather(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pu
 
 
 def _windows(eqn: Equation) -> int:
-    """How many windows are looked up."""
+    """The number of windows that are looked up."""
     return eqn.outputs[0].size // max(math.prod(eqn.params["slice_sizes"]), 1)
 
 
 def _repeats(eqn: Equation, x: Value, index: Value) -> jax.Array:
-    """The root of how often an entry can be looked up: the operator norm of the look-up."""
+    """The operator norm of the look-up: the root of how often an entry can be looked up."""
     if index.array is None:
         return jnp.sqrt(jnp.float32(_windows(eqn)))
     ones = jnp.ones(x.shape, jnp.float32)
@@ -52,7 +52,7 @@ def _repeats(eqn: Equation, x: Value, index: Value) -> jax.Array:
 
 
 def _longest_window(eqn: Equation, table: jax.Array) -> jax.Array:
-    """The largest norm of what is looked up at once, if that is all of some axes; else of all."""
+    """The largest norm of one window that is whole along some axes; else the norm of the table."""
     sizes = eqn.params["slice_sizes"]
     whole = tuple(axis for axis, size in enumerate(sizes) if size == table.shape[axis])
     if any(size != 1 for axis, size in enumerate(sizes) if axis not in whole):

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions."""
+"""Bound rules of matrix products and convolutions."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def _dot(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
     )
 
     def back(bound: Cotangent, gain: jax.Array, other: Value, summed: Sequence[int]) -> Cotangent:
-        """The cotangent times the other operand, whose free axes it is summed over."""
+        """The bound on the cotangent times the other operand, summed over the free axes of that."""
         # Entry by entry a product is off in proportion to the product of absolute values, whose
         # norm is at most that of all entries.
         if bound is not None and other.unknown:
@@ -52,7 +52,7 @@ def _size(value: Value, axes: Sequence[int]) -> int:
 
 
 def _gain(value: Value, contract: Sequence[int], batch: Sequence[int]) -> jax.Array:
-    """By how much a product with this matrix lengthens the other one, or a cotangent."""
+    """The factor by which a product with this matrix lengthens the other operand or a cotangent."""
     array = value.array
     if array is None:
         return value.norm  # the Frobenius norm bounds the operator norm
@@ -72,7 +72,7 @@ def _convolution(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range
     if kernel.array is None or eqn.params["batch_group_count"] != 1:
         raise NotImplementedError(
             f"no bound is known for a convolution with a kernel that depends on the example "
-            f"({eqn.source}): clip instead (jaxdp.clip_flat)"
+            f"({eqn.source}). Clip instead (jaxdp.clip_flat)."
         )
     _, axes, out_axes = eqn.params["dimension_numbers"]
     stride, dilation = eqn.params["window_strides"], eqn.params["rhs_dilation"]

@@ -1,4 +1,4 @@
-"""Sums and extrema, over axes and over windows."""
+"""Bound rules of sums and extrema, over axes and over windows."""
 
 import math
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def _sum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullB
 
 
 def _most(high: jax.Array, count: int) -> jax.Array:
-    """A bound on the sum of so many entries, none above that: where it is below zero, so are all
-    partial sums, and rounding takes a share of it."""
+    """A bound on the sum of `count` entries, none of which is above `high`. Where `high` is below
+    zero, so are all partial sums, and rounding takes a share of it."""
     return count * high * jnp.where(high > 0, 1 + gamma(count), 1 - gamma(count))
 
 
@@ -64,14 +64,14 @@ def _window_extremum(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[R
     ):
         raise NotImplementedError(
             f"no bound is known for {eqn.name} with windows that may lie in the padding alone "
-            f"({eqn.source}): pad by less than the window, without dilation"
+            f"({eqn.source}). Pad by less than the window, without dilation."
         )
     gain = math.sqrt(_multiplicity(eqn)) * (1 + gamma(_multiplicity(eqn)))
     return [Range(gain * x.norm, x.low, x.high)], lambda cotangents: [scaled(cotangents[0], gain)]
 
 
 def _multiplicity(eqn: Equation) -> int:
-    """In how many windows an entry lies, at most."""
+    """The largest number of windows that an entry lies in."""
     names = ("window_dimensions", "window_strides", "window_dilation")
     window, strides, dilation = (eqn.params[name] for name in names)
     return patch_multiplicity(window, strides, dilation, eqn.outputs[0].shape)

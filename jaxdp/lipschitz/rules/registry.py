@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdp.accounting.checks import check_bool, check_callable, check_instance
+from jaxdp.checks import check_bool, check_callable, check_instance
 from jaxdp.engine.walker import Equation
 from jaxdp.lipschitz.rounding import up
 from jaxdp.lipschitz.value import INFINITE, UNKNOWN, Cotangent, Range, Value, is_infinite
@@ -20,14 +20,14 @@ BoundRule = Callable[[Equation, Sequence[Value]], tuple[Sequence[Range], PullBac
 
 
 class Registered(NamedTuple):
-    """A rule, and what is done beside it.
+    """A rule with its flags.
 
     Attributes:
       rule: the rule.
-      whole: whether it is right for operands that may be infinite or NaN, too. Else nothing is
-        known of what comes out, or goes back, where one may be.
-      exact: whether nothing is rounded. Else its bounds are made larger by what one equation is
-        rounded by.
+      whole: whether the rule is right for operands that may be infinite or NaN. Without it such an
+        operand leaves no bound on outputs and cotangents.
+      exact: whether the primitive rounds nothing. Without it the bounds are made larger by the
+        rounding error of one equation.
     """
 
     rule: BoundRule
@@ -35,11 +35,11 @@ class Registered(NamedTuple):
     exact: bool = False
 
     def guarded(self, values: Sequence[Value]) -> bool:
-        """Whether the operands must be finite, and one is known to be no such."""
+        """Whether the operands must be finite, and one is known to be unbounded."""
         return not self.whole and any(value.unknown for value in values)
 
     def ranges(self, found: Sequence[Range], values: Sequence[Value]) -> Sequence[Range]:
-        """Of the outputs, with what is done beside."""
+        """The ranges of the outputs, loosened as the flags demand."""
         if any(value.unknown for value in values):
             return [UNKNOWN for _ in found]
         doubt = self._doubt(values)
@@ -52,7 +52,7 @@ class Registered(NamedTuple):
         ]
 
     def back(self, pull_back: PullBack, values: Sequence[Value]) -> PullBack:
-        """Of the cotangents, with what is done beside."""
+        """The pull-back of cotangents, loosened as the flags demand."""
 
         def guarded(bounds: Sequence[Cotangent]) -> Sequence[Cotangent]:
             found = pull_back(bounds)
@@ -83,27 +83,31 @@ _RULES: dict[str, Registered] = {}
 def register_bound_rule(
     *primitives: str, whole: bool = False, exact: bool = False
 ) -> Callable[[BoundRule], BoundRule]:
-    r"""Decorator: says how bounds go through a primitive.
+    """Registers the decorated function as the bound rule of primitives.
 
-    For a primitive $y = f(x_1, \dots, x_n)$ the rule is given the equation and what is known of
-    the operands, for every example at once, and answers what holds of y for all of them; then,
-    for every bound G on the cotangent of y, bounds on the cotangents
-    $\lVert J_i^\top g \rVert_2$, $\lVert g \rVert_2 \le G$, of the operands. An operand that is a
-    parameter is one like the others: its cotangent is its gradient.
+    For a primitive y = f(x_1, …, x_n) the rule receives the equation and the values of the
+    operands, which hold for every example. It returns a range of y that holds for every example,
+    and a function from a bound G on the cotangent of y to bounds on the cotangents of the operands:
+    on ‖J_iᵀ g‖ for all g with ‖g‖ ≤ G, where J_i is the Jacobian of y with respect to x_i. A
+    parameter is an operand like the others: its cotangent is its gradient.
 
-    Where an operand may be infinite or NaN the rule is overruled: nothing is known of what comes
-    out, and no cotangent of an operand is bounded. What it answers is made larger by 2⁻¹⁹, for the
-    rounding of one equation without a sum and of the rule's own arithmetic; the rounding of a sum
-    is the rule's to add (`jaxdp.lipschitz.rounding`).
+    Where an operand may be infinite or NaN, the answer of the rule is ignored: the outputs and the
+    cotangents of the operands have no bounds. Otherwise the bounds of the rule are made larger by
+    2⁻¹⁹, for the rounding of one equation without a sum and of the rule's own arithmetic. The rule
+    itself adds the rounding of a sum (`jaxdp.lipschitz.rounding`).
 
     A rule is a claim that nobody checks when it is used: a bound that is too small is a leak.
-    Hold it against `jaxdp.lipschitz.falsify`. Cotangents that are None are zero; the rule is not
-    asked if all are.
+    Hold it against `jaxdp.lipschitz.falsify`. A cotangent that is None is zero; the rule is not
+    called if all cotangents are.
 
     Args:
-      *primitives: their names, as a jaxpr shows them. A rule that exists is replaced.
-      whole: the rule answers for operands that may be infinite or NaN, too: it is not overruled.
-      exact: the primitive only moves entries: what the rule answers is left as it is.
+      *primitives: names of the primitives, as a jaxpr shows them. An existing rule is replaced.
+      whole: whether the rule is right for operands that may be infinite or NaN. Then its answer is
+        never ignored.
+      exact: whether the primitive only moves entries. Then its bounds are not made larger.
+
+    Returns:
+      A decorator that registers a `BoundRule` and returns it as it is.
 
     Returns:
       The decorator; it returns the rule as it is.
@@ -142,12 +146,12 @@ def rule_of(eqn: Equation) -> Registered:
     """The rule of an equation's primitive.
 
     Raises:
-      NotImplementedError: there is none.
+      NotImplementedError: the primitive has no rule.
     """
     if eqn.name not in _RULES:
         raise NotImplementedError(
-            f"no bound is known for the primitive {eqn.name} ({eqn.source}): use another function, "
+            f"no bound is known for the primitive {eqn.name} ({eqn.source}). Use another function, "
             "declare the one around it (jaxdp.lipschitz.declare), add a rule "
-            "(jaxdp.lipschitz.register_bound_rule), or clip instead (jaxdp.clip_flat)"
+            "(jaxdp.lipschitz.register_bound_rule), or clip instead (jaxdp.clip_flat)."
         )
     return _RULES[eqn.name]

@@ -1,4 +1,4 @@
-"""Primitives that move entries around, and change none of them."""
+"""Bound rules of primitives that move entries, and change none of them."""
 
 import math
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def _convert(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], P
 
 @register_bound_rule("bitcast_convert_type")
 def _bits(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], PullBack]:
-    # Of random bits, which become any number, and have no gradient.
+    # Random bits may become any number, and have no gradient.
     return [UNKNOWN], lambda cotangents: [None]
 
 
@@ -86,7 +86,7 @@ def _update(eqn: Equation, values: Sequence[Value]) -> tuple[Sequence[Range], Pu
 
 
 def side_by_side(values: Sequence[Value]) -> Range:
-    """Of arrays put together into one."""
+    """The range of several arrays put together into one."""
     if any(value.unknown for value in values):
         return UNKNOWN
     if not values:

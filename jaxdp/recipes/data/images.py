@@ -109,7 +109,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def load_npz(name: str, path: Path, test_fraction: float) -> Dataset:
-    """Arrays ``x_train, y_train, x_test, y_test``, or ``x, y``."""
+    """Arrays `x_train, y_train, x_test, y_test`, or `x, y`."""
     arrays = _read_npz(path)
     if any(key in arrays for key in _SPLIT_KEYS):
         return _dataset(name, *_pick(path, arrays, _SPLIT_KEYS))

@@ -18,22 +18,31 @@ def load(name_or_path: str | os.PathLike[str], *, test_fraction: float = 0.2) ->
     """Loads a labelled data set by name, or images from a directory or a file.
 
     Args:
-      name_or_path: ``"digits"``, ``"mnist-sample"``, ``"names"``, a directory that holds
-        ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte`` and
-        ``t10k-labels-idx1-ubyte`` (each plain or with ``.gz``; Debian's package
-        dataset-fashion-mnist installs such a directory), or an ``.npz`` file. Images are
-        ``[N, H, W]`` or ``[N, H, W, C]``: uint8 (divided by 255), uint16 (divided by 65535) or
-        floats in [0, 1]. Labels are non-negative integers ``[N]``.
+      name_or_path: `"digits"`, `"mnist-sample"`, `"names"`, a directory that holds
+        `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte` and
+        `t10k-labels-idx1-ubyte` (each plain or with `.gz`; Debian's package
+        dataset-fashion-mnist installs such a directory), or an `.npz` file. Images are
+        `[N, H, W]` or `[N, H, W, C]`: uint8 (divided by 255), uint16 (divided by 65535) or
+        floats in [0, 1]. Labels are non-negative integers `[N]`.
       test_fraction: the share of the rows, strictly between 0 and 1, kept for testing where the
         source has no test part of its own; the split is the same in every run.
 
     Returns:
-      A ``Dataset``.
+      A `Dataset`.
 
     Raises:
       DataError: the name is unknown; a file is missing, cannot be read, or does not hold what its
         header promises; images and labels disagree in number; a shape, dtype, pixel or label is
         out of the ranges above; a package that ships the data is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np
+      >>> file = tempfile.NamedTemporaryFile(suffix=".npz")
+      >>> np.savez(file.name, x=np.zeros((10, 8, 8), np.uint8), y=np.arange(10) % 2)
+      >>> load(file.name).train_x.shape
+      (8, 8, 8, 1)
+      >>> file.close()
     """
     if not 0.0 < test_fraction < 1.0:
         raise DataError(

@@ -38,7 +38,7 @@ def load_names(name: str, test_fraction: float) -> Dataset:
 
 
 def encode(names: Sequence[str]) -> NDArray[np.int32]:
-    """Character ids ``[N, LENGTH]``."""
+    """Character ids `[N, LENGTH]`."""
     rows = np.zeros((len(names), LENGTH), np.int32)
     for row, name in zip(rows, names, strict=True):
         ids = [_id(character) for character in name.upper()[:LENGTH]]

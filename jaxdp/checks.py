@@ -4,6 +4,9 @@ Every refusal reads "NAME must be RULE, got VALUE. ADVICE": a TypeError where th
 that could never do, a ValueError where another of its kind would. A check returns the value as the
 plain Python type that the rest of the code works with, and is made once, at the public boundary.
 
+Every check takes `name`, the argument's name as the message prints it; `value`, what the caller
+passed; and, where the rule does not say it already, `advice`: one sentence on what to do next.
+
 Numbers may be Python's, NumPy's or arrays of no axes, JAX's included, which are read without
 importing jax. A bool is no number, and text is no sequence.
 
@@ -19,11 +22,14 @@ check_callable   a function
 check_instance   an object of a class
 check_sequence   a list, a tuple or another sequence that is no text
 check_array      a number, or an array of numbers
+check_sizes      lengths of axes, each a positive int32
+check_flags      settings of a layer, each True or False
+check_rate       the probability of a dropout
 ================ =================================================================
 
 Example:
-    >>> check_integer("steps", 3, minimum=0, advice="Pass the number of executed steps.")
-    3
+  >>> check_integer("steps", 3, minimum=0, advice="Pass the number of executed steps.")
+  3
 """
 
 import math
@@ -39,6 +45,9 @@ T = TypeVar("T")
 LARGEST_COUNT = 2**63 - 1
 """The largest count of steps, rows or examples: what an int64 holds."""
 
+LARGEST_SIZE = 2**31 - 1
+"""The longest axis that a layer is asked to have."""
+
 _LONGEST_SEQUENCE = 1_000_000
 _SHOWN = 80
 
@@ -47,14 +56,14 @@ def shown(value: object) -> str:
     """The value as a message prints it: on one line, and cut where it is long.
 
     Args:
-        value: anything.
+      value: anything.
 
     Returns:
-        At most 80 characters.
+      At most 80 characters.
 
     Example:
-        >>> shown("3"), len(shown([0.5] * 1000))
-        ("'3'", 80)
+      >>> shown("3"), len(shown([0.5] * 1000))
+      ("'3'", 80)
     """
     try:
         text = " ".join(repr(value).split())
@@ -88,26 +97,21 @@ def check_integer(
     """Returns `value` as an int, or says why it is not an integer within the bounds.
 
     Args:
-        name: the argument's name, for the message.
-        value: any integer type, NumPy's included, or an array of no axes; bool is refused.
-        minimum: the smallest allowed value, or None.
-        maximum: the largest allowed value, or None.
-        advice: one sentence on what to do next.
-
-    Returns:
-        The value as a Python int.
+      value: any integer type, NumPy's included, or an array of no axes; bool is refused.
+      minimum: the smallest allowed value, or None.
+      maximum: the largest allowed value, or None.
 
     Raises:
-        TypeError: `value` is not an integer.
-        ValueError: `value` is out of the bounds.
+      TypeError: `value` is not an integer.
+      ValueError: `value` is out of the bounds.
 
     Example:
-        >>> check_integer("steps", -1, minimum=0, advice="Count from zero.")
-        Traceback (most recent call last):
-        ValueError: steps must be at least 0, got -1. Count from zero.
-        >>> check_integer("steps", 9, minimum=0, maximum=8, advice="Take fewer.")
-        Traceback (most recent call last):
-        ValueError: steps must be at most 8, got 9. Take fewer.
+      >>> check_integer("steps", -1, minimum=0, advice="Count from zero.")
+      Traceback (most recent call last):
+      ValueError: steps must be at least 0, got -1. Count from zero.
+      >>> check_integer("steps", 9, minimum=0, maximum=8, advice="Take fewer.")
+      Traceback (most recent call last):
+      ValueError: steps must be at most 8, got 9. Take fewer.
     """
     number = _without_axes(value)
     if not _is_number(number, Integral):
@@ -133,28 +137,23 @@ def check_real(
     """Returns `value` as a finite float inside the given bounds, or says which one it breaks.
 
     Args:
-        name: the argument's name, for the message.
-        value: any real number type, NumPy's included, or an array of no axes; bool is refused.
-        minimum: inclusive lower bound.
-        above: exclusive lower bound.
-        maximum: inclusive upper bound.
-        below: exclusive upper bound.
-        advice: one sentence on what to do next.
-
-    Returns:
-        The value as a Python float.
+      value: any real number type, NumPy's included, or an array of no axes; bool is refused.
+      minimum: inclusive lower bound.
+      above: exclusive lower bound.
+      maximum: inclusive upper bound.
+      below: exclusive upper bound.
 
     Raises:
-        TypeError: `value` is not a real number.
-        ValueError: `value` is not finite or breaks a bound.
+      TypeError: `value` is not a real number.
+      ValueError: `value` is not finite or breaks a bound.
 
     Example:
-        >>> import numpy as np
-        >>> check_real("noise_multiplier", np.array(1.5), minimum=0, advice="1.1 is usual.")
-        1.5
-        >>> check_real("delta", 2.0, above=0, below=1, advice="1e-5 is usual.")
-        Traceback (most recent call last):
-        ValueError: delta must be finite, > 0, < 1, got 2.0. 1e-5 is usual.
+      >>> import numpy as np
+      >>> check_real("noise_multiplier", np.array(1.5), minimum=0, advice="1.1 is usual.")
+      1.5
+      >>> check_real("delta", 2.0, above=0, below=1, advice="1e-5 is usual.")
+      Traceback (most recent call last):
+      ValueError: delta must be finite, > 0, < 1, got 2.0. 1e-5 is usual.
     """
     real = _without_axes(value)
     if not _is_number(real, Real):
@@ -182,22 +181,20 @@ def check_reals(
     """Returns one real number, or a sequence of them, as a tuple of floats.
 
     Args:
-        name: the argument's name, for the message.
-        value: a number, an array of no or of one axis, or an iterable of at most 10⁶ numbers.
-        minimum: inclusive lower bound of each.
-        above: exclusive lower bound of each.
-        advice: one sentence on what to do next.
+      value: a number, an array of no or of one axis, or an iterable of at most 10⁶ numbers.
+      minimum: inclusive lower bound of each.
+      above: exclusive lower bound of each.
 
     Returns:
-        At least one float.
+      At least one float.
 
     Raises:
-        TypeError: it is neither a number nor a sequence of numbers.
-        ValueError: there is none, there are too many, or one is not finite or breaks a bound.
+      TypeError: it is neither a number nor a sequence of numbers.
+      ValueError: there is none, there are too many, or one is not finite or breaks a bound.
 
     Example:
-        >>> check_reals("noise_multiplier", [1, 2.5], minimum=0, advice="Pass one for each.")
-        (1.0, 2.5)
+      >>> check_reals("noise_multiplier", [1, 2.5], minimum=0, advice="Pass one for each.")
+      (1.0, 2.5)
     """
     whole = _without_axes(value)
     if not isinstance(whole, Iterable) or isinstance(whole, str | bytes | Mapping):
@@ -218,20 +215,15 @@ def check_bool(name: str, value: object, *, advice: str) -> bool:
     """Returns `value` if it is True or False, NumPy's included.
 
     Args:
-        name: the argument's name, for the message.
-        value: what the caller passed; 0 and 1 are refused.
-        advice: one sentence on what to do next.
-
-    Returns:
-        The value as a Python bool.
+      value: what the caller passed; 0 and 1 are refused.
 
     Raises:
-        TypeError: `value` is no bool.
+      TypeError: `value` is no bool.
 
     Example:
-        >>> check_bool("bias", 1, advice="Leave it out for a bias.")
-        Traceback (most recent call last):
-        TypeError: bias must be True or False, got 1. Leave it out for a bias.
+      >>> check_bool("bias", 1, advice="Leave it out for a bias.")
+      Traceback (most recent call last):
+      TypeError: bias must be True or False, got 1. Leave it out for a bias.
     """
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {shown(value)}. {advice}")
@@ -242,20 +234,15 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
     """Returns `value` if it is one of `choices`.
 
     Args:
-        name: the argument's name, for the message.
-        value: what the caller passed.
-        choices: the allowed strings.
-
-    Returns:
-        The value.
+      choices: the allowed strings.
 
     Raises:
-        TypeError: `value` is no string.
-        ValueError: `value` is not among `choices`.
+      TypeError: `value` is no string.
+      ValueError: `value` is not among `choices`.
 
     Example:
-        >>> check_choice("accountant", "pld", ("pld", "rdp"))
-        'pld'
+      >>> check_choice("accountant", "pld", ("pld", "rdp"))
+      'pld'
     """
     if not isinstance(value, str) or value not in choices:
         allowed = " or ".join(repr(choice) for choice in choices)
@@ -267,21 +254,13 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
 def check_callable(name: str, value: object, *, advice: str) -> Callable[..., Any]:
     """Returns `value` if it can be called.
 
-    Args:
-        name: the argument's name, for the message.
-        value: what the caller passed.
-        advice: one sentence on what to do next.
-
-    Returns:
-        The value.
-
     Raises:
-        TypeError: `value` cannot be called.
+      TypeError: `value` cannot be called.
 
     Example:
-        >>> check_callable("loss_fn", 3, advice="Pass the loss of one example.")
-        Traceback (most recent call last):
-        TypeError: loss_fn must be a function, got 3. Pass the loss of one example.
+      >>> check_callable("loss_fn", 3, advice="Pass the loss of one example.")
+      Traceback (most recent call last):
+      TypeError: loss_fn must be a function, got 3. Pass the loss of one example.
     """
     if not callable(value):
         raise TypeError(f"{name} must be a function, got {shown(value)}. {advice}")
@@ -292,21 +271,15 @@ def check_instance(name: str, value: object, kind: type[T], *, advice: str) -> T
     """Returns `value` if it is an object of a class.
 
     Args:
-        name: the argument's name, for the message.
-        value: what the caller passed.
-        kind: the class.
-        advice: one sentence on what to do next.
-
-    Returns:
-        The value.
+      kind: the class.
 
     Raises:
-        TypeError: `value` is of another class.
+      TypeError: `value` is of another class.
 
     Example:
-        >>> check_instance("x", 3, str, advice="Quote it.")
-        Traceback (most recent call last):
-        TypeError: x must be of type str, got 3. Quote it.
+      >>> check_instance("x", 3, str, advice="Quote it.")
+      Traceback (most recent call last):
+      TypeError: x must be of type str, got 3. Quote it.
     """
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be of type {kind.__name__}, got {shown(value)}. {advice}")
@@ -317,21 +290,19 @@ def check_sequence(name: str, value: object, *, minimum: int = 0, advice: str) -
     """Returns `value` as a tuple if it is a sequence of at least `minimum` entries.
 
     Args:
-        name: the argument's name, for the message.
-        value: a list, a tuple, an array with axes, or another sequence; text is refused.
-        minimum: the smallest allowed length.
-        advice: one sentence on what to do next.
+      value: a list, a tuple, an array with axes, or another sequence; text is refused.
+      minimum: the smallest allowed length.
 
     Returns:
-        The entries, unchecked.
+      The entries, unchecked.
 
     Raises:
-        TypeError: `value` is no sequence.
-        ValueError: it is too short.
+      TypeError: `value` is no sequence.
+      ValueError: it is too short.
 
     Example:
-        >>> check_sequence("layers", [1, 2], advice="Pass the layers in their order.")
-        (1, 2)
+      >>> check_sequence("layers", [1, 2], advice="Pass the layers in their order.")
+      (1, 2)
     """
     is_array = isinstance(getattr(value, "ndim", None), int) and getattr(value, "ndim", 0) > 0
     if not (is_array or isinstance(value, Sequence)) or isinstance(value, str | bytes | bytearray):
@@ -348,21 +319,16 @@ def check_array(name: str, value: T, *, advice: str) -> T:
     """Returns `value` if it is a number or an array of numbers, NumPy's or JAX's, traced or not.
 
     Args:
-        name: the argument's name, for the message.
-        value: what the caller passed; lists are refused, and so are random keys.
-        advice: one sentence on what to do next.
-
-    Returns:
-        The value.
+      value: what the caller passed; lists are refused, and so are random keys.
 
     Raises:
-        TypeError: `value` is no array of numbers.
-        ValueError: `value` is a Python integer that an int32 does not hold.
+      TypeError: `value` is no array of numbers.
+      ValueError: `value` is a Python integer that an int32 does not hold.
 
     Example:
-        >>> check_array("logits", "3", advice="Pass the output of the model.")
-        Traceback (most recent call last):
-        TypeError: logits must be an array of numbers, got '3'. Pass the output of the model.
+      >>> check_array("logits", "3", advice="Pass the output of the model.")
+      Traceback (most recent call last):
+      TypeError: logits must be an array of numbers, got '3'. Pass the output of the model.
     """
     if isinstance(value, int) and not -(2**31) <= value < 2**31:
         raise ValueError(f"{name} must be within int32, got {shown(value)}. {advice}")
@@ -374,3 +340,21 @@ def check_array(name: str, value: T, *, advice: str) -> T:
     if not (is_array or isinstance(value, int | float | complex)):
         raise TypeError(f"{name} must be an array of numbers, got {shown(value)}. {advice}")
     return value
+
+
+def check_sizes(**sizes: object) -> None:
+    """Raises unless all of them are positive integers that an axis may have."""
+    advice = "It is the length of an axis, or a number of parts."
+    for name, size in sizes.items():
+        check_integer(name, size, minimum=1, maximum=LARGEST_SIZE, advice=advice)
+
+
+def check_flags(**flags: object) -> None:
+    """Raises unless all of them are True or False."""
+    for name, flag in flags.items():
+        check_bool(name, flag, advice="It says whether the layer has or does this.")
+
+
+def check_rate(name: str, rate: object) -> None:
+    """Raises unless it is the probability of a dropout."""
+    check_real(name, rate, minimum=0, maximum=1, advice="It is the chance that an entry is zeroed.")
