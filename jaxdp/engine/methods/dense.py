@@ -4,6 +4,9 @@ It materialises the per-sample gradients. Always right, for any JAX program; the
 held against it.
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownMemberType=false
+
 from dataclasses import dataclass
 from typing import ClassVar
 
