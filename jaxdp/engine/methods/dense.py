@@ -99,7 +99,7 @@ class Dense:
                 leaf=name,
                 shape=tuple(leaf.shape),
                 sites="",
-                norms="materialized",
+                form="materialized",
                 flops=2 * count * leaf.size,
                 bytes=count * leaf.size * leaf.dtype.itemsize,
                 reason="method is dense",
