@@ -6,6 +6,13 @@ transformation that turns one into plain arrays:
     PerSampleGrads ── clip_* ──►  Bounded ── add_noise ──► plain arrays ── optax
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+# The functions that make a pytree of it stand beside the class.
+# pyright: reportPrivateUsage=false
+
 from collections.abc import Iterable
 from typing import Any
 
@@ -142,7 +149,7 @@ class Bounded(metaclass=_SpeakingType):
                 f"shape {self.sensitivity.shape} for groups {sorted(used)}"
             )
 
-    def __add__(self, other: "Bounded") -> "Bounded":
+    def __add__(self, other: object) -> "Bounded":
         """Adds the sum over further, disjoint samples: one sample is in one of the two only."""
         if not isinstance(other, Bounded):
             return self._refuse(other)

@@ -14,7 +14,7 @@ from jaxdp.options import Options
 from jaxdp.problem import LossFn, Problem, taken_apart
 from jaxdp.tables import aligned
 
-_HEADER = ("leaf", "shape", "sites", "norms", "MFLOP", "KiB", "reason")
+_HEADER = ("leaf", "shape", "sites", "form", "MFLOP", "KiB", "reason")
 
 
 class Explanation(NamedTuple):
@@ -78,9 +78,10 @@ def explain(
       **kwargs: for the loss.
 
     Returns:
-      The method, and for each leaf its sites, how its norms are computed, floating-point
-      operations and bytes beyond the ordinary gradient of the whole batch (of the rows of one
-      device, where these lie on several), and the reason if it is materialised.
+      The method, and for each leaf its sites, the form of its gradients that the norms are
+      computed from, floating-point operations and bytes beyond the ordinary gradient of the whole
+      batch (of the rows of one device, where these lie on several), and the reason if it is
+      materialised.
 
     Raises:
       TypeError, ValueError: as `per_sample_grads`.
@@ -91,10 +92,10 @@ def explain(
       >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
       >>> print(explain(loss_fn, params, jnp.ones((4, 3))))
       method slots (the fastest)
-      leaf  shape  sites        norms          MFLOP   KiB   reason
+      leaf  shape  sites        form           MFLOP   KiB   reason
       b     2      add          materialized   0.0000  0.03  promoted: add
       w     3×2    dot_general  outer product  0.0000  0.08
-      >>> explain(loss_fn, params, jnp.ones((4, 3))).leaves[1].norms
+      >>> explain(loss_fn, params, jnp.ones((4, 3))).leaves[1].form
       'outer product'
     """
     options = Options(loss_fn, has_aux, method, memory_budget, microbatch_size, trainable, sharding)
@@ -132,4 +133,4 @@ def _explained(options: Options, problem: Problem) -> Explanation:
 def _cells(leaf: LeafExplanation) -> tuple[str, ...]:
     shape = "×".join(map(str, leaf.shape)) or "scalar"
     numbers = (f"{leaf.flops / 1e6:.4f}", f"{leaf.bytes / 1024:.2f}")
-    return (leaf.leaf, shape, leaf.sites, leaf.norms, *numbers, leaf.reason)
+    return (leaf.leaf, shape, leaf.sites, leaf.form, *numbers, leaf.reason)

@@ -5,6 +5,12 @@ grads = grads_fn(params, batch, mask)      # nothing is computed yet
 updates, state = tx.update(grads, state)   # tx begins with one of jaxdp's clips
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

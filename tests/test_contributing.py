@@ -59,7 +59,7 @@ def test_the_example_of_a_new_method(monkeypatch: pytest.MonkeyPatch) -> None:
             loss, params, batch, method="one_by_one", mask=mask, microbatch_size=size
         )
     explanation = jaxdp.explain(loss, params, batch, method="one_by_one", memory_budget=100)
-    assert [leaf.norms for leaf in explanation.leaves] == ["one by one"] * 2
+    assert [leaf.form for leaf in explanation.leaves] == ["one by one"] * 2
     # 16 numbers, whatever the size of the batch.
     assert (explanation.microbatch_size, explanation.reason) == (None, "keeps 64 B")
     with pytest.raises(ValueError, match="one_by_two"):
@@ -70,7 +70,7 @@ def test_the_example_of_a_new_kind_of_site(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(KINDS, "mul", example("Adding a kind of site")["Scale"]())
     params, batch = arguments()
     explanation = jaxdp.explain(loss, params, batch)
-    assert [leaf.norms for leaf in explanation.leaves] == ["summed products"] * 2
+    assert [leaf.form for leaf in explanation.leaves] == ["summed products"] * 2
     assert explanation.leaves[1].sites == "mul in scan of 3"
     for method in ("slots", "taps", "fused"):
         check_against_oracle(loss, params, batch, method=method)

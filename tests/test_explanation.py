@@ -41,7 +41,7 @@ STACK = jax.random.normal(KEY, (3, D, D))
 
 def test_every_leaf_with_its_sites_method_and_reason() -> None:
     explanation = jaxdp.explain(loss, PARAMS, X)
-    found = {leaf.leaf: (leaf.sites, leaf.norms, leaf.reason) for leaf in explanation.leaves}
+    found = {leaf.leaf: (leaf.sites, leaf.form, leaf.reason) for leaf in explanation.leaves}
     assert found == {
         "bias": ("add", "materialized", "promoted: add"),
         "dense": ("dot_general", "gram", ""),
@@ -66,7 +66,7 @@ def test_flops_and_bytes_of_a_product_over_time() -> None:
 def test_the_table_has_one_line_for_each_leaf() -> None:
     first, header, *rows = str(jaxdp.explain(loss, PARAMS, X)).splitlines()
     assert first == "method slots (the fastest)"
-    assert header.split() == ["leaf", "shape", "sites", "norms", "MFLOP", "KiB", "reason"]
+    assert header.split() == ["leaf", "shape", "sites", "form", "MFLOP", "KiB", "reason"]
     assert [row.split()[0] for row in rows] == ["bias", "dense", "derived", "scale", "unused"]
     assert "16×16" in rows[1]
 
@@ -104,7 +104,7 @@ def test_a_small_loss_that_rematerialises_is_tapped() -> None:
     explanation = jaxdp.explain(rematerialised, STACK, X)
     (leaf,) = explanation.leaves
     assert explanation.method == "taps"
-    assert (leaf.sites, leaf.norms) == ("dot_general in scan of 3 in remat", "tap: gram")
+    assert (leaf.sites, leaf.form) == ("dot_general in scan of 3 in remat", "tap: gram")
     assert leaf.bytes == 0
 
 
@@ -115,7 +115,7 @@ def test_an_explicit_method_is_taken(method: str) -> None:
 
 def test_dense_materialises_every_leaf() -> None:
     explanation = jaxdp.explain(loss, PARAMS, X, method="dense")
-    assert {leaf.norms for leaf in explanation.leaves} == {"materialized"}
+    assert {leaf.form for leaf in explanation.leaves} == {"materialized"}
     assert explanation.leaves[1].bytes == 4 * B * D * D
 
 

@@ -1,5 +1,10 @@
 """A threshold that follows a quantile of the norms, by noisy counts of its own."""
 
+# JAX and optax leave some of their types unknown.
+# pyright: reportMissingTypeStubs=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 import math
 from typing import Any, NamedTuple
 

@@ -1,5 +1,9 @@
 """Gradients that are normalised, without a threshold to tune."""
 
+# JAX and optax leave some of their types unknown.
+# pyright: reportMissingTypeStubs=false
+# pyright: reportUnknownVariableType=false
+
 from typing import Any
 
 import jax

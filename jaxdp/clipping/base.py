@@ -1,5 +1,9 @@
 """What all clips have in common: a rule for each logical step, and what comes down the chain."""
 
+# JAX and optax leave some of their types unknown.
+# pyright: reportMissingTypeStubs=false
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,5 +1,8 @@
 """One threshold for all leaves that carry a label."""
 
+# optax leaves some of its types unknown.
+# pyright: reportMissingTypeStubs=false
+
 from collections.abc import Mapping
 from typing import Any
 

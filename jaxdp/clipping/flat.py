@@ -1,5 +1,8 @@
 """One threshold for the whole gradient."""
 
+# optax leaves some of its types unknown.
+# pyright: reportMissingTypeStubs=false
+
 from typing import Any
 
 import jax

@@ -1,5 +1,11 @@
 """One threshold for each leaf."""
 
+# JAX and optax leave some of their types unknown.
+# pyright: reportMissingTypeStubs=false
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from typing import Any
 
 import jax

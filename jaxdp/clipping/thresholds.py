@@ -1,5 +1,9 @@
 """Thresholds of clips: which are accepted, and between which one moves that adapts."""
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer

@@ -14,6 +14,9 @@ for want of a batch. Where the mean is over positions, too, as in a BatchNorm of
 is left: the example normalised by itself, which is told apart.
 """
 
+# NumPy leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
+
 import math
 from collections.abc import Iterator, Sequence
 from itertools import count

@@ -16,7 +16,7 @@ class LeafExplanation(NamedTuple):
       leaf: its path in the parameters.
       shape: its shape.
       sites: the operations where it meets the sample, with the loops that hold them.
-      norms: how its norms are computed.
+      form: of its gradients, which its norms are computed from.
       flops: floating-point operations of that for the batch, beyond the ordinary gradient.
       bytes: kept for it until the norms are known, of the whole batch; what several leaves share
         counts for each.
@@ -26,7 +26,7 @@ class LeafExplanation(NamedTuple):
     leaf: str
     shape: tuple[int, ...]
     sites: str
-    norms: str
+    form: str
     flops: int
     bytes: int
     reason: str
@@ -44,9 +44,9 @@ def explain_leaf(
       tapped: whether its factors are not kept (`methods.taps`).
     """
     pieces = gradients.pieces
-    methods = list(dict.fromkeys(piece.form for piece in pieces)) or ["unused"]
+    forms = list(dict.fromkeys(piece.form for piece in pieces)) or ["unused"]
     arrays = [] if tapped else jax.tree.leaves(pieces)
-    norms = ", ".join(methods)
+    form = ", ".join(forms)
     return LeafExplanation(
         leaf=name,
         shape=tuple(gradients.leaf.shape),
@@ -54,10 +54,10 @@ def explain_leaf(
             f"{site} ×{count}" if count > 1 else site
             for site, count in Counter(map(_site, uses)).items()
         ),
-        norms=f"tap: {norms}" if tapped else norms,
+        form=f"tap: {form}" if tapped else form,
         flops=sum(piece.flops for piece in pieces),
         bytes=sum(array.size * array.dtype.itemsize for array in arrays),
-        reason=_reason(uses) if "materialized" in methods else "",
+        reason=_reason(uses) if "materialized" in forms else "",
     )
 
 

@@ -1,5 +1,8 @@
 """A batch in microbatches: what these need of memory, not what the batch would."""
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownMemberType=false
+
 from typing import Any, NamedTuple
 
 import jax
@@ -56,5 +59,7 @@ class Microbatched(NamedTuple):
 
 
 def _joined(tree: Any, batch: Batch) -> Any:
-    count = batch.mask.shape[0]
-    return jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2)[:count], tree)
+    def joined(leaf: jax.Array) -> jax.Array:
+        return jax.lax.collapse(leaf, 0, 2)[: batch.mask.shape[0]]
+
+    return jax.tree.map(joined, tree)

@@ -1,5 +1,8 @@
 """The plan of a loss: its program, and where its parameters meet the sample."""
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownMemberType=false
+
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple

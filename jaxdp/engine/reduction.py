@@ -1,5 +1,9 @@
 """What every method takes and gives: some rows, and what was made of them."""
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownLambdaType=false
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

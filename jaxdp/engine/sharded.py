@@ -6,6 +6,12 @@ numbers, but for loops over samples it gathers all rows on every device first. T
 mesh are left to XLA.
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

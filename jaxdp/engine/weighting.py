@@ -4,6 +4,9 @@ Every method asks a `Weighting` for the weights of its rows. A clip goes through
 so that what a sample can contribute is decided in one place.
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.engine.weighting import ClipRule, finite_rows, group_norms, sample_weights
+from jaxdp.engine.reduction import Batch
+from jaxdp.engine.weighting import (
+    ClipRule,
+    GivenWeights,
+    Weighting,
+    finite_rows,
+    group_norms,
+    sample_weights,
+)
 
 # What is compiled must round as it does for users.
 pytestmark = pytest.mark.optimized
@@ -123,3 +131,30 @@ def test_a_threshold_that_is_not_a_number_shows() -> None:
 def test_the_largest_threshold_lets_everything_through() -> None:
     weights = sample_weights(rule(thresholds=jnp.array([3e38, 3e38])), NORMS)
     assert np.all(np.asarray(weights) == 1)
+
+
+GIVEN = GivenWeights((0, 0, 0))
+MASK = jnp.array([True, False, True, True])
+
+
+@pytest.mark.parametrize("weighting", [rule(), GIVEN], ids=["rule", "given"])
+def test_neither_padding_nor_a_sample_that_is_not_finite_has_a_weight(weighting: Weighting) -> None:
+    """Whatever their norm, and whatever the caller gives them."""
+    batch = Batch((), MASK, jnp.array([0.5, jnp.nan, jnp.inf, -2.0]))
+    weights = np.asarray(weighting.weights(NORMS.at[2, 1].set(jnp.nan), batch))
+    assert np.all(weights[[1, 2]] == 0)
+    assert np.all(weights[[0, 3]] != 0)
+
+
+def test_given_weights_are_the_same_in_every_leaf() -> None:
+    weights = GIVEN.weights(NORMS, Batch((), MASK, jnp.array([0.5, 1.0, 3.0, -2.0])))
+    assert weights.tolist() == [[0.5] * 3, [0.0] * 3, [3.0] * 3, [-2.0] * 3]
+
+
+def test_the_thresholds_are_the_one_leaf_of_a_rule() -> None:
+    """So that it can go to wherever the rows are, and its thresholds with it."""
+    whole = rule()
+    assert len(jax.tree.leaves(whole)) == 1 and jax.tree.leaves(GIVEN) == []
+    doubled = jax.jit(lambda rule: jax.tree.map(lambda leaf: 2 * leaf, rule))(whole)
+    assert (doubled.groups, doubled.weight) == (whole.groups, whole.weight)
+    assert doubled.thresholds.tolist() == [2.0, 1.0]

@@ -84,7 +84,7 @@ def test_the_engine_recognises_it(name: str) -> None:
     explanation = jaxdp.explain(case.loss_fn, case.params, case.batch)
     assert explanation.method != "dense"
     for leaf in explanation.leaves:
-        materialized = "materialized" in leaf.norms
+        materialized = "materialized" in leaf.form
         assert not materialized or leaf.leaf.rpartition("/")[2] in VECTORS, leaf
 
 

@@ -5,6 +5,9 @@ weighted sums that are asked of them. To add one, write a class with these membe
 own, and register it in `engine.methods`; CONTRIBUTING.md shows how.
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, Self
 

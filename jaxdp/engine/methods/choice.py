@@ -1,5 +1,11 @@
 """Chooses the method for a loss, and how many samples at a time."""
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 import math
 from functools import partial
 from typing import Any, NamedTuple

@@ -4,6 +4,9 @@ It materialises the per-sample gradients. Always right, for any JAX program; the
 held against it.
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownMemberType=false
+
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -95,7 +98,7 @@ class Dense:
                 leaf=name,
                 shape=tuple(leaf.shape),
                 sites="",
-                norms="materialized",
+                form="materialized",
                 flops=2 * count * leaf.size,
                 bytes=count * leaf.size * leaf.dtype.itemsize,
                 reason="method is dense",

@@ -8,6 +8,9 @@ Source: He et al. 2023, "Exploring the Limits of Differentially Private Deep Lea
 Group-wise Clipping".
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownMemberType=false
+
 from dataclasses import dataclass
 from typing import ClassVar
 

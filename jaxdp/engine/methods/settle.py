@@ -5,6 +5,12 @@ zero times NaN is NaN. So rows that do not count are replaced by a row that does
 and if the pass finds rows whose gradient is not finite, it runs again without these.
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

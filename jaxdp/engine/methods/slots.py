@@ -9,6 +9,11 @@ Source: Bu et al. 2023, "Differentially Private Optimization on Large Model at S
 (book-keeping).
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -65,7 +70,11 @@ class Slots:
 
     def kept_bytes(self, batch: Batch) -> int:
         """The factors of all layers: operands and cotangents."""
-        return distinct_bytes(lambda batch: self.leaf_gradients(batch)[0], batch)
+
+        def factors(batch: Batch) -> list[LeafGradients]:
+            return self.leaf_gradients(batch)[0]
+
+        return distinct_bytes(factors, batch)
 
     def explained(
         self, names: list[str], batch: Batch, tapped: Mapping[int, Use] = MappingProxyType({})

@@ -23,6 +23,12 @@ Source: Lee and Kifer 2021, "Scaling up Differentially Private Deep Learning wit
 Gradient Clipping" (a second, reweighted pass).
 """
 
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
