@@ -13,6 +13,7 @@ Example:
 from bisect import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from jaxdp.accounting.checks import (
     check_instance,
@@ -20,7 +21,7 @@ from jaxdp.accounting.checks import (
     check_sequence,
     shown,
 )
-from jaxdp.accounting.strict_json import check_keys
+from jaxdp.accounting.strict_json import check_keys, check_list
 
 BATCHES = "batches"
 """Purpose of the draws of a sampler: who takes part in a step."""
@@ -143,10 +144,8 @@ def draws_from_list(data: object) -> tuple[Draws, ...]:
         >>> draws_from_list([Draws("batches", "5eed", first=7).to_dict()])
         (Draws(purpose='batches', fingerprint='5eed', first=7, count=1),)
     """
-    if not isinstance(data, list):
-        raise ValueError(f"draws must be a JSON list, got {shown(data)}.")
     keys = {"purpose", "fingerprint", "first", "count"}
-    return tuple(Draws(**check_keys("draws", each, keys)) for each in data)  # pyright: ignore[reportArgumentType]  # they check their fields
+    return tuple(Draws(**check_keys("draws", each, keys)) for each in check_list("draws", data))
 
 
 def check_draws(value: object) -> tuple[Draws, ...]:
@@ -180,7 +179,10 @@ def check_draws(value: object) -> tuple[Draws, ...]:
 
 
 def _as_draws(value: object) -> object:
-    return Draws(*value) if isinstance(value, tuple) and len(value) in (3, 4) else value
+    if not isinstance(value, tuple):
+        return value
+    parts = cast(tuple[Any, ...], value)
+    return Draws(*parts) if len(parts) in (3, 4) else parts
 
 
 def joined(

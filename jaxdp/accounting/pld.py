@@ -7,6 +7,8 @@ Example:
     2.943
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 from collections.abc import Sequence
 
