@@ -32,6 +32,8 @@ Example:
   3
 """
 
+# pyright: standard
+
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice

@@ -407,15 +407,23 @@ def test_calibrated_steps_at_the_ends():
     assert calibrate_steps(5.0, noise_multiplier=5.0, at_most=0, **question) == 0
 
 
-@given(st.integers(0, 5000), st.sampled_from([0.5, 1.0, 2.0]), st.integers(0, 6000))
+@given(
+    st.integers(0, 5000),
+    st.sampled_from([0.5, 1.0, 2.0]),
+    st.integers(0, 6000),
+    st.one_of(st.just(1), st.integers(1, 7000)),
+    st.integers(0, 5000),
+)
 @MANY
-def test_largest_count_is_exact_for_any_growth(answer, power, at_most):
+def test_largest_count_is_exact_for_any_growth(answer, power, at_most, near, leap):
+    """Wherever it begins to look, and also where ε is 0 up to a count and leaps up there."""
+
     def epsilon_at(steps: int) -> float:
         assert 0 < steps <= at_most
-        return steps**power
+        return steps**power if steps > leap else 0.0
 
-    found = largest_count(epsilon_at, (answer + 0.5) ** power, at_most)
-    assert found == min(answer, at_most)
+    found = largest_count(epsilon_at, (answer + 0.5) ** power, at_most, near)
+    assert found == min(max(answer, leap), at_most)
 
 
 @pytest.mark.sweep

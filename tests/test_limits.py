@@ -16,7 +16,7 @@ import jaxdp
 from jaxdp import accounting
 from jaxdp.accounting import Guarantee, Ledger, PoissonSampling, ShuffledEpochs
 from jaxdp.accounting.coarsening import rounded_down
-from jaxdp.accounting.composition import epsilon_bound_of, epsilon_of
+from jaxdp.accounting.composition import epsilon_bound_of, epsilon_of, rough_epsilon_of
 from jaxdp.accounting.mechanisms.base import Counted
 from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
 from jaxdp.accounting.one_step import pld_of_gaussian
@@ -146,14 +146,28 @@ def test_an_epsilon_beyond_what_pld_resolves_is_infinite(
     assert 1e4 < accounting.epsilon(sigma, accountant="rdp", **question)
 
 
-@pytest.mark.parametrize("epsilon", [1e-3, 50.0, 1000.0])
-def test_calibration_takes_seconds_at_the_ends(epsilon: float) -> None:
+@pytest.mark.parametrize(
+    ("epsilon", "steps", "rate"),
+    [
+        (1e-3, 1000, 0.01),
+        (50.0, 1000, 0.01),
+        (1000.0, 1000, 0.01),
+        pytest.param(8.0, 10**7, 0.5, marks=pytest.mark.slow),
+    ],
+)
+def test_calibration_takes_seconds_at_the_ends(epsilon: float, steps: int, rate: float) -> None:
+    question: Any = {"delta": DELTA, "steps": steps, "sampling_rate": rate}
     start = time.process_time()
-    sigma = accounting.calibrate_noise_multiplier(
-        epsilon, delta=DELTA, steps=1000, sampling_rate=0.01
-    )
+    sigma = accounting.calibrate_noise_multiplier(epsilon, **question)
     assert time.process_time() - start < 10
-    assert accounting.epsilon(sigma, steps=1000, delta=DELTA, sampling_rate=0.01) <= epsilon
+    assert accounting.epsilon(sigma, **question) <= epsilon
+
+
+@pytest.mark.parametrize(("sigma", "steps"), [(1.1, 250), (190.0, 400_001)])
+def test_a_rough_answer_is_near_the_answer(sigma: float, steps: int) -> None:
+    step = (Counted(SampledGaussian(PoissonSampling(0.5), sigma), steps),)
+    answer = epsilon_of(step, Guarantee(DELTA))
+    assert rough_epsilon_of(step, Guarantee(DELTA)) == pytest.approx(answer, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ Example:
 """
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 from jaxdp.accounting import pld, rdp
 from jaxdp.accounting.coarsening import coarsened
 from jaxdp.accounting.guarantee import Guarantee
 from jaxdp.accounting.mechanisms.base import Counted
-from jaxdp.accounting.question import Question
+from jaxdp.accounting.question import Question, RelationName
 
 # How much coarser the grid of a bound is. A power of two, as `pld.epsilon` needs.
 _BOUND_COARSER = 16
@@ -41,7 +42,7 @@ def epsilon_of(mechanisms: tuple[Counted, ...], guarantee: Guarantee) -> float:
         >>> epsilon_of((), Guarantee(1e-5))
         0.0
     """
-    return _epsilon(mechanisms, guarantee.delta, guarantee.question)
+    return _epsilon(mechanisms, guarantee.delta, guarantee.question, pld.epsilon)
 
 
 @lru_cache(maxsize=4096)
@@ -78,7 +79,8 @@ def epsilon_bound_of(
         True
     """
     smaller = 0.999 * guarantee.delta - 1e-12
-    return _epsilon(mechanisms, smaller, guarantee.question, _BOUND_COARSER, rounded=rounded)
+    bound = partial(pld.epsilon, coarser=_BOUND_COARSER)
+    return _epsilon(mechanisms, smaller, guarantee.question, bound, rounded=rounded)
 
 
 @lru_cache(maxsize=4096)
@@ -107,7 +109,7 @@ def rough_epsilon_of(mechanisms: tuple[Counted, ...], guarantee: Guarantee) -> f
         >>> abs(rough / epsilon_of(steps, Guarantee(1e-5)) - 1) < 0.01
         True
     """
-    return _epsilon(mechanisms, guarantee.delta, guarantee.question, _BOUND_COARSER)
+    return _epsilon(mechanisms, guarantee.delta, guarantee.question, pld.rough_epsilon)
 
 
 @lru_cache(maxsize=4096)
@@ -144,20 +146,19 @@ def _epsilon(
     mechanisms: tuple[Counted, ...],
     delta: float,
     question: Question,
-    coarser: int = 1,
+    by_pld: Callable[[tuple[Counted, ...], float, RelationName], float],
     *,
     rounded: bool = False,
 ) -> float:
-    """Of all three above: on a grid that is so many times coarser, with noise multipliers that may
-    be `rounded` however few they are."""
+    """Of all three above: by "rdp" there is one way, by "pld" each has its own; noise multipliers
+    may be `rounded` however few they are."""
     if not mechanisms:
         return 0.0
     composed = _composed(mechanisms, question, rounded=rounded)
     if composed is None or delta <= 0:
         return math.inf
-    if question.accountant == "rdp":
-        return rdp.epsilon(composed, delta, question.relation)
-    return pld.epsilon(composed, delta, question.relation, coarser=coarser)
+    answer = rdp.epsilon if question.accountant == "rdp" else by_pld
+    return answer(composed, delta, question.relation)
 
 
 def _composed(

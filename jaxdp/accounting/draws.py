@@ -13,8 +13,9 @@ Example:
 from bisect import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
-from jaxdp.accounting.strict_json import check_keys
+from jaxdp.accounting.strict_json import check_keys, check_list
 from jaxdp.checks import (
     check_instance,
     check_integer,
@@ -143,10 +144,8 @@ def draws_from_list(data: object) -> tuple[Draws, ...]:
         >>> draws_from_list([Draws("batches", "5eed", first=7).to_dict()])
         (Draws(purpose='batches', fingerprint='5eed', first=7, count=1),)
     """
-    if not isinstance(data, list):
-        raise ValueError(f"draws must be a JSON list, got {shown(data)}.")
     keys = {"purpose", "fingerprint", "first", "count"}
-    return tuple(Draws(**check_keys("draws", each, keys)) for each in data)  # pyright: ignore[reportArgumentType]  # they check their fields
+    return tuple(Draws(**check_keys("draws", each, keys)) for each in check_list("draws", data))
 
 
 def check_draws(value: object) -> tuple[Draws, ...]:
@@ -180,7 +179,10 @@ def check_draws(value: object) -> tuple[Draws, ...]:
 
 
 def _as_draws(value: object) -> object:
-    return Draws(*value) if isinstance(value, tuple) and len(value) in (3, 4) else value
+    if not isinstance(value, tuple):
+        return value
+    parts = cast(tuple[Any, ...], value)
+    return Draws(*parts) if len(parts) in (3, 4) else parts
 
 
 def joined(

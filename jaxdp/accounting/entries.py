@@ -115,8 +115,11 @@ def entry_from_dict(data: object, *, with_draws: bool) -> Entry:
         PureRelease(epsilon=0.5, sampling=None)
     """
     # Each kind of entry has keys of its own, so that a reader refuses a kind that it does not know.
-    known = [KINDS[key] for key in KINDS if isinstance(data, Mapping) and key in data]
-    kind = known[0] if known else LedgerEntry
+    kind = next((KINDS[key] for key in KINDS if _has(data, key)), LedgerEntry)
     keys = {field.name for field in fields(kind)} - (set() if with_draws else {"draws"})
     given = check_keys(kind.__name__, data, keys)
     return kind.from_dict(given, draws_from_list(given["draws"]) if with_draws else ())
+
+
+def _has(data: object, key: str) -> bool:
+    return isinstance(data, Mapping) and key in data

@@ -5,6 +5,8 @@ Example:
     1.985
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import dp_accounting
 
 from jaxdp.accounting.guarantee import Guarantee, as_guarantee

@@ -13,6 +13,8 @@ Example:
     PureRelease(epsilon=0.1, sampling=None)
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -42,7 +44,7 @@ from jaxdp.accounting.schemes import (
     check_scheme,
 )
 from jaxdp.accounting.search import largest_count
-from jaxdp.accounting.strict_json import check_keys, parse
+from jaxdp.accounting.strict_json import check_keys, check_list, parse
 from jaxdp.checks import check_real, shown
 
 _FORMAT = "jaxdp.ledger"
@@ -281,7 +283,8 @@ class Ledger(Record):
                     f"format and version must be {(_FORMAT, _VERSION)}, got {shown(found)}."
                 )
             with_draws = version == _VERSION
-            closed = tuple(_run_from_list(run, with_draws) for run in _list(data["closed"]))
+            runs = check_list("closed", data["closed"])
+            closed = tuple(_run_from_list(run, with_draws) for run in runs)
             ledger = cls(closed, _run_from_list(data["current"], with_draws))
             return replace(ledger, _drawn=ledger.draws)
         except (ValueError, TypeError, RecursionError) as error:
@@ -322,10 +325,5 @@ def supposed(
 
 
 def _run_from_list(data: object, with_draws: bool) -> tuple[Entry, ...]:
-    return tuple(entry_from_dict(entry, with_draws=with_draws) for entry in _list(data))
-
-
-def _list(data: object) -> list[object]:
-    if not isinstance(data, list):
-        raise ValueError(f"a run must be a JSON list, got {shown(data)}.")
-    return data
+    entries = check_list("a run", data)
+    return tuple(entry_from_dict(entry, with_draws=with_draws) for entry in entries)

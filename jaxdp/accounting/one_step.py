@@ -18,6 +18,8 @@ Example:
     1.685
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 from collections.abc import Callable
 

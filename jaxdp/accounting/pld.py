@@ -7,12 +7,15 @@ Example:
     2.943
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 from collections.abc import Sequence
 
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, identity
 
 from jaxdp.accounting.mechanisms.base import Counted
+from jaxdp.accounting.mechanisms.gaussian import MOST_SAMPLED_STEPS
 from jaxdp.accounting.question import RelationName
 
 # Beyond this a privacy loss distribution says "infinite": its grid would be so coarse that nothing
@@ -22,6 +25,17 @@ _LARGEST_RESOLVED = 1e5
 # More mechanisms than this are composed on a grid that is coarser in proportion, so that an answer
 # takes seconds however many there are.
 _FINE_MECHANISMS = 8
+
+# How much coarser the grid of a rough answer is. A power of two, as `epsilon` needs.
+_ROUGHLY_COARSER = 16
+
+# More equal steps than this are composed in two stages for a rough answer. dp-accounting lays out
+# the losses of all of them by a bound that grows with their number, far beyond where they are, and
+# a coarse grid is off by more than half.
+_MANY_STEPS = 300_000
+
+# The losses that two stages cut off, a thousandth of the δ that they are used for at the most.
+_CUT_OFF = 1e-11
 
 # What the floats of a composition may be off by: two ways to compute the same differ by 1e-11 or
 # so, and ours is never to be below that of `dp_accounting.pld.PLDAccountant`.
@@ -57,6 +71,45 @@ def epsilon(
         return math.inf
     found = float(_composed(mechanisms, relation, interval).get_epsilon_for_delta(delta))
     return found * (1 + _ROUNDING) + _ROUNDING if found > 0 else 0.0
+
+
+def rough_epsilon(mechanisms: tuple[Counted, ...], delta: float, relation: RelationName) -> float:
+    """About `epsilon`, in about a tenth of the time: to search with, never to answer with.
+
+    Args:
+        mechanisms: at least one, none without noise.
+        delta: δ in (0, 1).
+        relation: "add_or_remove_one" or "replace_one".
+
+    Returns:
+        ε ≥ 0; `math.inf` where it may be beyond 10⁵.
+
+    Raises:
+        TooManyStepsError: more equal sampled steps than are composed.
+
+    Example:
+        >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
+        >>> round(rough_epsilon(mechanisms_of([[PureRelease(0.1)]]), 1e-5, "replace_one"), 2)
+        0.2
+    """
+    if delta < 1000 * _CUT_OFF or not any(_are_many(count) for _, count in mechanisms):
+        return epsilon(mechanisms, delta, relation, coarser=_ROUGHLY_COARSER)
+    interval = grid_interval(mechanisms, relation)
+    if math.isinf(interval):
+        return math.inf
+    composed = identity(interval)
+    for mechanism, count in mechanisms:
+        if _are_many(count):
+            stage = math.isqrt(count)
+            stages = mechanism.pld(stage, relation, interval).self_compose(count // stage)
+            composed, count = composed.compose(stages), count % stage
+        if count > 0:
+            composed = composed.compose(mechanism.pld(count, relation, interval))
+    return float(composed.get_epsilon_for_delta(delta))
+
+
+def _are_many(count: int) -> bool:
+    return _MANY_STEPS < count <= MOST_SAMPLED_STEPS
 
 
 def delta(mechanisms: tuple[Counted, ...], epsilon: float, relation: RelationName) -> float:

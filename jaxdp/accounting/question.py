@@ -5,6 +5,8 @@ Example:
     Question(accountant='pld', relation='replace_one')
 """
 
+# pyright: reportMissingTypeStubs=false
+
 from typing import Literal, NamedTuple, cast, get_args
 
 import dp_accounting

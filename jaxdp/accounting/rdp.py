@@ -7,6 +7,8 @@ Example:
     3.189
 """
 
+# pyright: reportMissingTypeStubs=false
+
 from functools import lru_cache
 
 import numpy as np

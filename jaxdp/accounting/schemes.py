@@ -12,6 +12,7 @@ Example:
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 from jaxdp.accounting.strict_json import check_keys
 from jaxdp.checks import (
@@ -213,7 +214,8 @@ def scheme_from_dict(data: object) -> SamplingScheme:
         >>> scheme_from_dict({"kind": "poisson", "sampling_rate": 0.5})
         PoissonSampling(sampling_rate=0.5)
     """
-    kind = data.get("kind") if isinstance(data, Mapping) else data
+    is_mapping = isinstance(data, Mapping)
+    kind = cast(Mapping[str, Any], data).get("kind") if is_mapping else data
     scheme, keys = _KINDS[check_choice("sampling kind", kind, _KINDS)]
     fields = dict(check_keys("sampling scheme", data, keys | {"kind"}))
     del fields["kind"]

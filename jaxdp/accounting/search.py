@@ -187,7 +187,10 @@ def largest_count(ask: Callable[[int], float], target: float, at_most: int, near
     while good < at_most and bad > at_most:
         # ε grows between √n and n; quadrupling would overshoot the first and crawl on the second.
         step = 2.0 if epsilon_at(good) <= 0 else min(target / epsilon_at(good), 64.0) ** 2
-        trial = min(max(good + 1, math.ceil(good * max(step, 1.05))), at_most)
+        if epsilon_at(good) <= 0 and good == near:
+            trial = good + 1  # no slope leads to where ε leaps up from 0, but `near` may lie there
+        else:
+            trial = min(max(good + 1, math.ceil(good * max(step, 1.05))), at_most)
         if epsilon_at(trial) > target:
             bad = trial
             break

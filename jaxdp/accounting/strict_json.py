@@ -7,7 +7,7 @@ Example:
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 from jaxdp.checks import shown
 
@@ -36,7 +36,7 @@ def parse(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=_each_once)
 
 
-def check_keys(name: str, value: object, keys: Collection[str]) -> Mapping[str, object]:
+def check_keys(name: str, value: object, keys: Collection[str]) -> Mapping[str, Any]:
     """Returns `value` if it is a mapping with exactly the given keys.
 
     Args:
@@ -55,14 +55,37 @@ def check_keys(name: str, value: object, keys: Collection[str]) -> Mapping[str, 
         >>> check_keys("point", {"x": 1}, {"x"})
         {'x': 1}
     """
-    if not isinstance(value, Mapping) or set(value) != set(keys):
-        is_mapping = isinstance(value, Mapping)
-        found = shown(sorted(map(str, value)) if is_mapping else value)
-        raise (ValueError if is_mapping else TypeError)(
-            f"{name} must be a mapping with the keys {sorted(keys)}, got {found}. "
-            "It was not written by this version of jaxdp or has been altered."
-        )
-    return value
+    rule = f"{name} must be a mapping with the keys {sorted(keys)}"
+    advice = "It was not written by this version of jaxdp or has been altered."
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{rule}, got {shown(value)}. {advice}")
+    given = cast(Mapping[str, Any], value)
+    if set(given) != set(keys):
+        raise ValueError(f"{rule}, got {shown(sorted(map(str, given)))}. {advice}")
+    return given
+
+
+def check_list(name: str, value: object) -> list[Any]:
+    """Returns `value` if it is a list.
+
+    Args:
+        name: what the list describes, for the message.
+        value: parsed JSON.
+
+    Returns:
+        The list.
+
+    Raises:
+        ValueError: it is no list.
+
+    Example:
+        >>> check_list("draws", {})
+        Traceback (most recent call last):
+        ValueError: draws must be a JSON list, got {}.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a JSON list, got {shown(value)}.")
+    return cast(list[Any], value)
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ Example:
     [1, 2, 2]
 """
 
+# pyright: reportMissingTypeStubs=false
+
 from collections.abc import Sequence
 
 import dp_accounting

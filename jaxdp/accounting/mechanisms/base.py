@@ -11,6 +11,8 @@ Example:
     [Counted(mechanism=PureMechanism(release=PureRelease(epsilon=0.5, sampling=None)), repeats=2)]
 """
 
+# pyright: reportMissingTypeStubs=false
+
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, replace

@@ -10,6 +10,8 @@ Example:
     noise_multiplier=1.1), repeats=4)]
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +46,8 @@ from jaxdp.accounting.schemes import (
     combined_noise_multiplier,
     scheme_from_dict,
 )
-from jaxdp.checks import check_integer, shown
+from jaxdp.accounting.strict_json import check_list
+from jaxdp.checks import check_integer
 
 MOST_SAMPLED_STEPS = 10_000_000
 """More equal sampled steps than this are not composed with "pld"."""
@@ -134,9 +137,7 @@ class LedgerEntry:
             >>> LedgerEntry.from_dict(entry.to_dict(), draws=()) == entry
             True
         """
-        sigmas = fields["noise_multipliers"]
-        if not isinstance(sigmas, list):
-            raise ValueError(f"noise_multipliers must be a JSON list, got {shown(sigmas)}.")
+        sigmas = check_list("noise_multipliers", fields["noise_multipliers"])
         return cls(tuple(sigmas), scheme_from_dict(fields["sampling"]), fields["steps"], draws)
 
     @classmethod

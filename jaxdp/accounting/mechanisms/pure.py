@@ -7,6 +7,8 @@ Example:
     0.0042
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,10 +68,11 @@ class PureRelease:
         advice = "Pass the ε of this release alone; what released nothing is not charged."
         epsilon = check_real("epsilon", self.epsilon, above=0, advice=advice)
         object.__setattr__(self, "epsilon", epsilon)
-        if not isinstance(self.sampling, PoissonSampling | None):
+        sampling: Any = self.sampling
+        if not isinstance(sampling, PoissonSampling | None):
             raise TypeError(
                 "sampling of a pure release must be PoissonSampling or None, got "
-                f"{shown(self.sampling)}. Pass None where the whole data set was looked at."
+                f"{shown(sampling)}. Pass None where the whole data set was looked at."
             )
         object.__setattr__(self, "draws", check_draws(self.draws))
 
