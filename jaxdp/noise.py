@@ -59,7 +59,7 @@ def add_noise(
         Another run with this key, or this one begun anew, draws the same noise again: give it
         another key (`noise_draws` is what a ledger tells them apart by). Each member of a `vmap`
         needs its own.
-      allocation: how σ is spread over the groups of the clip (see the table above): "global"
+      allocation: how σ is allocated to the groups of the clip (see the table above): "global"
         gives every leaf the same standard deviation; "per_layer" noise relative to the group's
         own sensitivity; a sequence of K numbers c_k > 0 that, too, times c_k; "optimal" the
         least total noise power at the same privacy as "global".
@@ -161,7 +161,7 @@ def _check_summed(bounded: Bounded) -> None:
 
 
 class _Allocation(NamedTuple):
-    """How σ is spread over K groups.
+    """How σ is allocated to K groups.
 
     Attributes:
       deviations: `(sensitivities [K], entries per group [K]) -> standard deviations [K]` at σ = 1.

@@ -25,7 +25,7 @@ from jaxdp.per_sample import per_sample_grads
 from jaxdp.randomness import random_key
 from jaxdp.recipes.data import Dataset
 from jaxdp.recipes.models import LIPSCHITZ_MODELS, Model, build
-from jaxdp.sampling import PoissonSampler
+from jaxdp.sampling import PoissonSampler, Sampler
 from jaxdp.schedules import checked_number
 from jaxdp.training.arguments import LARGEST_STEPS
 from jaxdp.training.logs import LogFn
@@ -33,7 +33,7 @@ from jaxdp.training.logs import LogFn
 CLIP_NAMES = ("flat", "per-layer", "automatic", "adaptive", "none")
 SCHEDULE_NAMES = ("cosine", "constant")
 
-# Of the count of an adaptive clip, relative to the batch size: costs next to nothing.
+# The noise of an adaptive clip's count, relative to the batch size: it costs next to nothing.
 _COUNT_NOISE = 0.05
 
 # Any input may come: a Lipschitz model bounds it itself.
@@ -135,11 +135,11 @@ def configuration(config: Config, dataset: Dataset) -> dict[str, Any]:
 
 
 def _digest(*arrays: np.ndarray) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for array in arrays:
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def cross_entropy(model: Model) -> Callable[[Any, tuple[jax.Array, jax.Array]], jax.Array]:
@@ -204,9 +204,9 @@ def train(
     count = len(dataset.train_y)
     alone = devices == 1 and jax.process_count() == 1
     sharding = None if alone else data_parallel(devices)
-    rows_at = 1 if sharding is None else sharding.num_devices
-    sampler = _sampler(config, count, shared_seed() if config.seed is None else config.seed)
-    sampler = _divided(sampler, sampler.physical_batch_size, rows_at)
+    num_devices = 1 if sharding is None else sharding.num_devices
+    seed = shared_seed() if config.seed is None else config.seed
+    sampler = _sampler(config, count, seed, devices=num_devices)
     steps = _steps(config, count)
     total = accounting.calibrate_noise_multiplier(
         config.epsilon,
@@ -223,20 +223,12 @@ def train(
     with contextlib.ExitStack() as stack:
         store = None
         if checkpoints is not None:
-            with contextlib.closing(training.Checkpoints(checkpoints)) as opened:
-                saved = opened.sampler()
-            seed = sampler.seed
+            saved = _saved_sampler(checkpoints)
+            secret = seed if saved is None else saved.seed
             if saved is not None:
-                seed = saved.seed
-                sampler = _sampler(config, count, seed if config.seed is None else config.seed)
-                sampler = _divided(sampler, saved.physical_batch_size, rows_at)
-            # Keyed, since a refusal shows it: as it is it would tell whoever guesses one example,
-            # and knows the others, that the guess is right.
-            keyed = hmac.new(f"{seed}".encode(), training_data.encode(), "sha256").hexdigest()
-            opened = training.Checkpoints(
-                checkpoints, configuration=settings | {"training_data": keyed}
-            )
-            store = stack.enter_context(contextlib.closing(opened))
+                seed, least = secret if config.seed is None else seed, saved.physical_batch_size
+                sampler = _sampler(config, count, seed, devices=num_devices, least=least)
+            store = stack.enter_context(_opened(checkpoints, settings, training_data, secret))
         run = training.fit(
             training.init(params, tx),
             training.make_step(grads_fn, tx),
@@ -252,23 +244,54 @@ def train(
             progress=progress,
             sharding=sharding,
         )
+    assumptions = _assumptions(config, model, run.state.params, dataset, sampler)
+    return _result(config, run, accuracy(run.state.params), assumptions)
+
+
+def _saved_sampler(checkpoints: str | Path) -> Sampler | None:
+    """The sampler of the newest checkpoint, whose seed is written nowhere else."""
+    with contextlib.closing(training.Checkpoints(checkpoints)) as opened:
+        return opened.sampler()
+
+
+def _opened(
+    checkpoints: str | Path, settings: dict[str, Any], training_data: str, secret: int
+) -> contextlib.closing[training.Checkpoints]:
+    """The checkpoints of a run with these settings, on data of this digest."""
+    # Keyed, since a refusal shows it: as it is it would tell whoever guesses one example, and knows
+    # the others, that the guess is right.
+    keyed = hmac.new(f"{secret}".encode(), training_data.encode(), "sha256").hexdigest()
+    configuration = settings | {"training_data": keyed}
+    return contextlib.closing(training.Checkpoints(checkpoints, configuration=configuration))
+
+
+def _result(
+    config: Config, run: training.Run, accuracy: float, assumptions: dict[str, str]
+) -> Result:
     return Result(
         params=run.state.params,
-        accuracy=accuracy(run.state.params),
+        accuracy=accuracy,
         epsilon=run.ledger.epsilon(config.delta, accountant=config.accountant),
         noise_multiplier=_drawn(run.ledger),
         steps=run.ledger.steps,
         stopped_by=run.stopped_by,
         history=run.history,
-        assumptions={
-            "gradient of one example": _bounded_by(config, model, run.state.params, dataset),
-            "unit of privacy": "one training example, added or removed",
-            "sampling": f"Poisson, rate {sampler.scheme.sampling_rate:.4g} per step",
-            "released": "every iterate, of which this shows the test accuracy (the test set "
-            "counts as public)",
-            "randomness": _randomness(config),
-        },
+        assumptions=assumptions,
     )
+
+
+def _assumptions(
+    config: Config, model: Model, params: Any, dataset: Dataset, sampler: PoissonSampler
+) -> dict[str, str]:
+    """What ε rests on, in words."""
+    return {
+        "gradient of one example": _bounded_by(config, model, params, dataset),
+        "unit of privacy": "one training example, added or removed",
+        "sampling": f"Poisson, rate {sampler.scheme.sampling_rate:.4g} per step",
+        "released": "every iterate, of which this shows the test accuracy (the test set "
+        "counts as public)",
+        "randomness": _randomness(config),
+    }
 
 
 def _randomness(config: Config) -> str:
@@ -321,18 +344,14 @@ def _bounded_by(config: Config, model: Model, params: Any, dataset: Dataset) -> 
     return f"norm at most {total(params):#.3g}, by the weights as they are (nothing is clipped)"
 
 
-def _sampler(config: Config, count: int, seed: int) -> PoissonSampler:
-    return PoissonSampler(count, expected_batch_size=config.batch_size, seed=seed)
-
-
-def _divided(sampler: PoissonSampler, least: int, devices: int) -> PoissonSampler:
-    """The same draws in physical batches of at least so many rows, which divide among devices."""
-    return PoissonSampler(
-        sampler.num_examples,
-        sampling_rate=sampler.sampling_rate,
-        physical_batch_size=-(-least // devices) * devices,
-        seed=sampler.seed,
-    )
+def _sampler(
+    config: Config, count: int, seed: int, *, devices: int, least: int | None = None
+) -> PoissonSampler:
+    """In physical batches of at least so many rows, which divide among devices."""
+    sampler = PoissonSampler(count, expected_batch_size=config.batch_size, seed=seed)
+    least = sampler.physical_batch_size if least is None else least
+    rate, rows = sampler.sampling_rate, -(-least // devices) * devices
+    return PoissonSampler(count, sampling_rate=rate, physical_batch_size=rows, seed=seed)
 
 
 def _chain(
