@@ -21,13 +21,12 @@ from tests.training import small
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
 
-def example(title: str) -> dict[str, Any]:
-    """What the code of one chapter defines."""
-    _, chapter = TEXT.split(f"## {title}\n")
-    code = re.findall(r"```python\n(.*?)```", chapter.partition("\n## ")[0], re.DOTALL)
-    assert len(code) == 1
-    names: dict[str, Any] = {"__name__": "example"}
-    exec(code[0], names)
+def example(section: str) -> dict[str, Any]:
+    """What the program of a section defines."""
+    _, text = TEXT.split(f"## {section}\n")
+    (code,) = re.findall(r"```python\n(.*?)```", text.partition("\n## ")[0], re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
     return names
 
 
@@ -39,15 +38,18 @@ def loss(params: Any, x: jax.Array) -> jax.Array:
     return jnp.sum(h**2)
 
 
-def test_the_example_of_a_new_kind_of_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KINDS, "mul", example("Adding a kind of site")["Scale"]())
-
+def arguments() -> tuple[Any, jax.Array]:
     keys = jax.random.split(KEY, 3)
     params = {
         "first": jax.random.normal(keys[0], (4,)),
         "scales": jax.random.normal(keys[1], (3, 4)),
     }
-    batch = jax.random.normal(keys[2], (5, 2, 4))
+    return params, jax.random.normal(keys[2], (5, 2, 4))
+
+
+def test_the_example_of_a_new_kind_of_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "mul", example("Adding a kind of site")["Scale"]())
+    params, batch = arguments()
     explanation = jaxdp.explain(loss, params, batch)
     assert [leaf.method for leaf in explanation.leaves] == ["summed products"] * 2
     assert explanation.leaves[1].sites == "mul in scan of 3"
