@@ -117,7 +117,7 @@ def explain(
 
 
 def _shape(leaf: Any, devices: int = 1) -> jax.ShapeDtypeStruct:
-    """Of an array, or of its rows on one of several devices."""
+    """The shape of an array, or of its rows on one of several devices."""
     if devices == 1:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return jax.ShapeDtypeStruct((leaf.shape[0] // devices, *leaf.shape[1:]), leaf.dtype)

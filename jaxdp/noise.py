@@ -162,7 +162,7 @@ def _check_summed(bounded: Bounded) -> None:
 
 
 class _Allocation(NamedTuple):
-    """How σ is spread over K groups.
+    """How σ is allocated to K groups.
 
     Attributes:
       deviations: `(sensitivities [K], entries per group [K]) -> standard deviations [K]` at σ = 1.

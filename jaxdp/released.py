@@ -42,6 +42,13 @@ class Released:
         scalar; the ledger is charged with it. NaN before the first.
       key: where the noise comes from, of this purpose and these leaves alone. Secret.
       purpose: what the noise is for, see `jaxdp.randomness`.
+
+    Example:
+      >>> import jaxdp
+      >>> tx = optax.chain(jaxdp.add_noise(1.5, jax.random.key(0)), optax.sgd(0.1))
+      >>> noise_state, _ = tx.init(jnp.ones(2))
+      >>> type(noise_state).__name__, noise_state.purpose
+      ('Released', 'gradient noise')
     """
 
     step: jax.Array
@@ -58,13 +65,15 @@ class Released:
           purpose: what the noise is for: noise of two purposes is independent, whatever the key.
           params: the parameters that the transformation sees; leaves may be abstract.
 
+        Returns:
+          What `init` puts into the state.
+
         Raises:
           TypeError: `key` is no key.
           ValueError: a generator whose derived keys are not known to be independent; under a `vmap`
             that maps `params`, but not the key.
 
         Example:
-          >>> import jax, jax.numpy as jnp
           >>> released = Released.begin(jax.random.key(0), "my noise", jnp.zeros(3))
           >>> int(released.step), float(released.noise_multiplier)
           (0, nan)
@@ -75,7 +84,17 @@ class Released:
         return cls(jnp.zeros((), jnp.int32), never, own, purpose)
 
     def coming_key(self) -> jax.Array:
-        """The key that the noise of the coming step is drawn from."""
+        """The key that the noise of the coming step is drawn from.
+
+        Returns:
+          A key, another one at every step.
+
+        Example:
+          >>> released = Released.begin(jax.random.key(0), "my noise", jnp.zeros(3))
+          >>> later = released.after(jnp.float32(1.5))
+          >>> bool(jnp.all(released.coming_key() == later.coming_key()))
+          False
+        """
         return step_key(self.key, self.step)
 
     def after(self, noise_multiplier: jax.Array, is_last: ArrayLike = True) -> "Released":
@@ -83,10 +102,12 @@ class Released:
 
         Args:
           noise_multiplier: what it drew.
-          is_last: whether it is over; as it is where its logical batch goes on.
+          is_last: whether it ends its logical batch; before, nothing is released.
+
+        Returns:
+          What `update` puts into the state.
 
         Example:
-          >>> import jax, jax.numpy as jnp
           >>> released = Released.begin(jax.random.key(0), "my noise", jnp.zeros(3))
           >>> released = released.after(jnp.float32(1.5))
           >>> int(released.step), float(released.noise_multiplier)
@@ -117,7 +138,7 @@ def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:
       >>> tx = optax.chain(jaxdp.add_noise(1.5, jax.random.key(0)), optax.sgd(1e-3))
       >>> total = jaxdp.Bounded(jnp.ones(2), sensitivity=1.0)
       >>> _, state = tx.update(total, tx.init(jnp.ones(2)), jnp.ones(2))
-      >>> [float(sigma) for sigma in executed_noise_multipliers(state)]
+      >>> [float(sigma) for sigma in jaxdp.executed_noise_multipliers(state)]
       [1.5]
     """
     return [released.noise_multiplier for released in _all_released(opt_state)]
@@ -143,10 +164,10 @@ def noise_draws(opt_state: optax.OptState) -> tuple[tuple[str, str, int], ...]:
       >>> import jax, jax.numpy as jnp, jaxdp
       >>> tx = optax.chain(jaxdp.add_noise(1.5, jax.random.key(0)), optax.sgd(1e-3))
       >>> state = tx.init(jnp.ones(2))
-      >>> [(purpose, len(key), step) for purpose, key, step in noise_draws(state)]
+      >>> [(purpose, len(key), step) for purpose, key, step in jaxdp.noise_draws(state)]
       [('gradient noise', 64, 0)]
       >>> _, state = tx.update(jaxdp.Bounded(jnp.ones(2), 1.0), state, jnp.ones(2))
-      >>> noise_draws(state)[0][2]
+      >>> jaxdp.noise_draws(state)[0][2]
       1
     """
     draws: list[tuple[str, str, int]] = []

@@ -22,13 +22,12 @@ from tests.training import small
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
 
-def example(title: str) -> dict[str, Any]:
-    """What the code of one chapter defines."""
-    _, chapter = TEXT.split(f"## {title}\n")
-    code = re.findall(r"```python\n(.*?)```", chapter.partition("\n## ")[0], re.DOTALL)
-    assert len(code) == 1
-    names: dict[str, Any] = {"__name__": "example"}
-    exec(code[0], names)
+def example(section: str) -> dict[str, Any]:
+    """What the program of a section defines."""
+    _, text = TEXT.split(f"## {section}\n")
+    (code,) = re.findall(r"```python\n(.*?)```", text.partition("\n## ")[0], re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
     return names
 
 

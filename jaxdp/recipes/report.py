@@ -21,7 +21,7 @@ from jaxdp.recipes.data import Dataset
 from jaxdp.training.files import write_file
 from jaxdp.training.logs import NOT_PRIVATE
 
-# Of more digits than any float has, so that nothing is rounded twice.
+# It has more digits than any float has, so that nothing is rounded twice.
 _CONTEXT = Context(prec=1100)
 _STOPPED_BY = {"steps": "all of them", "budget": "the next one would exceed the budget"}
 

@@ -162,9 +162,9 @@ class Sampler(ABC):
     def fingerprint(self) -> str:
         """Names the seed without telling it: SHA-256, 64 hex digits.
 
-        Of the seed alone: samplers that share it, of another rate or size, draw batches that depend
-        on each other. It cannot be turned back, but a guess can be checked: a small seed is found
-        by trying them all, one of 128 bits from the system is not.
+        It names the seed alone: samplers of another rate or size that share it draw batches that
+        depend on each other. It cannot be turned back, but a guess can be checked: a small seed is
+        found by trying them all, one of 128 bits from the system is not.
 
         Example:
             >>> from jaxdp.sampling import FixedSizeSampler
@@ -328,11 +328,11 @@ def _packed(
     members: NDArray[np.intp], parts: Sequence[range], rows: int
 ) -> tuple[PhysicalBatch, ...]:
     """Physical batches with `rows` rows for each part."""
-    own = [members[(members >= part.start) & (members < part.stop)] for part in parts]
-    count = max(1, *(-(-len(indices) // rows) for indices in own))
+    taken = [members[(members >= part.start) & (members < part.stop)] for part in parts]
+    count = max(1, *(-(-len(indices) // rows) for indices in taken))
     blocks = np.empty((count, len(parts), rows), np.int64)
     mask = np.empty(blocks.shape, bool)
-    for place, (part, indices) in enumerate(zip(parts, own, strict=True)):
+    for place, (part, indices) in enumerate(zip(parts, taken, strict=True)):
         # A masked row is loaded, too: from the same part.
         filled = np.full(count * rows, part.start, np.int64)
         filled[: len(indices)] = indices

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from jaxdp.accounting.strict_json import check_keys
 from jaxdp.checks import check_choice
@@ -69,8 +69,7 @@ def sampler_from_dict(data: object) -> Sampler:
         >>> sampler_from_dict(sampler.to_dict()) == sampler
         True
     """
-    kind = data.get("kind") if isinstance(data, Mapping) else data
-    sampler = SAMPLERS[check_choice("sampler kind", kind, SAMPLERS)]
+    sampler = SAMPLERS[check_choice("sampler kind", _kind(data), SAMPLERS)]
     names = {field.name for field in dataclasses.fields(sampler)}
     fields = dict(check_keys("sampler", data, names | {"kind"}))
     # None would be filled from defaults and OS entropy, and the draws would silently be others.
@@ -81,3 +80,7 @@ def sampler_from_dict(data: object) -> Sampler:
             )
     del fields["kind"]
     return sampler(**fields)  # pyright: ignore[reportArgumentType]  # each sampler checks its fields
+
+
+def _kind(data: object) -> object:
+    return cast(Mapping[str, object], data).get("kind") if isinstance(data, Mapping) else data

@@ -330,7 +330,7 @@ class Checkpoints:
         return places[-1] if places else None
 
     def _places(self) -> "list[_Place]":
-        """Of the checkpoints that are there, the newest last."""
+        """The places of all checkpoints in the directory, the newest last."""
         if not self.directory.is_dir():  # which the first process makes
             return []
         names = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())

@@ -74,9 +74,9 @@ def check_seal(folder: Path, only: Collection[str] | None = None) -> None:
     except (OSError, UnicodeDecodeError):
         raise ValueError(f"its listing {_LISTING} is missing or unreadable") from None
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    there = _files_in(folder) - {_LISTING}
-    for name in sorted(there ^ listed.keys() if only is None else set(only) - listed.keys()):
-        raise ValueError(f"{name} was added" if name in there else f"{name} is missing")
+    present = _files_in(folder) - {_LISTING}
+    for name in sorted(present ^ listed.keys() if only is None else set(only) - listed.keys()):
+        raise ValueError(f"{name} was added" if name in present else f"{name} is missing")
     for name in sorted(listed if only is None else only):
         try:
             altered = _digest(folder / name) != listed[name]

@@ -149,14 +149,9 @@ def fit(
     )
     load = loader(data, sampler, sharding, plan.data_parts)
     first = jax.process_index() == 0
-    log = log_function(log_fn if first else None)
+    log, is_shown = log_function(log_fn if first else None), progress and first
     check_overflow(state, sampler, plan.data_parts)
-    check_agreement(
-        state=state,
-        sampler=sampler.to_dict(),
-        ledger=ledger.to_json(),
-        arguments=plan.to_dict() | {"checkpoints": checkpoints is not None},
-    )
+    _check_same_everywhere(state, sampler, ledger, plan, checkpoints)
     if sharding is not None:
         state = spread_state(state, sharding.mesh)
     # What the accountant cannot answer for fails before the first step, not at the first report.
@@ -169,9 +164,7 @@ def fit(
     with (
         kept(run),
         every_process_needed(_how_to_resume(checkpoints)),
-        progress_bar(
-            progress and first, total=plan.steps, done=run.done, budget=plan.budget
-        ) as bar,
+        progress_bar(is_shown, total=plan.steps, done=run.done, budget=plan.budget) as bar,
     ):
         loop = _Loop(step, sampler, plan, load, checkpoints, of_data, evaluate, log, bar)
         with _saved_in_the_end(run, loop):
@@ -212,6 +205,22 @@ class _Charge(NamedTuple):
     noise_multipliers: list[float]
     sampling: SamplingScheme
     draws: tuple[Draws, ...]
+
+
+def _check_same_everywhere(
+    state: TrainState,
+    sampler: Sampler,
+    ledger: Ledger,
+    plan: Plan,
+    checkpoints: Checkpoints | None,
+) -> None:
+    """Refuses processes that were not given the same."""
+    check_agreement(
+        state=state,
+        sampler=sampler.to_dict(),
+        ledger=ledger.to_json(),
+        arguments=plan.to_dict() | {"checkpoints": checkpoints is not None},
+    )
 
 
 def _executed(run: Progress, loop: _Loop) -> str:

@@ -30,7 +30,7 @@ class Totals(NamedTuple):
 
     @classmethod
     def begin(cls) -> "Totals":
-        """Of no step yet."""
+        """The totals before the first step."""
         return cls(0.0, 0, 0, time.perf_counter())
 
     def add(self, metrics: Iterable[StepMetrics]) -> "Totals":

@@ -170,11 +170,11 @@ def make_step(
         state: TrainState, batch: Any, mask: jax.Array, is_last: ArrayLike
     ) -> tuple[TrainState, StepMetrics]:
         key, rows_key = jax.random.split(state.key)
-        found = grads_fn(state.params, with_keys(batch, rows_key), mask)
-        grads = _grads(found)
+        returned = grads_fn(state.params, with_keys(batch, rows_key), mask)
+        grads = _grads(returned)
         updates, opt_state = chain.update(grads, state.opt_state, state.params, is_last=is_last)
         params = _updated(state.params, updates, grads.groups)
-        losses, nonfinite = _seen(found, mask)
+        losses, nonfinite = _losses(returned, mask)
         metrics = StepMetrics(jnp.sum(losses), jnp.sum(mask, dtype=jnp.int32), nonfinite)
         step = state.step + jnp.asarray(is_last, jnp.int32)
         return TrainState(step, params, opt_state, key), metrics
@@ -184,8 +184,8 @@ def make_step(
         # definition could disagree with the noise. All else is dead code to the compiler.
         empty = jax.tree.map(jnp.zeros_like, with_keys(batch, state.key))
         nobody = jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], bool)
-        found = grads_fn(state.params, empty, nobody)
-        _, opt_state = chain.update(_grads(found), state.opt_state, state.params, is_last=True)
+        returned = grads_fn(state.params, empty, nobody)
+        _, opt_state = chain.update(_grads(returned), state.opt_state, state.params, is_last=True)
         released = executed_noise_multipliers(opt_state)
         if not released:
             raise ValueError(
@@ -197,13 +197,13 @@ def make_step(
     return Step(jax.jit(run, donate_argnums=0), jax.jit(noise_multipliers))
 
 
-def _grads(found: Any) -> Any:
+def _grads(returned: Any) -> Any:
     """What goes into the chain: a handle, or a `Bounded` beside its losses."""
-    grads = found[0] if isinstance(found, tuple) and len(found) == 2 else found
-    if not isinstance(grads, PerSampleGrads | Bounded) or isinstance(found, Bounded):
+    grads = returned[0] if isinstance(returned, tuple) and len(returned) == 2 else returned
+    if not isinstance(grads, PerSampleGrads | Bounded) or isinstance(returned, Bounded):
         raise TypeError(
             "grads_fn must return jaxdp.PerSampleGrads, or a Bounded and its losses, got "
-            f"{type(found).__name__}: take it from jaxdp.per_sample_grads(loss_fn), or from "
+            f"{type(returned).__name__}: take it from jaxdp.per_sample_grads(loss_fn), or from "
             "jaxdp.lipschitz.bounded_grads(loss_fn, ..., with_losses=True)"
         )
     return grads
@@ -225,10 +225,10 @@ def _updated(params: Any, updates: Any, groups: Groups) -> Any:
     return merged_tree(params, groups, moved, lambda leaf: leaf)
 
 
-def _seen(found: Any, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Losses `[B]`, and how many samples are not finite. Of a handle to be asked after the chain,
-    whose pass it remembers."""
-    if not isinstance(found, tuple):
-        return found.losses, found.nonfinite
-    _, losses = found
+def _losses(returned: Any, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Losses `[B]`, and how many samples are not finite. A handle is asked after the chain, whose
+    pass it remembers."""
+    if not isinstance(returned, tuple):
+        return returned.losses, returned.nonfinite
+    _, losses = returned
     return losses, jnp.sum(mask & ~jnp.isfinite(losses), dtype=jnp.int32)
