@@ -16,12 +16,15 @@ os.environ["XLA_FLAGS"] = (
 # rounds is not, which tests of rounding see; they are marked `optimized`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
+import contextlib  # noqa: E402
 import zlib  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from tests import compiled  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -52,13 +55,32 @@ ONCE = (
 )
 
 
+CACHE = pytest.StashKey[compiled.Cache]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where tests run, what earlier runs have compiled is read."""
+    if not session.config.option.collectonly:
+        session.stash[CACHE] = compiled.Cache(compiled.directory())
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run that was not broken off adds what it has compiled."""
+    if CACHE in session.stash:
+        complete = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        session.stash[CACHE].close(keep=complete)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Compiles what a test marked `optimized` runs as users do."""
+    """Compiles what a test marked `optimized` runs as users do, and what one marked `anew` runs
+    itself."""
     quickly = item.get_closest_marker("optimized") is None
+    anew = item.get_closest_marker("anew") is not None
     jax.config.update("jax_disable_most_optimizations", quickly)
     try:
-        return (yield)
+        with compiled.anew() if anew else contextlib.nullcontext():
+            return (yield)
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
 
