@@ -9,6 +9,7 @@ at its end, whole. One that is killed adds nothing.
 
 import contextlib
 import hashlib
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -18,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
 # To write and read a program takes a few milliseconds: one that compiles at once is not kept.
@@ -35,7 +35,7 @@ def directory() -> Path:
     words = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
     machine = (platform.machine(), platform.processor(), *sorted(set(words)))
     digest = hashlib.sha256("\n".join(machine).encode()).hexdigest()[:12]
-    return root / "jaxdp" / "tests" / f"jaxlib-{jaxlib.__version__}-{digest}"
+    return root / "jaxdp" / "tests" / f"jaxlib-{importlib.metadata.version('jaxlib')}-{digest}"
 
 
 class Cache:

@@ -18,7 +18,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import contextlib  # noqa: E402
 import zlib  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Generator, Iterator  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -69,6 +69,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if CACHE in session.stash:
         complete = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
         session.stash[CACHE].close(keep=complete)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Examples are searched for in the docstrings of jaxdp, not in those of tests."""
+    found = yield
+    return [node for node in found if type(node) is pytest.Module]
 
 
 @pytest.hookimpl(wrapper=True)
