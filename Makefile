@@ -27,9 +27,9 @@ PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 demo: .venv/installed
 	.venv/bin/python -m jaxdp train
 
-# Prerequisites are built in this order; -j would interleave the output of tests. To install waits
-# for the network, so that `make -j2 environments` pays.
-ifneq ($(MAKECMDGOALS),environments)
+# Tests run in this order; -j would interleave what they print. The others may run at once, so that
+# one installs while another waits for the network: `make -j2 environments lint types`.
+ifneq ($(filter test% both slow%,$(MAKECMDGOALS)),)
 .NOTPARALLEL:
 endif
 test: test-$(lastword $(ENDS)) tested-one

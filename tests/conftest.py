@@ -47,11 +47,26 @@ ONCE = (
     "tests/distributed/test_processes",
     "tests/recipes",
     "tests/test_accounting",
+    "tests/test_arguments",
+    "tests/test_checks",
     "tests/test_cli",
     "tests/test_contributing",
+    "tests/test_limits",
     "tests/test_notebooks",
+    "tests/test_public_api",
     "tests/test_sampling",
     "tests/training",
+)
+
+# Sweeps of which each end runs a half: what searches for data that breaks a bound, what states ε,
+# and the contracts of transformations.
+HALVED = (
+    "tests/distributed",
+    "tests/engine/test_certificates",
+    "tests/engine/test_norm_attacks",
+    "tests/lipschitz",
+    "tests/test_accounting",
+    "tests/test_contracts",
 )
 
 
@@ -95,11 +110,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves some to the other end of the supported versions, where they are slow here: of the
-    cases of a sweep one half runs with the oldest JAX and the other half with newer ones; what
-    needs to run ONCE runs with newer ones. Halves by name, so that a new case moves no other."""
+    cases of a sweep one part runs with the oldest JAX and another with newer ones. A part is a half
+    if HALVED, or a third, the last of which is slow with both. What needs to run ONCE runs with
+    newer ones. Parts by name, so that a new case moves no other."""
     newer = jax.__version_info__ >= (0, 11)
     for item in items:
-        half = item.get_closest_marker("sweep") is not None and hasattr(item, "callspec")
-        elsewhere = half and zlib.crc32(item.name.encode()) % 2 != newer
+        sweep = item.get_closest_marker("sweep") is not None and hasattr(item, "callspec")
+        parts = 2 if item.nodeid.startswith(HALVED) else 3
+        elsewhere = sweep and zlib.crc32(item.name.encode()) % parts != newer
         if elsewhere or (item.nodeid.startswith(ONCE) and not newer):
             item.add_marker(pytest.mark.slow)

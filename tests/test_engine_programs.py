@@ -18,7 +18,7 @@ from tests.oracle import (
 from tests.program_table import PROGRAMS
 from tests.programs import Program, programs
 
-# One half with the oldest JAX, the other half with newer ones (tests/conftest.py).
+# A part with the oldest JAX, another with newer ones (tests/conftest.py).
 pytestmark = pytest.mark.sweep
 
 # One row in the middle does not count, and holds NaN.
