@@ -53,6 +53,10 @@ class Cache:
             _forget_what_is_old(kept)
             self.own = Path(tempfile.mkdtemp(prefix="run-", dir=kept))
             _link(kept, self.own)
+
+    def use(self) -> None:
+        """Has JAX read and write there from now on."""
+        if self.own is not None:
             jax.config.update("jax_compilation_cache_dir", str(self.own))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", SECONDS_TO_COMPILE)
             # JAX decides at its first compilation, which may be over, whether it has a cache.
@@ -60,7 +64,6 @@ class Cache:
 
     def close(self, keep: bool) -> None:
         """Removes the run's directory, and keeps what the run has compiled if asked to."""
-        jax.config.update("jax_enable_compilation_cache", False)
         if self.own is not None:
             if keep:
                 _link(self.own, self.kept)

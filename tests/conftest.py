@@ -77,12 +77,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Where tests run, what earlier runs have compiled is read."""
     if not session.config.option.collectonly:
         session.stash[CACHE] = compiled.Cache(compiled.directory())
+        session.stash[CACHE].use()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A run that was not broken off adds what it has compiled."""
     if CACHE in session.stash:
         complete = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        jax.config.update("jax_enable_compilation_cache", False)
         session.stash[CACHE].close(keep=complete)
 
 
