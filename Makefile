@@ -1,7 +1,8 @@
-# make demo | test | slow | lint | types | clean. Needs only make and a Python >= 3.11.
+# make demo | test | both | slow | lint | types | clean. Needs only make and a Python >= 3.11.
 #
-# Tests run on both ends of what is supported: the oldest (Python 3.11, JAX 0.10) and the newest JAX
-# (Python >= 3.12). One of the two is enough to pass; the last lines say which ran.
+# Two ends of what is supported: the oldest (Python 3.11, JAX 0.10) and the newest JAX
+# (Python >= 3.12). `test` runs on the newest that is found, `both` and `slow` on each end that is;
+# one of the two is enough to pass, and the last lines say which ran.
 
 OLDEST_PYTHON ?= $(shell tools/find_python.sh 3.11)
 NEWEST_PYTHON ?= $(shell tools/find_python.sh 3.14 3.13 3.12 3.15)
@@ -20,16 +21,22 @@ JOBS ?= 2
 # the examples of the docstrings come last and fill both workers up to the end.
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test slow lint types clean tested $(ENDS:%=test-%) $(ENDS:%=slow-%)
+.PHONY: demo test both slow lint types environments clean
+.PHONY: tested-one tested-both $(ENDS:%=test-%) $(ENDS:%=slow-%)
 
 demo: .venv/installed
 	.venv/bin/python -m jaxdp train
 
-# Prerequisites are built in this order; -j would interleave their output.
+# Tests run in this order; -j would interleave what they print. The others may run at once, so that
+# one installs while another waits for the network: `make -j2 environments lint types`.
+ifneq ($(filter test% both slow%,$(MAKECMDGOALS)),)
 .NOTPARALLEL:
-test: $(ENDS:%=test-%) tested
+endif
+test: test-$(lastword $(ENDS)) tested-one
 
-slow: $(ENDS:%=slow-%) tested
+both: $(ENDS:%=test-%) tested-both
+
+slow: $(ENDS:%=slow-%) tested-both
 
 $(ENDS:%=test-%): test-%: .venv-%/installed
 	.venv-$*/bin/python $(PYTEST)
@@ -38,7 +45,10 @@ $(ENDS:%=test-%): test-%: .venv-%/installed
 $(ENDS:%=slow-%): slow-%: .venv-%/installed
 	.venv-$*/bin/python $(PYTEST) -m ""
 
-tested:
+tested-one:
+	@echo "Tested: $$(.venv-$(lastword $(ENDS))/bin/python tools/versions.py); make both runs the oldest and the newest."
+
+tested-both:
 	@for end in $(ENDS); do echo "Tested: $$(.venv-$$end/bin/python tools/versions.py)."; done
 	@$(if $(OLDEST_PYTHON),,echo "Not tested: JAX 0.10 on Python 3.11 (no Python 3.11 found).")
 	@$(if $(NEWEST_PYTHON),,echo "Not tested: the newest JAX (no Python >= 3.12 found).")
@@ -48,6 +58,8 @@ lint: $(DEV)/installed-dev
 
 types: $(DEV)/installed-dev
 	$(DEV)/bin/pyright --pythonpath $(DEV)/bin/python
+
+environments: $(ENDS:%=.venv-%/installed) $(DEV)/installed-dev
 
 .venv/installed: pyproject.toml
 	tools/environment.sh "$(PYTHON)" .venv --editable '.[demo]'

@@ -10,33 +10,24 @@ is this file for both. Written to `bench/results/beside_<device>.json` for a run
 """
 
 import argparse
-import functools
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 GOAL = 1.03
 CLIPS = ("flat", "per_layer")
-TURN_SECONDS = 0.2
-
-
-def measured(compiled: Any, params: Any, batch: Any) -> None:
-    """One step, to its end."""
-    import jax
-
-    jax.block_until_ready(compiled(params, batch))
 
 
 def serve() -> None:
     """Answers requests of lines of JSON: builds a step, or runs it for a turn."""
     import jax
+    import timing
     import zoo
 
     import jaxdp
@@ -58,16 +49,11 @@ def serve() -> None:
             answer["temp_bytes"] = getattr(memory, "temp_size_in_bytes", 0)
             answer["device"] = jax.devices()[0].device_kind
 
-            run = functools.partial(measured, compiled, case.params, case.batch)
+            run = timing.waiting(compiled, case.params, case.batch)
             run()
         else:
             assert run is not None
-            run()
-            start, steps = time.perf_counter(), 0
-            while steps == 0 or time.perf_counter() - start < TURN_SECONDS:
-                run()
-                steps += 1
-            answer["seconds"] = (time.perf_counter() - start) / steps
+            answer["seconds"] = timing.turn(run)
         print(json.dumps(answer), flush=True)
 
 
@@ -99,14 +85,17 @@ def measure(
     servers: list[Server], model: str, clip: str, rounds: int, scale: int
 ) -> dict[str, Any]:
     """Ratios of this version to the other: time and temporary memory."""
+    import timing
+
     built = [server.ask(model=model, clip=clip, scale=scale) for server in servers]
-    ratios = []
-    for turn in range(rounds):
-        order = (0, 1) if turn % 2 == 0 else (1, 0)
-        seconds = {which: servers[which].ask()["seconds"] for which in order}
-        ratios.append(seconds[0] / seconds[1])
+    seconds = timing.in_turns(
+        {name: server.ask for name, server in zip(("this", "other"), servers, strict=True)},
+        rounds,
+        measure=lambda ask: ask()["seconds"],
+    )
+    pairs = zip(seconds["this"], seconds["other"], strict=True)
+    low, median, high = timing.quartiles([this / other for this, other in pairs])
     here, there = (answer["temp_bytes"] for answer in built)
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
         "device": built[0]["device"],
         "time": median,

@@ -11,13 +11,12 @@ turns) and ratios.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import timing
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +35,6 @@ from jaxdp.recipes.data import names
 
 BATCH_SIZE, THRESHOLD, NOISE_MULTIPLIER, LEARNING_RATE, MOMENTUM = 512, 0.1, 1.0, 1.0, 0.9
 WIDTH, HIDDEN, CLASSES = 64, 128, 2
-STEPS = 5  # of a turn
 
 Step = Callable[[np.ndarray, np.ndarray], Any]
 
@@ -119,17 +118,11 @@ def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
     """Names per second of every turn."""
     dataset = data.load("names")
     texts, labels = dataset.train_x[:BATCH_SIZE], dataset.train_y[:BATCH_SIZE]
-    speeds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():  # compiles, warms up
-        step(texts, labels)
-    for _ in range(rounds):
-        for name, step in steps.items():
-            step(texts, labels)
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                step(texts, labels)
-            speeds[name].append(STEPS * BATCH_SIZE / (time.perf_counter() - start))
-    return speeds
+    runs = {name: functools.partial(step, texts, labels) for name, step in steps.items()}
+    for run in runs.values():  # compiles, warms up
+        run()
+    seconds = timing.in_turns(runs, rounds, measure=timing.turn)
+    return {name: [BATCH_SIZE / each for each in found] for name, found in seconds.items()}
 
 
 def main() -> None:
@@ -139,16 +132,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON; default: bench/results/char_lstm_<device>")
     options = parser.parse_args()
     speeds = measure(jax_steps() | torch_steps(), options.rounds)
-    median = {name: statistics.median(values) for name, values in speeds.items()}
+    found = {name: timing.quartiles(values) for name, values in speeds.items()}
     table = Table(title="char-LSTM, batches of 512", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", "names per second", "quartiles", "jaxdp in ratio"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     rows = {}
-    for name, values in speeds.items():
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-        ratio = median["jaxdp"] / median[name]
-        rows[name] = {"names_per_second": median[name], "quartiles": (low, high)}
-        table.add_row(name, f"{median[name]:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{ratio:.2f}×")
+    for name, (low, median, high) in found.items():
+        ratio = found["jaxdp"][1] / median
+        rows[name] = {"names_per_second": median, "quartiles": (low, high)}
+        table.add_row(name, f"{median:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{ratio:.2f}×")
     Console().print(table)
     packages = ("jax", "jaxlib", "jaxdp", "torch", "opacus")
     results = {

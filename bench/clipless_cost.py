@@ -12,15 +12,13 @@ Written to `bench/results/clipless_cost_<device>.json`.
 import argparse
 import json
 import math
-import random
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import timing
 from rich.console import Console
 from rich.table import Table
 
@@ -67,13 +65,6 @@ CASES: Mapping[str, Case] = {
 }
 
 
-def milliseconds(fun: Callable[..., Any], *args: Any) -> float:
-    """Of one call."""
-    start = time.perf_counter()
-    jax.block_until_ready(fun(*args))
-    return 1e3 * (time.perf_counter() - start)
-
-
 def temporary_bytes(compiled: Any) -> int:
     """What a step needs beside its arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes
@@ -104,24 +95,19 @@ def measure(case: Case, batch_size: int, rounds: int) -> dict[str, float]:
         # The value alone: what the bounds cost is measured below.
         "clipless": lambda params, batch: bounded(params, batch).value,
         "prepared": lambda params, batch: trusting(params, batch).value,
-        "clipped": lambda params, batch: clip.update(
-            per_sample(params, batch), clip.init(params)
-        )[0].value,
-        "bounds": lambda params, batch: lipschitz.bounds(
-            loss_fn, params, example, INPUT_BOUND
-        ).total,
+        "clipped": lambda params, batch: (
+            clip.update(per_sample(params, batch), clip.init(params))[0].value
+        ),
+        "bounds": lambda params, batch: (
+            lipschitz.bounds(loss_fn, params, example, INPUT_BOUND).total
+        ),
         "projection": lambda params, batch: model.project(params),
     }
-    compiled = {
-        name: jax.jit(step).lower(params, batch).compile() for name, step in steps.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order = random.Random(0)
-    for _ in range(rounds):
-        # In another order each time: what runs behind a short step is faster.
-        for name in order.sample(list(compiled), len(compiled)):
-            times[name].append(milliseconds(compiled[name], params, batch))
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    compiled = {name: jax.jit(step).lower(params, batch).compile() for name, step in steps.items()}
+    runs = {name: timing.waiting(step, params, batch) for name, step in compiled.items()}
+    for run in runs.values():
+        run()
+    medians = timing.medians(timing.in_turns(runs, rounds))
     memory = {name: temporary_bytes(compiled[name]) for name in RATIOS}
     return {
         "batch_size": batch_size,

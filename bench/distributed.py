@@ -15,9 +15,6 @@ Written to `bench/results/distributed_<device>.json`.
 import argparse
 import json
 import os
-import random
-import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +26,7 @@ os.environ["XLA_FLAGS"] = (
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
+import timing  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -122,21 +120,13 @@ def measure(case: Case, devices: int, rows: int, rounds: int) -> dict[str, Any]:
     compiled = {
         name: step.lower(params, batch).compile() for name, step in steps_of(case, sharding).items()
     }
-    times: dict[str, list[float]] = {name: [] for name in compiled}
-    for step in compiled.values():
-        jax.block_until_ready(step(params, batch))
-    for _ in range(rounds):
-        order = list(compiled)
-        random.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            jax.block_until_ready(compiled[name](params, batch))
-            times[name].append(1e3 * (time.perf_counter() - start))
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    runs = {name: timing.waiting(step, params, batch) for name, step in compiled.items()}
+    for run in runs.values():
+        run()
     return {
         "devices": devices,
         "rows": rows,
-        "milliseconds": medians,
+        "milliseconds": timing.medians(timing.in_turns(runs, rounds)),
         "exchanged": {name: jaxdp.distributed.exchanged(step) for name, step in compiled.items()},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }

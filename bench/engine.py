@@ -20,13 +20,14 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import contestants as field
 import jax
 import jax.numpy as jnp
+import timing
 import zoo
 from rich import box
 from rich.console import Console
@@ -35,13 +36,11 @@ from rich.table import Table
 MIB, GIB = 2**20, 2**30
 
 # At least this many rounds, unless they take PATIENCE times the seconds asked for.
-MIN_ROUNDS, FEW_ROUNDS = 7, 2
+MIN_ROUNDS = 7
 PATIENCE = 4
 # A contestant this many times slower than the typical one takes part in few rounds: it would eat
 # the time of all others.
 SLOW_FACTOR = 10
-# A contestant's turn: one step, and if that is not long another 0.1 s of steps.
-LONG_STEP, TURN_SECONDS = 1.0, 0.1
 
 MISSING = "–"
 
@@ -95,19 +94,9 @@ def compiled(step: field.Step, case: zoo.Case) -> Compiled:
     executable = jax.jit(step).lower(case.params, case.batch).compile()
     seconds = time.perf_counter() - start
 
-    def run() -> Any:
-        return jax.block_until_ready(executable(case.params, case.batch))
-
     # Some backends return no analysis, or one without this field.
     temp_bytes = getattr(executable.memory_analysis(), "temp_size_in_bytes", None)
-    return Compiled(run, seconds, temp_bytes)
-
-
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall seconds of one step, and its result."""
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
+    return Compiled(timing.waiting(executable, case.params, case.batch), seconds, temp_bytes)
 
 
 def prepare(
@@ -130,7 +119,7 @@ def prepare(
 
     tried = {}
     if len(variants) > 1:
-        tried = {label: turn(variant.run) for label, variant in fitting.items()}
+        tried = {label: timing.turn(variant.run) for label, variant in fitting.items()}
     label = min(tried, key=tried.__getitem__, default=next(iter(fitting)))
     chosen = fitting[label]
     return chosen, Row(label, chosen.seconds, chosen.temp_bytes, tried=tried)
@@ -145,44 +134,12 @@ def relative_error(result: Any, expected: Any) -> float:
     return float(largest(jax.tree.map(jnp.subtract, result, expected)) / largest(expected))
 
 
-def turn(run: Callable[[], Any]) -> float:
-    """Wall seconds of one step, in one turn of a contestant."""
-    first, _ = timed(run)
-    # The first step pays for what the contestant before it left: cold caches, and up to 0.15 s
-    # of memory given back. It counts only where that is small.
-    if first >= LONG_STEP:
-        return first
-    start = time.perf_counter()
-    steps = 0
-    while time.perf_counter() - start < TURN_SECONDS:
-        run()
-        steps += 1
-    return (time.perf_counter() - start) / steps
-
-
-def in_turns(
-    runs: Mapping[str, Callable[[], Any]], slow: Set[str], options: Options
-) -> dict[str, list[float]]:
-    """Seconds per step of every turn; the slow contestants take part in few rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    rounds, spent = 0, 0.0
-    while not enough(rounds, spent, options):
-        for name, run in runs.items():
-            if name in slow and rounds >= FEW_ROUNDS:
-                continue
-            start = time.perf_counter()
-            seconds[name].append(turn(run))
-            spent += 0 if name in slow else time.perf_counter() - start
-        rounds += 1
-    return seconds
-
-
 def enough(rounds: int, spent: float, options: Options) -> bool:
     """Whether that many rounds, which took that many seconds, will do."""
     if options.rounds is not None:
         return rounds >= options.rounds
     satisfied = rounds >= MIN_ROUNDS and spent >= options.seconds
-    exhausted = rounds >= FEW_ROUNDS and spent >= PATIENCE * options.seconds
+    exhausted = rounds >= timing.FEW_ROUNDS and spent >= PATIENCE * options.seconds
     return satisfied or exhausted
 
 
@@ -203,7 +160,7 @@ def measure(
     expected = field.oracle(case.loss_fn, case.params, case.batch)
     first: dict[str, float] = {}
     for name, step in ready.items():  # warms up; no timing of this round is reported
-        first[name], result = timed(step.run)
+        first[name], result = timing.timed(step.run)
         if contestants[name].clip in expected:
             error = relative_error(result, expected[contestants[name].clip])
             rows[name] = dataclasses.replace(rows[name], error=error)
@@ -212,14 +169,17 @@ def measure(
     limit = SLOW_FACTOR * statistics.median(first.values())
     slow = {name for name, seconds in first.items() if seconds > limit}
     runs = {name: step.run for name, step in ready.items()}
-    for name, seconds in in_turns(runs, slow, options).items():
+    turns = timing.in_turns(
+        runs, functools.partial(enough, options=options), measure=timing.turn, slow=slow
+    )
+    for name, seconds in turns.items():
         rows[name] = dataclasses.replace(rows[name], **summary(seconds))
     return rows
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
     """Median, quartiles and number of the rounds, as fields of a `Row`."""
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    low, median, high = timing.quartiles(seconds)
     return {"median_seconds": median, "quartile_seconds": (low, high), "rounds": len(seconds)}
 
 

@@ -9,15 +9,13 @@ Written to `bench/results/noise_<device>.json`.
 
 import argparse
 import json
-import random
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import timing
 from rich.console import Console
 from rich.table import Table
 
@@ -40,25 +38,13 @@ def draws(shape: tuple[int, ...], dtype: Any) -> dict[str, Callable[[jax.Array],
     }
 
 
-def milliseconds(draw: Callable[..., Any], key: jax.Array) -> float:
-    """Of one call."""
-    start = time.perf_counter()
-    jax.block_until_ready(draw(key))
-    return 1e3 * (time.perf_counter() - start)
-
-
 def measure(shape: tuple[int, ...], dtype: Any, rounds: int) -> dict[str, Any]:
     """Times of one shape."""
     key = jax.random.key(0)
-    compiled = {name: jax.jit(draw) for name, draw in draws(shape, dtype).items()}
-    for draw in compiled.values():
-        jax.block_until_ready(draw(key))
-    times: dict[str, list[float]] = {name: [] for name in compiled}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(compiled), len(compiled)):
-            times[name].append(milliseconds(compiled[name], key))
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    runs = {name: timing.waiting(jax.jit(draw), key) for name, draw in draws(shape, dtype).items()}
+    for run in runs.values():
+        run()
+    medians = timing.medians(timing.in_turns(runs, rounds))
     return {
         "shape": list(shape),
         "dtype": jnp.dtype(dtype).name,

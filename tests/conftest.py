@@ -16,12 +16,15 @@ os.environ["XLA_FLAGS"] = (
 # rounds is not, which tests of rounding see; they are marked `optimized`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
+import contextlib  # noqa: E402
 import zlib  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Generator, Iterator  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from tests import compiled  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,21 +47,64 @@ ONCE = (
     "tests/distributed/test_processes",
     "tests/recipes",
     "tests/test_accounting",
+    "tests/test_arguments",
+    "tests/test_checks",
     "tests/test_cli",
     "tests/test_contributing",
+    "tests/test_limits",
     "tests/test_notebooks",
+    "tests/test_public_api",
     "tests/test_sampling",
     "tests/training",
 )
 
+# Sweeps of which each end runs a half: what searches for data that breaks a bound, what states ε,
+# and the contracts of transformations.
+HALVED = (
+    "tests/distributed",
+    "tests/engine/test_certificates",
+    "tests/engine/test_norm_attacks",
+    "tests/lipschitz",
+    "tests/test_accounting",
+    "tests/test_contracts",
+)
+
+
+CACHE = pytest.StashKey[compiled.Cache]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where tests run, what earlier runs have compiled is read."""
+    if not session.config.option.collectonly:
+        session.stash[CACHE] = compiled.Cache(compiled.directory())
+        session.stash[CACHE].use()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run that was not broken off adds what it has compiled."""
+    if CACHE in session.stash:
+        complete = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        jax.config.update("jax_enable_compilation_cache", False)
+        session.stash[CACHE].close(keep=complete)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Examples are searched for in the docstrings of jaxdp, not in those of tests."""
+    found = yield
+    return [node for node in found if type(node) is pytest.Module]
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Compiles what a test marked `optimized` runs as users do."""
+    """Compiles what a test marked `optimized` runs as users do, and what one marked `anew` runs
+    itself."""
     quickly = item.get_closest_marker("optimized") is None
+    anew = item.get_closest_marker("anew") is not None
     jax.config.update("jax_disable_most_optimizations", quickly)
     try:
-        return (yield)
+        with compiled.anew() if anew else contextlib.nullcontext():
+            return (yield)
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
 
@@ -66,11 +112,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves some to the other end of the supported versions, where they are slow here: of the
-    cases of a sweep one half runs with the oldest JAX and the other half with newer ones; what
-    needs to run ONCE runs with newer ones. Halves by name, so that a new case moves no other."""
+    cases of a sweep one part runs with the oldest JAX and another with newer ones. A part is a half
+    if HALVED, or a third, the last of which is slow with both. What needs to run ONCE runs with
+    newer ones. Parts by name, so that a new case moves no other."""
     newer = jax.__version_info__ >= (0, 11)
     for item in items:
-        half = item.get_closest_marker("sweep") is not None and hasattr(item, "callspec")
-        elsewhere = half and zlib.crc32(item.name.encode()) % 2 != newer
+        sweep = item.get_closest_marker("sweep") is not None and hasattr(item, "callspec")
+        parts = 2 if item.nodeid.startswith(HALVED) else 3
+        elsewhere = sweep and zlib.crc32(item.name.encode()) % parts != newer
         if elsewhere or (item.nodeid.startswith(ONCE) and not newer):
             item.add_marker(pytest.mark.slow)

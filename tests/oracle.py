@@ -258,9 +258,7 @@ def _ask(case: Case, method: str, mask: np.ndarray, truth: _Truth) -> _Answers:
         return _Answers(norms, leaf_norms, sums, rows, grads.losses, grads.aux, grads.nonfinite)
 
     numbers = (truth.threshold, truth.leaf_thresholds, truth.weights)
-    answers = jax.jit(ask)(
-        case.params, case.batch, mask, *map(jnp.float32, numbers)
-    )
+    answers = jax.jit(ask)(case.params, case.batch, mask, *map(jnp.float32, numbers))
     for tree in (*answers.sums.values(), answers.rows):
         assert jax.tree.structure(tree) == like, "gradients are no tree like the parameters"
     for got, leaf in zip(jax.tree.leaves(answers.rows), jax.tree.leaves(case.params), strict=True):
@@ -359,6 +357,10 @@ def _poisoned(batch: Any, mask: np.ndarray) -> Any:
     def poison(leaf: Any) -> Any:
         if not is_float(leaf):
             return leaf
+        if isinstance(leaf, np.ndarray):  # nothing to compile
+            spoiled = leaf.copy()
+            spoiled[~mask] = np.nan
+            return spoiled
         return jnp.where(mask.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.nan).astype(leaf.dtype)
 
     return jax.tree.map(poison, batch)

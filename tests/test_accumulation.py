@@ -166,6 +166,7 @@ def test_after_the_end_nothing_of_the_logical_batch_remains() -> None:
     assert np.all(np.asarray(state.sensitivities) == 0)
 
 
+@pytest.mark.anew
 def test_every_physical_batch_runs_the_same_compiled_step() -> None:
     tx = chain(jaxdp.clip_flat(1.0))
     step = stepper(tx)

@@ -147,6 +147,7 @@ def test_train_writes_metrics_and_a_plot_and_prints_a_table(
     assert str(out / "metrics.json") in printed["written"]
 
 
+@pytest.mark.slow
 def test_a_text_model_trains_on_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Better than saying "female" to every name, which is right for 78 %."""
     options = ["--model", "char-lstm", "--epochs", "3", "--seed", "0", "--out", str(tmp_path)]

@@ -19,7 +19,7 @@ import jaxdp
 from tests import helpers
 from tests.helpers import CLIPS, KEY, PARAMS, THRESHOLDS, TREES, Transformation
 
-# One half with the oldest JAX, the other half with newer ones (tests/conftest.py).
+# A part with the oldest JAX, another with newer ones (tests/conftest.py).
 pytestmark = pytest.mark.sweep
 
 ROWS = 5

@@ -479,13 +479,20 @@ MODELS: Mapping[str, Callable[[], Case]] = {
 # Others by default hold what these hold: the same kind of network in another library, or the same
 # library with another network.
 SLOW = (
+    "equinox_conv",
     "equinox_perceptron",
     "haiku_lstm",
     "haiku_perceptron",
     "linen_bidirectional",
+    "linen_conv",
+    "linen_depthwise",
+    "linen_dropout",
     "linen_gru",
     "linen_language_model",
+    "linen_perceptron",
+    "linen_unet",
     "linen_vision_transformer",
+    "nnx_classifier",
     "plain_mixed_precision",
     "plain_transformer",
 )

@@ -18,7 +18,7 @@ from tests.oracle import (
 from tests.program_table import PROGRAMS
 from tests.programs import Program, programs
 
-# One half with the oldest JAX, the other half with newer ones (tests/conftest.py).
+# A part with the oldest JAX, another with newer ones (tests/conftest.py).
 pytestmark = pytest.mark.sweep
 
 # One row in the middle does not count, and holds NaN.
@@ -101,13 +101,13 @@ def test_a_sample_of_nan_harms_no_other_when_kernels_are_materialised(name: str)
 
 # Hypothesis spends most of a long run on variations of what it has drawn. Many short runs, each
 # with a seed of its own from the name of the test, draw more programs anew.
-RUNS = [pytest.param(run, marks=() if run == 0 else pytest.mark.slow) for run in range(24)]
+RUNS = [pytest.param(run, marks=() if run == 0 else pytest.mark.slow) for run in range(48)]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("run", RUNS)
 @hypothesis.settings(
-    max_examples=6,
+    max_examples=3,
     phases=(Phase.generate, Phase.shrink),
     suppress_health_check=(HealthCheck.too_slow,),
     report_multiple_bugs=False,

@@ -7,13 +7,18 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = sorted(Path(__file__).parent.parent.glob("notebooks/*.ipynb"))
+# The first runs by default; others take a minute of training each.
+CASES = [
+    pytest.param(path, marks=[pytest.mark.slow] * (rank > 0), id=path.stem)
+    for rank, path in enumerate(NOTEBOOKS)
+]
 
 
 def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", CASES)
 def test_the_notebook_runs(notebook: Path):
     execute = Path(sys.executable).parent / "jupyter-execute"
     run = subprocess.run(

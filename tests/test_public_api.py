@@ -6,14 +6,12 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import jaxdp
-
-ROOT = Path(jaxdp.__file__).parent
+from tools.architecture import FILES, PAGE, imported, own, page
 
 # Each module belongs to the room of its longest prefix here. A module may import from its own room
 # and from rooms below; rooms on the same floor know nothing of each other.
@@ -63,38 +61,6 @@ ROOMS = {
 WITHOUT_JAX = ("jaxdp.checks", "jaxdp.accounting", "jaxdp.sampling")
 
 
-def source_files() -> dict[str, Path]:
-    """Module name -> file."""
-    names = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = ["jaxdp", *path.relative_to(ROOT).with_suffix("").parts]
-        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return names
-
-
-FILES = source_files()
-
-
-def imported(name: str) -> set[str]:
-    """Everything a module imports, anywhere in it, by full name; type-checking blocks included."""
-    found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} imports relatively: this test reads absolute names"
-            assert node.module is not None
-            # `from jaxdp import sampling` imports a module, `from jaxdp.x import f` a name.
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                found.add(full if full in FILES else node.module)
-    return found
-
-
-def own(names: set[str]) -> set[str]:
-    return {name for name in names if name == "jaxdp" or name.startswith("jaxdp.")}
-
-
 def room(name: str) -> str:
     candidates = [known for known in ROOMS if name == known or name.startswith(known + ".")]
     return max(candidates, key=len)
@@ -121,6 +87,10 @@ def test_a_module_imports_from_its_own_room_and_from_below(name: str) -> None:
 def test_no_kind_of_site_knows_another(name: str) -> None:
     kinds = {other for other in imported(name) if other.startswith("jaxdp.engine.kinds")}
     assert kinds <= {"jaxdp.engine.kinds.base"}
+
+
+def test_the_drawing_of_the_house_is_what_the_imports_are() -> None:
+    assert PAGE.read_text() == page(), "run python tools/architecture.py"
 
 
 def everything_imported(name: str) -> set[str]:

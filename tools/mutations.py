@@ -2,6 +2,7 @@
 
     python tools/mutations.py                   # every fault of tools/faults/*.toml
     python tools/mutations.py noise "second"    # those whose table or name contains a word
+    python tools/mutations.py --jobs 4          # four at a time, each in a copy of its own
 
 A fault is a change of one file that would bring back a way to break the guarantee. For each one
 the tool copies the tree, makes the change there, and runs the tests that are said to notice it. At
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +114,9 @@ def main() -> int:
     """Runs the tool."""
     parser = argparse.ArgumentParser(description="puts faults back and shows which test notices")
     parser.add_argument("words", nargs="*", help="only faults whose table or name contains one")
-    faults = read(parser.parse_args().words)
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
+    options = parser.parse_args()
+    faults = read(options.words)
     tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
     with tempfile.TemporaryDirectory() as name:
         copied(Path(name))
@@ -121,14 +125,17 @@ def main() -> int:
         print(without.stdout[-3000:], "These tests fail without any fault.", sep="\n")
         return 1
     unnoticed = []
-    for number, fault in enumerate(faults, 1):
-        found = outcome(fault)
-        verdict = f"noticed by {found.by}" if found.noticed else f"NOT NOTICED ({found.by})"
-        print(
-            f"{number:3}/{len(faults)} {fault.table}: {fault.name} ({fault.source}): {verdict}",
-            flush=True,
-        )
-        unnoticed += [] if found.noticed else [fault]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # In the order of the tables, whichever ends first.
+        for number, (fault, found) in enumerate(
+            zip(faults, pool.map(outcome, faults), strict=True), 1
+        ):
+            verdict = f"noticed by {found.by}" if found.noticed else f"NOT NOTICED ({found.by})"
+            print(
+                f"{number:3}/{len(faults)} {fault.table}: {fault.name} ({fault.source}): {verdict}",
+                flush=True,
+            )
+            unnoticed += [] if found.noticed else [fault]
     print(f"{len(faults) - len(unnoticed)} of {len(faults)} faults noticed")
     return 1 if unnoticed else 0
 

@@ -268,6 +268,7 @@ def test_two_axes_of_samples_are_one_sum() -> None:
     helpers.assert_trees_close(jax.jit(split)(PARAMS, BATCH, MASK), expected, rtol=1e-5)
 
 
+@pytest.mark.anew
 def test_devices_exchange_the_gradients_once() -> None:
     tx = chain(jaxdp.clip_per_layer(1.0), all_reduce("data"))
     lowered = over_shards(stepped(tx)).lower(PARAMS, BATCH, MASK)

@@ -89,6 +89,7 @@ def test_two_processes_do_what_one_device_does(tmp_path: Path) -> None:
     assert found[0]["seed"] == found[1]["seed"] and found[0]["key"] == found[1]["key"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_which_resumes_on_another_number(tmp_path: Path) -> None:
     checkpoints = str(tmp_path / "checkpoints")
     job_of_four = Processes(

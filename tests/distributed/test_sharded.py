@@ -94,6 +94,7 @@ CASES = [
 ]
 
 
+@pytest.mark.anew
 @pytest.mark.sweep
 @pytest.mark.parametrize(("model", "types", "method"), CASES)
 def test_gradients_are_computed_where_their_rows_lie(model: str, types: str, method: str) -> None:
@@ -223,6 +224,7 @@ def test_parameters_that_are_spread_under_jit(place: str, types: str) -> None:
             assert leaf.sharding.is_equivalent_to(at.sharding, leaf.ndim)
 
 
+@pytest.mark.anew
 def test_noise_of_a_spread_parameter_is_made_in_parts() -> None:
     """No device makes noise that is not its own: nothing is exchanged, and all bits of one part
     are fewer than those of the whole."""

@@ -106,6 +106,7 @@ def test_padding_of_the_last_microbatch_is_never_counted() -> None:
     assert seen.norms.shape == (COUNT, 2)
 
 
+@pytest.mark.anew
 def test_microbatches_keep_only_one_of_them_in_memory() -> None:
     """The reason they exist: compiled memory falls with their size."""
     size, rows = 2000, 64

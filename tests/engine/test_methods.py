@@ -363,6 +363,7 @@ def test_inside_a_loop_that_changes_the_parameters(method: str) -> None:
     helpers.assert_trees_close(looped, params, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.anew
 @pytest.mark.sweep
 @pytest.mark.parametrize("method", METHODS)
 def test_a_second_call_traces_and_compiles_nothing(method: str) -> None:

@@ -190,6 +190,7 @@ def test_arguments_of_the_loss_are_public_constants() -> None:
     helpers.assert_trees_close(twice.value, jax.tree.map(lambda g: 2 * g, once.value), rtol=1e-4)
 
 
+@pytest.mark.anew
 @pytest.mark.optimized
 def test_no_per_sample_gradient_is_materialised() -> None:
     """The compiled step holds no array of batch times parameter."""

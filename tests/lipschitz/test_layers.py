@@ -66,8 +66,23 @@ def model_of(case: Case) -> tuple[Any, Any]:
     return loss_fn, params
 
 
+# Others by default run the same rules on another shape, or hold another constraint.
+SLOW = (
+    "linear spectral",
+    "linear frobenius",
+    "conv2d stride",
+    "conv2d frobenius",
+    "group_sort of three",
+    "residual add",
+    "nn.conv2d circular",
+    "nn.lstm",
+)
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", list(LAYERS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYERS]
+)
 def test_the_bounds_of_a_layer_survive(name: str) -> None:
     loss_fn, params = model_of(LAYERS[name])
     x = jnp.zeros(LAYERS[name].shape)

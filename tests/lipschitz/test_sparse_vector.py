@@ -122,6 +122,7 @@ def test_a_sample_counts_from_some_candidate_on_even_where_clips_share_a_thresho
     assert set(found.tolist()) <= {0, 1} and np.all(np.diff(found) >= 0)
 
 
+@pytest.mark.anew
 def test_all_candidates_share_the_passes_over_the_model() -> None:
     wide = nn.sequential(clip=lipschitz.adaptive_gradient_clip(), head=nn.linear(4, 2000))
 

@@ -13,7 +13,7 @@ from jaxdp import nn
 from tests.golden import cases
 from tests.golden.cases import Golden, masks
 
-# One half with the oldest JAX, the other half with newer ones (tests/conftest.py).
+# A part with the oldest JAX, another with newer ones (tests/conftest.py).
 pytestmark = pytest.mark.sweep
 
 # Of how many cases the default run takes one; `make slow` takes all.

@@ -465,6 +465,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(
         call()
 
 
+@pytest.mark.anew
 def test_it_compiles_once() -> None:
     tx = flat(lambda step: 1.0 + step.astype(float))
     step = step_of(tx)

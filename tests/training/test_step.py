@@ -139,6 +139,7 @@ def test_asking_for_the_noise_consumes_nothing() -> None:
     assert int(state.step) == 0
 
 
+@pytest.mark.anew
 def test_it_compiles_once() -> None:
     step, state = made(adaptive())
     for index in range(6):
@@ -197,6 +198,7 @@ def _strip() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.anew
 @pytest.mark.optimized
 def test_announcing_the_noise_costs_next_to_nothing() -> None:
     model = models.build("tanh-cnn", (28, 28, 1), 10)
