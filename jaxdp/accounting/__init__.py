@@ -17,6 +17,9 @@ example. Their number n is public, and so are the sampling rate B/n and the divi
 from it; a data set that is really shorter would move both, which no accountant counts (arXiv
 2605.15648). Under "replace_one" they differ in the content of one example.
 
+Wherever `delta` is asked for, a `Guarantee` may be given: it says δ, the accountant ("pld" by
+privacy loss distributions, "rdp" by Rényi differential privacy) and the neighbours in one value.
+
 Limits: every question is answered within seconds, or refused in a sentence. "pld" resolves δ down
 to about 1e-14 and ε up to 10⁵ (infinity beyond both) and composes up to 10⁷ equal sampled steps;
 where more than 32 different noise multipliers or rates are composed, they are rounded to less

@@ -54,7 +54,7 @@ _VERSION = 2
 _BEFORE_DRAWS = 1
 
 # Up to so many steps are searched without looking first where about the answer is.
-_FEW_STEPS = 64
+_FEW_STEPS = 1000
 
 
 @dataclass(frozen=True, slots=True)

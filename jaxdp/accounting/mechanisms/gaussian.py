@@ -43,7 +43,7 @@ from jaxdp.accounting.schemes import (
     ShuffledEpochs,
     as_noise_multipliers,
     check_scheme,
-    combined_noise_multiplier,
+    combined_with_counts,
     scheme_from_dict,
 )
 from jaxdp.accounting.strict_json import check_list
@@ -179,7 +179,7 @@ class LedgerEntry:
 
     def _epoch_steps(self) -> EpochSteps:
         """The steps with one noise multiplier, and with their epochs where they are known."""
-        sigma = combined_noise_multiplier(self.noise_multipliers)
+        sigma = combined_with_counts(tuple((each, 1) for each in self.noise_multipliers))
         # Of a sampler that does not say how it cuts its epochs, its steps tell where they lie.
         drawn = {each.purpose: each for each in self.draws}
         return EpochSteps(sigma, self.steps, drawn.get(EPOCHS, drawn.get(BATCHES)))
