@@ -27,12 +27,12 @@ privacy by 2.2% at the most; 1024 different mechanisms are the most after that. 
 these limits but the last.
 
 Example:
-    >>> from jaxdp import accounting
-    >>> round(accounting.epsilon(1.1, steps=250, delta=1e-5, sampling_rate=0.04), 3)
-    3.471
-    >>> ledger = accounting.Ledger().charge(1.1, accounting.PoissonSampling(0.04), steps=250)
-    >>> round(ledger.epsilon(1e-5), 3)
-    3.471
+  >>> from jaxdp import accounting
+  >>> round(accounting.epsilon(1.1, steps=250, delta=1e-5, sampling_rate=0.04), 3)
+  3.471
+  >>> ledger = accounting.Ledger().charge(1.1, accounting.PoissonSampling(0.04), steps=250)
+  >>> round(ledger.epsilon(1e-5), 3)
+  3.471
 """
 
 from jaxdp.accounting.calibration import (

@@ -4,8 +4,8 @@ Every answer is on the safe side: `epsilon(answer) <= target` holds exactly, and
 within 0.1% of the best one (for steps: one more step exceeds the target).
 
 Example:
-    >>> calibrate_steps(3.0, noise_multiplier=1.1, delta=1e-5, sampling_rate=0.04)
-    183
+  >>> calibrate_steps(3.0, noise_multiplier=1.1, delta=1e-5, sampling_rate=0.04)
+  183
 """
 
 from jaxdp.accounting.ahead import rough_epsilon
@@ -46,26 +46,26 @@ def calibrate_noise_multiplier(
     σ* = min {σ : epsilon(σ, steps, δ, sampling) ≤ ε}, answered from above within 0.1%.
 
     Args:
-        epsilon: target ε > 0.
-        delta: δ in (0, 1); or a guarantee, which says accountant and neighbours as well.
-        steps: number of steps, ≥ 1.
-        sampling_rate: q in (0, 1], shorthand for Poisson sampling.
-        sampling: how the batches are drawn; exactly one of the two is given.
-        accountant: "pld", the default, or "rdp".
-        neighboring_relation: "add_or_remove_one", the default, or "replace_one".
+      epsilon: target ε > 0.
+      delta: δ in (0, 1); or a guarantee, which says accountant and neighbours as well.
+      steps: number of steps, ≥ 1.
+      sampling_rate: q in (0, 1], shorthand for Poisson sampling.
+      sampling: how the batches are drawn; exactly one of the two is given.
+      accountant: "pld", the default, or "rdp".
+      neighboring_relation: "add_or_remove_one", the default, or "replace_one".
 
     Returns:
-        σ in [σ*, 1.001 σ*], noise std / clip norm. For layers with multipliers in the proportion
-        r_k, scale r by σ / combined_noise_multiplier(r).
+      σ in [σ*, 1.001 σ*], noise std / clip norm. For layers with multipliers in the proportion
+      r_k, scale r by σ / combined_noise_multiplier(r).
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, the combination is not supported, or no noise
-            multiplier between 2⁻⁴ and 2¹⁹ is the answer.
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range, the combination is not supported, or no noise
+          multiplier between 2⁻⁴ and 2¹⁹ is the answer.
 
     Example:
-        >>> round(calibrate_noise_multiplier(3.0, delta=1e-5, steps=250, sampling_rate=0.04), 2)
-        1.19
+      >>> round(calibrate_noise_multiplier(3.0, delta=1e-5, steps=250, sampling_rate=0.04), 2)
+      1.19
     """
     target, guarantee = (
         check_epsilon(epsilon),
@@ -115,25 +115,25 @@ def calibrate_steps(
     T* = max {T : epsilon(σ, T, δ, sampling) ≤ ε}.
 
     Args:
-        epsilon: target ε > 0.
-        noise_multiplier: σ ≥ 0, or one for each Gaussian released from the same batch.
-        delta: δ in (0, 1); or a guarantee, which says accountant and neighbours as well.
-        sampling_rate: q in (0, 1], shorthand for Poisson sampling.
-        sampling: how the batches are drawn; exactly one of the two is given.
-        accountant: "pld", the default, or "rdp".
-        neighboring_relation: "add_or_remove_one", the default, or "replace_one".
-        at_most: the largest answer of interest, ≥ 0.
+      epsilon: target ε > 0.
+      noise_multiplier: σ ≥ 0, or one for each Gaussian released from the same batch.
+      delta: δ in (0, 1); or a guarantee, which says accountant and neighbours as well.
+      sampling_rate: q in (0, 1], shorthand for Poisson sampling.
+      sampling: how the batches are drawn; exactly one of the two is given.
+      accountant: "pld", the default, or "rdp".
+      neighboring_relation: "add_or_remove_one", the default, or "replace_one".
+      at_most: the largest answer of interest, ≥ 0.
 
     Returns:
-        T*, exactly: T* fits and T* + 1 does not. 0 if no step fits, `at_most` if T* is larger.
+      T*, exactly: T* fits and T* + 1 does not. 0 if no step fits, `at_most` if T* is larger.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or the combination is not supported.
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range, or the combination is not supported.
 
     Example:
-        >>> calibrate_steps(1.0, noise_multiplier=0.0, delta=1e-5, sampling_rate=0.04)
-        0
+      >>> calibrate_steps(1.0, noise_multiplier=0.0, delta=1e-5, sampling_rate=0.04)
+      0
     """
     scheme = scheme_meant(sampling_rate, sampling)
     return Ledger().steps_left(
@@ -159,24 +159,24 @@ def calibrate_sampling_rate(
     q* = max {q : epsilon(σ, steps, δ, q) ≤ ε}, answered from below within 0.1%.
 
     Args:
-        epsilon: target ε > 0.
-        noise_multiplier: σ ≥ 0, or one for each Gaussian released from the same batch.
-        steps: number of steps, ≥ 1.
-        delta: δ in (0, 1); or a guarantee, which says accountant and neighbours as well.
-        accountant: "pld", the default, or "rdp".
-        neighboring_relation: "add_or_remove_one", the default, or "replace_one".
+      epsilon: target ε > 0.
+      noise_multiplier: σ ≥ 0, or one for each Gaussian released from the same batch.
+      steps: number of steps, ≥ 1.
+      delta: δ in (0, 1); or a guarantee, which says accountant and neighbours as well.
+      accountant: "pld", the default, or "rdp".
+      neighboring_relation: "add_or_remove_one", the default, or "replace_one".
 
     Returns:
-        q in [0.999 q*, q*]; exactly 1.0 if every example may join every step.
+      q in [0.999 q*, q*]; exactly 1.0 if every example may join every step.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, the combination is not supported, or not even a
-            rate of 2⁻⁴⁰ fits.
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range, the combination is not supported, or not even a
+          rate of 2⁻⁴⁰ fits.
 
     Example:
-        >>> round(calibrate_sampling_rate(3.0, noise_multiplier=1.1, steps=250, delta=1e-5), 4)
-        0.0349
+      >>> round(calibrate_sampling_rate(3.0, noise_multiplier=1.1, steps=250, delta=1e-5), 4)
+      0.0349
     """
     target, guarantee = (
         check_epsilon(epsilon),

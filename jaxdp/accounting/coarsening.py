@@ -1,8 +1,8 @@
 """Fewer mechanisms where there are many, never more private ones: so an answer takes seconds.
 
 Example:
-    >>> coarsened((Counted(SampledGaussian(None, 2.0), 3), Counted(SampledGaussian(None, 2.0), 1)))
-    (Counted(mechanism=SampledGaussian(sampling=None, noise_multiplier=1.0), repeats=1),)
+  >>> coarsened((Counted(SampledGaussian(None, 2.0), 3), Counted(SampledGaussian(None, 2.0), 1)))
+  (Counted(mechanism=SampledGaussian(sampling=None, noise_multiplier=1.0), repeats=1),)
 """
 
 import math
@@ -38,18 +38,18 @@ def coarsened(mechanisms: tuple[Counted, ...], *, always: bool = False) -> tuple
     epsilon. What is no Gaussian stays as it is.
 
     Args:
-        mechanisms: distinct mechanisms, the one of the last step last.
-        always: whether noise multipliers fall to the grid however few there are.
+      mechanisms: distinct mechanisms, the one of the last step last.
+      always: whether noise multipliers fall to the grid however few there are.
 
     Returns:
-        Distinct mechanisms, those that are no Gaussian first, the one of the last step still last.
+      Distinct mechanisms, those that are no Gaussian first, the one of the last step still last.
 
     Raises:
-        ValueError: more than `MOST_MECHANISMS` are left.
+      ValueError: more than `MOST_MECHANISMS` are left.
 
     Example:
-        >>> coarsened((Counted(SampledGaussian(PoissonSampling(1.0), 2.0), 4),))
-        (Counted(mechanism=SampledGaussian(sampling=None, noise_multiplier=1.0), repeats=1),)
+      >>> coarsened((Counted(SampledGaussian(PoissonSampling(1.0), 2.0), 4),))
+      (Counted(mechanism=SampledGaussian(sampling=None, noise_multiplier=1.0), repeats=1),)
     """
     gaussians = [
         (mechanism, count)
@@ -87,14 +87,14 @@ def rounded_down(sigma: float) -> float:
     costs does not depend on the steps around it, so that a growing ledger only grows dearer.
 
     Args:
-        sigma: noise multiplier > 0.
+      sigma: noise multiplier > 0.
 
     Returns:
-        More than σ · 2^(-1/32), up to rounding, and never more than σ.
+      More than σ · 2^(-1/32), up to rounding, and never more than σ.
 
     Example:
-        >>> rounded_down(1.0), rounded_down(1.99) < 1.99
-        (1.0, True)
+      >>> rounded_down(1.0), rounded_down(1.99) < 1.99
+      (1.0, True)
     """
     # The logarithm may have rounded up.
     return min(2 ** (math.floor(_PER_OCTAVE * math.log2(sigma)) / _PER_OCTAVE), sigma)

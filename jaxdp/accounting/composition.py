@@ -1,11 +1,11 @@
 """What counted mechanisms cost together, by either accountant. Answers are cached.
 
 Example:
-    >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
-    >>> from jaxdp.accounting.schemes import PoissonSampling
-    >>> steps = Counted(SampledGaussian(PoissonSampling(0.04), 1.1), 250)
-    >>> round(epsilon_of((steps,), Guarantee(1e-5)), 3)
-    3.471
+  >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
+  >>> from jaxdp.accounting.schemes import PoissonSampling
+  >>> steps = Counted(SampledGaussian(PoissonSampling(0.04), 1.1), 250)
+  >>> round(epsilon_of((steps,), Guarantee(1e-5)), 3)
+  3.471
 """
 
 import math
@@ -27,20 +27,20 @@ def epsilon_of(mechanisms: tuple[Counted, ...], guarantee: Guarantee) -> float:
     """The ε at which the composed mechanisms are (ε, δ) differentially private.
 
     Args:
-        mechanisms: from `mechanisms_of`.
-        guarantee: δ, accountant and neighbouring relation.
+      mechanisms: from `mechanisms_of`.
+      guarantee: δ, accountant and neighbouring relation.
 
     Returns:
-        ε ≥ 0; `math.inf` if something was released without noise, and where "pld" would have to
-        resolve an ε beyond 10⁵.
+      ε ≥ 0; `math.inf` if something was released without noise, and where "pld" would have to
+      resolve an ε beyond 10⁵.
 
     Raises:
-        ValueError: dp-accounting does not support the combination, or it is more than can be
-            composed.
+      ValueError: dp-accounting does not support the combination, or it is more than can be
+          composed.
 
     Example:
-        >>> epsilon_of((), Guarantee(1e-5))
-        0.0
+      >>> epsilon_of((), Guarantee(1e-5))
+      0.0
     """
     return _epsilon(mechanisms, guarantee.delta, guarantee.question, pld.epsilon)
 
@@ -59,24 +59,24 @@ def epsilon_bound_of(
     by what a thousand of them cut off.
 
     Args:
-        mechanisms: from `mechanisms_of`.
-        guarantee: δ, accountant and neighbouring relation.
-        rounded: whether to round all noise multipliers down.
+      mechanisms: from `mechanisms_of`.
+      guarantee: δ, accountant and neighbouring relation.
+      rounded: whether to round all noise multipliers down.
 
     Returns:
-        ε ≥ 0, or `math.inf`.
+      ε ≥ 0, or `math.inf`.
 
     Raises:
-        ValueError: dp-accounting does not support the combination, or it is more than can be
-            composed.
+      ValueError: dp-accounting does not support the combination, or it is more than can be
+          composed.
 
     Example:
-        >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
-        >>> from jaxdp.accounting.schemes import PoissonSampling
-        >>> steps = (Counted(SampledGaussian(PoissonSampling(0.04), 1.1), 250),)
-        >>> bound = epsilon_bound_of(steps, Guarantee(1e-5), rounded=False)
-        >>> 1 <= bound / epsilon_of(steps, Guarantee(1e-5)) < 1.01
-        True
+      >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
+      >>> from jaxdp.accounting.schemes import PoissonSampling
+      >>> steps = (Counted(SampledGaussian(PoissonSampling(0.04), 1.1), 250),)
+      >>> bound = epsilon_bound_of(steps, Guarantee(1e-5), rounded=False)
+      >>> 1 <= bound / epsilon_of(steps, Guarantee(1e-5)) < 1.01
+      True
     """
     smaller = 0.999 * guarantee.delta - 1e-12
     bound = partial(pld.epsilon, coarser=_BOUND_COARSER)
@@ -91,23 +91,23 @@ def rough_epsilon_of(mechanisms: tuple[Counted, ...], guarantee: Guarantee) -> f
     tells something of every δ.
 
     Args:
-        mechanisms: from `mechanisms_of`.
-        guarantee: δ, accountant and neighbouring relation.
+      mechanisms: from `mechanisms_of`.
+      guarantee: δ, accountant and neighbouring relation.
 
     Returns:
-        ε ≥ 0, or `math.inf`.
+      ε ≥ 0, or `math.inf`.
 
     Raises:
-        ValueError: dp-accounting does not support the combination, or it is more than can be
-            composed.
+      ValueError: dp-accounting does not support the combination, or it is more than can be
+          composed.
 
     Example:
-        >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
-        >>> from jaxdp.accounting.schemes import PoissonSampling
-        >>> steps = (Counted(SampledGaussian(PoissonSampling(0.04), 1.1), 250),)
-        >>> rough = rough_epsilon_of(steps, Guarantee(1e-5))
-        >>> abs(rough / epsilon_of(steps, Guarantee(1e-5)) - 1) < 0.01
-        True
+      >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
+      >>> from jaxdp.accounting.schemes import PoissonSampling
+      >>> steps = (Counted(SampledGaussian(PoissonSampling(0.04), 1.1), 250),)
+      >>> rough = rough_epsilon_of(steps, Guarantee(1e-5))
+      >>> abs(rough / epsilon_of(steps, Guarantee(1e-5)) - 1) < 0.01
+      True
     """
     return _epsilon(mechanisms, guarantee.delta, guarantee.question, pld.rough_epsilon)
 
@@ -117,21 +117,21 @@ def delta_of(mechanisms: tuple[Counted, ...], epsilon: float, question: Question
     """The δ at which the composed mechanisms are (ε, δ) differentially private.
 
     Args:
-        mechanisms: from `mechanisms_of`.
-        epsilon: ε ≥ 0.
-        question: accountant and neighbouring relation.
+      mechanisms: from `mechanisms_of`.
+      epsilon: ε ≥ 0.
+      question: accountant and neighbouring relation.
 
     Returns:
-        δ in [0, 1]; 1.0 if something was released without noise, and where "pld" would have to
-        resolve an ε beyond 10⁵.
+      δ in [0, 1]; 1.0 if something was released without noise, and where "pld" would have to
+      resolve an ε beyond 10⁵.
 
     Raises:
-        ValueError: dp-accounting does not support the combination, or it is more than can be
-            composed.
+      ValueError: dp-accounting does not support the combination, or it is more than can be
+          composed.
 
     Example:
-        >>> delta_of((), 1.0, Question("pld", "replace_one"))
-        0.0
+      >>> delta_of((), 1.0, Question("pld", "replace_one"))
+      0.0
     """
     if not mechanisms:
         return 0.0

@@ -5,9 +5,9 @@ independent (their difference has none), nor are two steps on the same drawn bat
 of random numbers has a name, and the ledger notes which of its steps were used.
 
 Example:
-    >>> once = Draws("gradient noise", "5eed", first=0, count=3)
-    >>> joined((once,), (Draws("gradient noise", "5eed", first=3, count=2),))
-    (Draws(purpose='gradient noise', fingerprint='5eed', first=0, count=5),)
+  >>> once = Draws("gradient noise", "5eed", first=0, count=3)
+  >>> joined((once,), (Draws("gradient noise", "5eed", first=3, count=2),))
+  (Draws(purpose='gradient noise', fingerprint='5eed', first=0, count=5),)
 """
 
 from bisect import bisect
@@ -40,19 +40,19 @@ class Draws:
     """Consecutive steps of one stream of random numbers.
 
     Args:
-        purpose: what the numbers are for, such as "batches".
-        fingerprint: tells one stream of that purpose from another: a one-way hash of its key or
-            seed, which is as hard to undo as the key is to guess. Not empty.
-        first: the first step, ≥ 0.
-        count: how many steps, ≥ 1.
+      purpose: what the numbers are for, such as "batches".
+      fingerprint: tells one stream of that purpose from another: a one-way hash of its key or
+          seed, which is as hard to undo as the key is to guess. Not empty.
+      first: the first step, ≥ 0.
+      count: how many steps, ≥ 1.
 
     Raises:
-        TypeError: a field has the wrong type.
-        ValueError: a field is out of range.
+      TypeError: a field has the wrong type.
+      ValueError: a field is out of range.
 
     Example:
-        >>> Draws("batches", "5eed", first=10, count=5).end
-        15
+      >>> Draws("batches", "5eed", first=10, count=5).end
+      15
     """
 
     purpose: str
@@ -84,11 +84,11 @@ class Draws:
         """What the steps are steps of.
 
         Returns:
-            Purpose and fingerprint.
+          Purpose and fingerprint.
 
         Example:
-            >>> Draws("batches", "5eed", first=0).stream
-            ('batches', '5eed')
+          >>> Draws("batches", "5eed", first=0).stream
+          ('batches', '5eed')
         """
         return self.purpose, self.fingerprint
 
@@ -97,11 +97,11 @@ class Draws:
         """The step after the last one.
 
         Returns:
-            first + count.
+          first + count.
 
         Example:
-            >>> Draws("batches", "5eed", first=0).end
-            1
+          >>> Draws("batches", "5eed", first=0).end
+          1
         """
         return self.first + self.count
 
@@ -109,11 +109,11 @@ class Draws:
         """Returns the draws as JSON-able data for `draws_from_list`.
 
         Returns:
-            A dict of the four fields.
+          A dict of the four fields.
 
         Example:
-            >>> Draws("batches", "5eed", first=7).to_dict()
-            {'purpose': 'batches', 'fingerprint': '5eed', 'first': 7, 'count': 1}
+          >>> Draws("batches", "5eed", first=7).to_dict()
+          {'purpose': 'batches', 'fingerprint': '5eed', 'first': 7, 'count': 1}
         """
         return {
             "purpose": self.purpose,
@@ -131,18 +131,18 @@ def draws_from_list(data: object) -> tuple[Draws, ...]:
     """Rebuilds draws from a list of what `to_dict` returned.
 
     Args:
-        data: parsed JSON.
+      data: parsed JSON.
 
     Returns:
-        The equal draws.
+      The equal draws.
 
     Raises:
-        TypeError: a field has the wrong type.
-        ValueError: it is no list, a key is missing or unknown, or a field is out of range.
+      TypeError: a field has the wrong type.
+      ValueError: it is no list, a key is missing or unknown, or a field is out of range.
 
     Example:
-        >>> draws_from_list([Draws("batches", "5eed", first=7).to_dict()])
-        (Draws(purpose='batches', fingerprint='5eed', first=7, count=1),)
+      >>> draws_from_list([Draws("batches", "5eed", first=7).to_dict()])
+      (Draws(purpose='batches', fingerprint='5eed', first=7, count=1),)
     """
     keys = {"purpose", "fingerprint", "first", "count"}
     return tuple(Draws(**check_keys("draws", each, keys)) for each in check_list("draws", data))
@@ -152,19 +152,19 @@ def check_draws(value: object) -> tuple[Draws, ...]:
     """Returns the draws of one release as a tuple, or says what they must be.
 
     Args:
-        value: what the caller passed: draws, or tuples of purpose, fingerprint and step, as
-            `jaxdp.noise_draws` gives them.
+      value: what the caller passed: draws, or tuples of purpose, fingerprint and step, as
+          `jaxdp.noise_draws` gives them.
 
     Returns:
-        Draws of distinct streams.
+      Draws of distinct streams.
 
     Raises:
-        TypeError: it is no sequence of such.
-        ValueError: a stream comes twice.
+      TypeError: it is no sequence of such.
+      ValueError: a stream comes twice.
 
     Example:
-        >>> check_draws([("batches", "5eed", 7)])
-        (Draws(purpose='batches', fingerprint='5eed', first=7, count=1),)
+      >>> check_draws([("batches", "5eed", 7)])
+      (Draws(purpose='batches', fingerprint='5eed', first=7, count=1),)
     """
     advice = "Pass those of sampler.draws(step) and of jaxdp.noise_draws(opt_state)."
     draws = tuple(
@@ -191,21 +191,21 @@ def joined(
     """The union of draws, if no step of a stream is among them twice.
 
     Args:
-        known: sorted, disjoint, and with a gap between any two of one stream.
-        new: draws in any order.
-        advice: what to do about a step that comes twice.
+      known: sorted, disjoint, and with a gap between any two of one stream.
+      new: draws in any order.
+      advice: what to do about a step that comes twice.
 
     Returns:
-        All of them, sorted, and joined where they are contiguous.
+      All of them, sorted, and joined where they are contiguous.
 
     Raises:
-        ValueError: a step of a stream comes twice.
+      ValueError: a step of a stream comes twice.
 
     Example:
-        >>> joined((), [Draws("noise", "5eed", 0, 4), Draws("noise", "5eed", 3, 2)])
-        Traceback (most recent call last):
-        ValueError: draws must be new to the ledger, got step 3 of 'noise' (fingerprint 5eed) a
-        second time, so that the two releases are not independent. Give the run ...
+      >>> joined((), [Draws("noise", "5eed", 0, 4), Draws("noise", "5eed", 3, 2)])
+      Traceback (most recent call last):
+      ValueError: draws must be new to the ledger, got step 3 of 'noise' (fingerprint 5eed) a
+      second time, so that the two releases are not independent. Give the run ...
     """
     # A step adds to the end of a few ranges: the rest of the tuple stays as it is.
     ranges = list(known)
@@ -243,15 +243,15 @@ def continued(earlier: tuple[Draws, ...], later: tuple[Draws, ...]) -> tuple[Dra
     """Two draws as one, where the later ones go on with the streams of the earlier ones.
 
     Args:
-        earlier: of some steps.
-        later: of the steps after these.
+      earlier: of some steps.
+      later: of the steps after these.
 
     Returns:
-        The draws of both, or None where they do not go on.
+      The draws of both, or None where they do not go on.
 
     Example:
-        >>> continued((Draws("batches", "5eed", 0, 2),), (Draws("batches", "5eed", 2, 1),))
-        (Draws(purpose='batches', fingerprint='5eed', first=0, count=3),)
+      >>> continued((Draws("batches", "5eed", 0, 2),), (Draws("batches", "5eed", 2, 1),))
+      (Draws(purpose='batches', fingerprint='5eed', first=0, count=3),)
     """
     goes_on = [(each.purpose, each.fingerprint, each.end) for each in earlier] == [
         (each.purpose, each.fingerprint, each.first) for each in later

@@ -1,10 +1,10 @@
 """How often one example may have taken part in shuffled epochs.
 
 Example:
-    >>> from jaxdp.accounting.schemes import ShuffledEpochs
-    >>> step = EpochSteps(2.0, 6, None)
-    >>> list(participations([step], steps_per_epoch=4))
-    [(2.0, 1), (2.0, 1)]
+  >>> from jaxdp.accounting.schemes import ShuffledEpochs
+  >>> step = EpochSteps(2.0, 6, None)
+  >>> list(participations([step], steps_per_epoch=4))
+  [(2.0, 1), (2.0, 1)]
 """
 
 import math
@@ -19,10 +19,10 @@ class EpochSteps(NamedTuple):
     """Consecutive steps of shuffled epochs with one noise multiplier.
 
     Attributes:
-        noise_multiplier: σ ≥ 0.
-        steps: how many, ≥ 1.
-        epochs: the draws that say which permutations the batches are cut from, and where the
-            steps began; None where nobody said.
+      noise_multiplier: σ ≥ 0.
+      steps: how many, ≥ 1.
+      epochs: the draws that say which permutations the batches are cut from, and where the
+          steps began; None where nobody said.
     """
 
     noise_multiplier: float
@@ -41,16 +41,16 @@ def participations(
     nobody said where steps began, they begin with an epoch, and steps that follow them go on.
 
     Args:
-        steps: in the order of execution, all of one scheme.
-        steps_per_epoch: of that scheme, ≥ 1.
+      steps: in the order of execution, all of one scheme.
+      steps_per_epoch: of that scheme, ≥ 1.
 
     Yields:
-        Pairs (noise multiplier, number of participations).
+      Pairs (noise multiplier, number of participations).
 
     Example:
-        >>> half = [EpochSteps(2.0, 2, Draws("epochs", name, 2, 2)) for name in "ab"]
-        >>> list(participations(half, steps_per_epoch=4))
-        [(2.0, 1), (2.0, 1)]
+      >>> half = [EpochSteps(2.0, 2, Draws("epochs", name, 2, 2)) for name in "ab"]
+      >>> list(participations(half, steps_per_epoch=4))
+      [(2.0, 1), (2.0, 1)]
     """
     entered: dict[tuple[str, int], float] = {}
     for placed, group in groupby(steps, key=lambda each: each.epochs is not None):

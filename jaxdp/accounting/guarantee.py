@@ -1,10 +1,10 @@
 """What a privacy guarantee is stated as: δ, the accountant and the neighbours, in one value.
 
 Example:
-    >>> from jaxdp import accounting
-    >>> asked = accounting.Guarantee(1e-5, accountant="rdp")
-    >>> asked
-    Guarantee(delta=1e-05, accountant='rdp', neighboring_relation='add_or_remove_one')
+  >>> from jaxdp import accounting
+  >>> asked = accounting.Guarantee(1e-5, accountant="rdp")
+  >>> asked
+  Guarantee(delta=1e-05, accountant='rdp', neighboring_relation='add_or_remove_one')
 """
 
 from dataclasses import dataclass, replace
@@ -26,17 +26,17 @@ class Guarantee:
     Wherever jaxdp takes `delta`, it takes a guarantee as well, which then says all three.
 
     Args:
-        delta: δ in (0, 1).
-        accountant: "pld" or "rdp".
-        neighboring_relation: "add_or_remove_one" or "replace_one".
+      delta: δ in (0, 1).
+      accountant: "pld" or "rdp".
+      neighboring_relation: "add_or_remove_one" or "replace_one".
 
     Raises:
-        TypeError: a field has the wrong type.
-        ValueError: δ is out of range, or a name is unknown.
+      TypeError: a field has the wrong type.
+      ValueError: δ is out of range, or a name is unknown.
 
     Example:
-        >>> Guarantee(1e-5).accountant
-        'pld'
+      >>> Guarantee(1e-5).accountant
+      'pld'
     """
 
     delta: float
@@ -52,11 +52,11 @@ class Guarantee:
         """What an accountant is asked, whatever δ.
 
         Returns:
-            The accountant and the neighbouring relation.
+          The accountant and the neighbouring relation.
 
         Example:
-            >>> Guarantee(1e-5).question
-            Question(accountant='pld', relation='add_or_remove_one')
+          >>> Guarantee(1e-5).question
+          Question(accountant='pld', relation='add_or_remove_one')
         """
         return Question(self.accountant, self.neighboring_relation)
 
@@ -69,24 +69,24 @@ def as_guarantee(
     """The guarantee meant by the arguments that every question about privacy takes.
 
     Args:
-        delta: δ in (0, 1), or a guarantee.
-        accountant: "pld" or "rdp"; None for what the guarantee says, or else "pld".
-        neighboring_relation: "add_or_remove_one" or "replace_one"; None for what the guarantee
-            says, or else "add_or_remove_one".
+      delta: δ in (0, 1), or a guarantee.
+      accountant: "pld" or "rdp"; None for what the guarantee says, or else "pld".
+      neighboring_relation: "add_or_remove_one" or "replace_one"; None for what the guarantee
+          says, or else "add_or_remove_one".
 
     Returns:
-        The guarantee.
+      The guarantee.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or contradicts the guarantee.
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range, or contradicts the guarantee.
 
     Example:
-        >>> as_guarantee(1e-5, accountant="rdp").accountant
-        'rdp'
-        >>> as_guarantee(Guarantee(1e-5), accountant="rdp")
-        Traceback (most recent call last):
-        ValueError: accountant must be that of the guarantee, 'pld', got 'rdp'. Leave it out...
+      >>> as_guarantee(1e-5, accountant="rdp").accountant
+      'rdp'
+      >>> as_guarantee(Guarantee(1e-5), accountant="rdp")
+      Traceback (most recent call last):
+      ValueError: accountant must be that of the guarantee, 'pld', got 'rdp'. Leave it out...
     """
     named = {"accountant": accountant, "neighboring_relation": neighboring_relation}
     given = {name: value for name, value in named.items() if value is not None}

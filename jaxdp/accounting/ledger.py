@@ -1,16 +1,16 @@
 """The record of what was executed, and every privacy question that can be asked of it.
 
 Example:
-    >>> from jaxdp.accounting import PoissonSampling
-    >>> ledger = Ledger()
-    >>> for _ in range(3):
-    ...     ledger = ledger.charge(1.1, PoissonSampling(0.04))
-    >>> ledger.entries
-    (LedgerEntry(noise_multipliers=(1.1,), sampling=PoissonSampling(sampling_rate=0.04), steps=3),)
-    >>> Ledger.from_json(ledger.to_json()) == ledger
-    True
-    >>> ledger.charge_pure(0.1).entries[-1]
-    PureRelease(epsilon=0.1, sampling=None)
+  >>> from jaxdp.accounting import PoissonSampling
+  >>> ledger = Ledger()
+  >>> for _ in range(3):
+  ...     ledger = ledger.charge(1.1, PoissonSampling(0.04))
+  >>> ledger.entries
+  (LedgerEntry(noise_multipliers=(1.1,), sampling=PoissonSampling(sampling_rate=0.04), steps=3),)
+  >>> Ledger.from_json(ledger.to_json()) == ledger
+  True
+  >>> ledger.charge_pure(0.1).entries[-1]
+  PureRelease(epsilon=0.1, sampling=None)
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -77,33 +77,33 @@ class Ledger(Record):
         * Answers are cached, and so is the composed past of the last answer.
 
     Args:
-        closed: finished runs on the same data, each in order of execution; filled by `merge`.
-        current: the run that `charge` continues.
+      closed: finished runs on the same data, each in order of execution; filled by `merge`.
+      current: the run that `charge` continues.
 
     Raises:
-        ValueError: (when charged, merged or read) a step of a stream was drawn twice.
+      ValueError: (when charged, merged or read) a step of a stream was drawn twice.
 
     Example:
-        >>> from jaxdp.accounting import PoissonSampling
-        >>> Ledger().charge([2.0, 3.0], PoissonSampling(0.04), steps=10).steps
-        10
+      >>> from jaxdp.accounting import PoissonSampling
+      >>> Ledger().charge([2.0, 3.0], PoissonSampling(0.04), steps=10).steps
+      10
     """
 
     def dp_event(self) -> dp_accounting.DpEvent:
         """The dp-accounting event of everything executed, exact and grouped.
 
         Returns:
-            A `dp_accounting.DpEvent` whose noise multipliers are noise std / clip norm (see
-            `jaxdp.accounting.dp_event` for what the RDP accountant makes of them).
+          A `dp_accounting.DpEvent` whose noise multipliers are noise std / clip norm (see
+          `jaxdp.accounting.dp_event` for what the RDP accountant makes of them).
 
         Raises:
-            ValueError: the ledger holds a pure release: dp-accounting has no event that all of its
-                accountants read alike.
+          ValueError: the ledger holds a pure release: dp-accounting has no event that all of its
+              accountants read alike.
 
         Example:
-            >>> from jaxdp.accounting import ShuffledEpochs
-            >>> Ledger().charge(2.0, ShuffledEpochs(4), steps=4).dp_event()
-            GaussianDpEvent(noise_multiplier=2.0)
+          >>> from jaxdp.accounting import ShuffledEpochs
+          >>> Ledger().charge(2.0, ShuffledEpochs(4), steps=4).dp_event()
+          GaussianDpEvent(noise_multiplier=2.0)
         """
         return event_of(mechanisms_of(self.runs))
 
@@ -117,23 +117,23 @@ class Ledger(Record):
         """The ε spent so far, at a given δ.
 
         Args:
-            delta: δ in (0, 1); or a guarantee, which says the two below as well.
-            accountant: "pld", the default, or "rdp".
-            neighboring_relation: "add_or_remove_one", the default, or "replace_one".
+          delta: δ in (0, 1); or a guarantee, which says the two below as well.
+          accountant: "pld", the default, or "rdp".
+          neighboring_relation: "add_or_remove_one", the default, or "replace_one".
 
         Returns:
-            ε ≥ 0: 0.0 for an empty ledger, `math.inf` if a step had no noise.
+          ε ≥ 0: 0.0 for an empty ledger, `math.inf` if a step had no noise.
 
         Raises:
-            TypeError: δ is no number.
-            ValueError: an argument is out of range or contradicts the guarantee, or dp-accounting
-                does not support the combination.
+          TypeError: δ is no number.
+          ValueError: an argument is out of range or contradicts the guarantee, or dp-accounting
+              does not support the combination.
 
         Source: see `jaxdp.accounting.epsilon`.
 
         Example:
-            >>> Ledger().epsilon(1e-5)
-            0.0
+          >>> Ledger().epsilon(1e-5)
+          0.0
         """
         guarantee = as_guarantee(delta, accountant, neighboring_relation)
         return epsilon_of(mechanisms_of(self.runs), guarantee)
@@ -148,22 +148,22 @@ class Ledger(Record):
         """The δ spent so far, at a given ε.
 
         Args:
-            epsilon: ε ≥ 0.
-            accountant: "pld" or "rdp".
-            neighboring_relation: "add_or_remove_one" or "replace_one".
+          epsilon: ε ≥ 0.
+          accountant: "pld" or "rdp".
+          neighboring_relation: "add_or_remove_one" or "replace_one".
 
         Returns:
-            δ in [0, 1]: 0.0 for an empty ledger, 1.0 if a step had no noise.
+          δ in [0, 1]: 0.0 for an empty ledger, 1.0 if a step had no noise.
 
         Raises:
-            TypeError: ε is no number.
-            ValueError: an argument is out of range, or dp-accounting does not support the
-                combination.
+          TypeError: ε is no number.
+          ValueError: an argument is out of range, or dp-accounting does not support the
+              combination.
 
         Example:
-            >>> from jaxdp.accounting import PoissonSampling
-            >>> Ledger().charge(0.0, PoissonSampling(0.1)).delta(1.0)
-            1.0
+          >>> from jaxdp.accounting import PoissonSampling
+          >>> Ledger().charge(0.0, PoissonSampling(0.1)).delta(1.0)
+          1.0
         """
         target = check_real("epsilon", epsilon, minimum=0, advice="Pass the privacy budget.")
         question = as_question(accountant, neighboring_relation)
@@ -187,31 +187,31 @@ class Ledger(Record):
         composed once; only the added count is searched.
 
         Args:
-            noise_multiplier: σ ≥ 0 of the steps to come, or one for each release of a step.
-            sampling: how their batches will be drawn.
-            epsilon: the whole budget ε > 0, of which this ledger may have spent a part.
-            delta: δ in (0, 1); or a guarantee, which says the two below as well.
-            accountant: "pld", the default, or "rdp".
-            neighboring_relation: "add_or_remove_one", the default, or "replace_one".
-            at_most: the largest answer of interest, ≥ 0.
-            draws: those of the first of these steps, if they will be charged; the further steps
-                go on with them. They matter to shuffled epochs.
+          noise_multiplier: σ ≥ 0 of the steps to come, or one for each release of a step.
+          sampling: how their batches will be drawn.
+          epsilon: the whole budget ε > 0, of which this ledger may have spent a part.
+          delta: δ in (0, 1); or a guarantee, which says the two below as well.
+          accountant: "pld", the default, or "rdp".
+          neighboring_relation: "add_or_remove_one", the default, or "replace_one".
+          at_most: the largest answer of interest, ≥ 0.
+          draws: those of the first of these steps, if they will be charged; the further steps
+              go on with them. They matter to shuffled epochs.
 
         Returns:
-            n*, exactly: n* fits and n* + 1 does not. 0 also if the past alone exceeds the budget,
-            `at_most` if n* is larger.
+          n*, exactly: n* fits and n* + 1 does not. 0 also if the past alone exceeds the budget,
+          `at_most` if n* is larger.
 
         Raises:
-            TypeError: an argument has the wrong type.
-            ValueError: an argument is out of range or contradicts the guarantee, or dp-accounting
-                does not support the combination.
+          TypeError: an argument has the wrong type.
+          ValueError: an argument is out of range or contradicts the guarantee, or dp-accounting
+              does not support the combination.
 
         Example:
-            >>> from jaxdp.accounting import PoissonSampling
-            >>> spent = Ledger().charge(1.1, PoissonSampling(0.04), steps=100)
-            >>> soon = PoissonSampling(0.02)
-            >>> spent.steps_left(1.1, soon, epsilon=3.0, delta=1e-5, accountant="rdp")
-            176
+          >>> from jaxdp.accounting import PoissonSampling
+          >>> spent = Ledger().charge(1.1, PoissonSampling(0.04), steps=100)
+          >>> soon = PoissonSampling(0.02)
+          >>> spent.steps_left(1.1, soon, epsilon=3.0, delta=1e-5, accountant="rdp")
+          176
         """
         target, guarantee = (
             check_epsilon(epsilon),
@@ -240,11 +240,11 @@ class Ledger(Record):
         """Returns the ledger as versioned JSON; floats survive exactly.
 
         Returns:
-            A string for `from_json`.
+          A string for `from_json`.
 
         Example:
-            >>> Ledger().to_json()
-            '{"format": "jaxdp.ledger", "version": 2, "closed": [], "current": []}'
+          >>> Ledger().to_json()
+          '{"format": "jaxdp.ledger", "version": 2, "closed": [], "current": []}'
         """
         return json.dumps(
             {
@@ -260,18 +260,18 @@ class Ledger(Record):
         """Rebuilds the ledger that `to_json` wrote.
 
         Args:
-            text: the JSON string; also one of version 1, which noted no draws.
+          text: the JSON string; also one of version 1, which noted no draws.
 
         Returns:
-            An equal ledger.
+          An equal ledger.
 
         Raises:
-            ValueError: the text is no JSON, of another format or version, or any field is missing,
-                unknown, repeated or out of range. A damaged ledger is never read in part.
+          ValueError: the text is no JSON, of another format or version, or any field is missing,
+              unknown, repeated or out of range. A damaged ledger is never read in part.
 
         Example:
-            >>> Ledger.from_json(Ledger().to_json()) == Ledger()
-            True
+          >>> Ledger.from_json(Ledger().to_json()) == Ledger()
+          True
         """
         try:
             data = check_keys("ledger", parse(text), {"format", "version", "closed", "current"})
@@ -304,20 +304,20 @@ def supposed(
     """What a ledger would be after steps that may never be executed: for a question, not a record.
 
     Args:
-        ledger: what was executed.
-        noise_multiplier: of the steps.
-        sampling: their scheme.
-        steps: how many, ≥ 1.
-        draws: of the first of them; the further ones go on. Whether any was drawn before is not
-            looked at.
+      ledger: what was executed.
+      noise_multiplier: of the steps.
+      sampling: their scheme.
+      steps: how many, ≥ 1.
+      draws: of the first of them; the further ones go on. Whether any was drawn before is not
+          looked at.
 
     Returns:
-        A ledger to ask.
+      A ledger to ask.
 
     Example:
-        >>> from jaxdp.accounting import PoissonSampling
-        >>> supposed(Ledger(), 1.0, PoissonSampling(0.1), steps=3).steps
-        3
+      >>> from jaxdp.accounting import PoissonSampling
+      >>> supposed(Ledger(), 1.0, PoissonSampling(0.1), steps=3).steps
+      3
     """
     drawn = tuple(replace(each, count=steps) for each in check_draws(draws))
     entry = LedgerEntry(as_noise_multipliers(noise_multiplier), sampling, steps, drawn)

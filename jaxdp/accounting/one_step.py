@@ -13,9 +13,9 @@ Source: Doroshenko et al. 2022, "Connect the Dots: Tighter Discrete Approximatio
 Distributions", Algorithm 1.
 
 Example:
-    >>> step = pld_of_gaussian(1.0, sampling_rate=0.1, replace_one=False, interval=1e-3)
-    >>> round(step.get_epsilon_for_delta(1e-5), 3)
-    1.685
+  >>> step = pld_of_gaussian(1.0, sampling_rate=0.1, replace_one=False, interval=1e-3)
+  >>> round(step.get_epsilon_for_delta(1e-5), 3)
+  1.685
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -39,18 +39,18 @@ def pld_of_gaussian(
     """The privacy loss distribution of one Poisson-sampled Gaussian of sensitivity 1.
 
     Args:
-        sigma: noise standard deviation > 0.
-        sampling_rate: q in (0, 1].
-        replace_one: whether the example is moved from +1 to -1, instead of added or removed.
-        interval: the step of the grid of losses, > 0.
+      sigma: noise standard deviation > 0.
+      sampling_rate: q in (0, 1].
+      replace_one: whether the example is moved from +1 to -1, instead of added or removed.
+      interval: the step of the grid of losses, > 0.
 
     Returns:
-        What `dp_accounting.pld.from_gaussian_mechanism` returns, up to rounding.
+      What `dp_accounting.pld.from_gaussian_mechanism` returns, up to rounding.
 
     Example:
-        >>> step = pld_of_gaussian(2.0, sampling_rate=1.0, replace_one=True, interval=1e-3)
-        >>> round(float(step.get_delta_for_epsilon(1.0)), 4)
-        0.1269
+      >>> step = pld_of_gaussian(2.0, sampling_rate=1.0, replace_one=True, interval=1e-3)
+      >>> round(float(step.get_delta_for_epsilon(1.0)), 4)
+      0.1269
     """
 
     def pmf(kind: AdjacencyType, deltas: Callable[[Floats, float, float], Floats]) -> DensePLDPmf:

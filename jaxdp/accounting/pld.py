@@ -1,10 +1,10 @@
 """Answers by privacy loss distributions, composed as dp-accounting's `PLDAccountant` does.
 
 Example:
-    >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
-    >>> steps = (Counted(SampledGaussian(None, 10.0), 50),)
-    >>> round(epsilon(steps, 1e-5, "add_or_remove_one"), 3)
-    2.943
+  >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
+  >>> steps = (Counted(SampledGaussian(None, 10.0), 50),)
+  >>> round(epsilon(steps, 1e-5, "add_or_remove_one"), 3)
+  2.943
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -48,23 +48,23 @@ def epsilon(
     """The ε of mechanisms at a given δ.
 
     Args:
-        mechanisms: at least one, none without noise.
-        delta: δ in (0, 1).
-        relation: "add_or_remove_one" or "replace_one".
-        coarser: how many times coarser than usual the grid of losses is, a power of two. The points
-            of the coarse grid are points of the fine one, and rounding a distribution up to a
-            coarser grid can only raise every δ(ε).
+      mechanisms: at least one, none without noise.
+      delta: δ in (0, 1).
+      relation: "add_or_remove_one" or "replace_one".
+      coarser: how many times coarser than usual the grid of losses is, a power of two. The points
+          of the coarse grid are points of the fine one, and rounding a distribution up to a
+          coarser grid can only raise every δ(ε).
 
     Returns:
-        ε ≥ 0; `math.inf` where it may be beyond 10⁵.
+      ε ≥ 0; `math.inf` where it may be beyond 10⁵.
 
     Raises:
-        TooManyStepsError: more equal sampled steps than are composed.
+      TooManyStepsError: more equal sampled steps than are composed.
 
     Example:
-        >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
-        >>> round(epsilon(mechanisms_of([[PureRelease(0.1)]]), 1e-5, "replace_one"), 3)
-        0.2
+      >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
+      >>> round(epsilon(mechanisms_of([[PureRelease(0.1)]]), 1e-5, "replace_one"), 3)
+      0.2
     """
     interval = coarser * grid_interval(mechanisms, relation)
     if math.isinf(interval):
@@ -77,20 +77,20 @@ def rough_epsilon(mechanisms: tuple[Counted, ...], delta: float, relation: Relat
     """About `epsilon`, in about a tenth of the time: to search with, never to answer with.
 
     Args:
-        mechanisms: at least one, none without noise.
-        delta: δ in (0, 1).
-        relation: "add_or_remove_one" or "replace_one".
+      mechanisms: at least one, none without noise.
+      delta: δ in (0, 1).
+      relation: "add_or_remove_one" or "replace_one".
 
     Returns:
-        ε ≥ 0; `math.inf` where it may be beyond 10⁵.
+      ε ≥ 0; `math.inf` where it may be beyond 10⁵.
 
     Raises:
-        TooManyStepsError: more equal sampled steps than are composed.
+      TooManyStepsError: more equal sampled steps than are composed.
 
     Example:
-        >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
-        >>> round(rough_epsilon(mechanisms_of([[PureRelease(0.1)]]), 1e-5, "replace_one"), 2)
-        0.2
+      >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
+      >>> round(rough_epsilon(mechanisms_of([[PureRelease(0.1)]]), 1e-5, "replace_one"), 2)
+      0.2
     """
     if delta < 1000 * _CUT_OFF or not any(_are_many(count) for _, count in mechanisms):
         return epsilon(mechanisms, delta, relation, coarser=_ROUGHLY_COARSER)
@@ -116,20 +116,20 @@ def delta(mechanisms: tuple[Counted, ...], epsilon: float, relation: RelationNam
     """The δ of mechanisms at a given ε.
 
     Args:
-        mechanisms: at least one, none without noise.
-        epsilon: ε ≥ 0.
-        relation: "add_or_remove_one" or "replace_one".
+      mechanisms: at least one, none without noise.
+      epsilon: ε ≥ 0.
+      relation: "add_or_remove_one" or "replace_one".
 
     Returns:
-        δ in [0, 1]; 1.0 where an ε beyond 10⁵ would have to be resolved.
+      δ in [0, 1]; 1.0 where an ε beyond 10⁵ would have to be resolved.
 
     Raises:
-        TooManyStepsError: more equal sampled steps than are composed.
+      TooManyStepsError: more equal sampled steps than are composed.
 
     Example:
-        >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
-        >>> delta(mechanisms_of([[PureRelease(0.1)]]), 0.3, "replace_one")
-        0.0
+      >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
+      >>> delta(mechanisms_of([[PureRelease(0.1)]]), 0.3, "replace_one")
+      0.0
     """
     interval = grid_interval(mechanisms, relation)
     if math.isinf(interval):
@@ -147,16 +147,16 @@ def grid_interval(mechanisms: Sequence[Counted], relation: RelationName) -> floa
     σ = 0.01 the usual grid would need gigabytes to say that epsilon is about 5,000.
 
     Args:
-        mechanisms: what is composed.
-        relation: "add_or_remove_one" or "replace_one".
+      mechanisms: what is composed.
+      relation: "add_or_remove_one" or "replace_one".
 
     Returns:
-        1e-4 times a power of two, or infinity.
+      1e-4 times a power of two, or infinity.
 
     Example:
-        >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
-        >>> grid_interval([Counted(SampledGaussian(None, 1.0), 1)], "add_or_remove_one")
-        0.0001
+      >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
+      >>> grid_interval([Counted(SampledGaussian(None, 1.0), 1)], "add_or_remove_one")
+      0.0001
     """
     mean = widest = 0.0
     for mechanism, count in mechanisms:

@@ -1,8 +1,8 @@
 """What is asked of an accountant: by which method, for which neighbours, at which ε or δ.
 
 Example:
-    >>> as_question("pld", "replace_one")
-    Question(accountant='pld', relation='replace_one')
+  >>> as_question("pld", "replace_one")
+  Question(accountant='pld', relation='replace_one')
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -37,11 +37,11 @@ class Question(NamedTuple):
         """dp-accounting's own accountant, which has composed nothing yet.
 
         Returns:
-            An accountant.
+          An accountant.
 
         Example:
-            >>> Question("rdp", "replace_one").new_accountant().neighboring_relation
-            <NeighboringRelation.REPLACE_ONE: 2>
+          >>> Question("rdp", "replace_one").new_accountant().neighboring_relation
+          <NeighboringRelation.REPLACE_ONE: 2>
         """
         relation = _RELATIONS[self.relation]
         if self.accountant == "rdp":
@@ -53,19 +53,19 @@ def as_question(accountant: str, neighboring_relation: str) -> Question:
     """Checks the two names that every question about privacy carries.
 
     Args:
-        accountant: "pld" or "rdp".
-        neighboring_relation: "add_or_remove_one" or "replace_one".
+      accountant: "pld" or "rdp".
+      neighboring_relation: "add_or_remove_one" or "replace_one".
 
     Returns:
-        Both, checked.
+      Both, checked.
 
     Raises:
-        TypeError: a name is no string.
-        ValueError: a name is unknown.
+      TypeError: a name is no string.
+      ValueError: a name is unknown.
 
     Example:
-        >>> as_question("pld", "replace_one").relation
-        'replace_one'
+      >>> as_question("pld", "replace_one").relation
+      'replace_one'
     """
     return Question(
         cast(AccountantName, check_choice("accountant", accountant, get_args(AccountantName))),
@@ -80,18 +80,18 @@ def check_delta(delta: object) -> float:
     """Returns δ as a float if it lies in (0, 1).
 
     Args:
-        delta: what the caller passed.
+      delta: what the caller passed.
 
     Returns:
-        The value.
+      The value.
 
     Raises:
-        TypeError: it is not a number.
-        ValueError: it is not in (0, 1).
+      TypeError: it is not a number.
+      ValueError: it is not in (0, 1).
 
     Example:
-        >>> check_delta(1e-5)
-        1e-05
+      >>> check_delta(1e-5)
+      1e-05
     """
     return check_real(
         "delta", delta, above=0, below=1, advice="A value below 1 / number of examples is usual."
@@ -102,18 +102,18 @@ def check_epsilon(epsilon: object) -> float:
     """Returns a target ε as a float if it is positive and finite.
 
     Args:
-        epsilon: what the caller passed.
+      epsilon: what the caller passed.
 
     Returns:
-        The value.
+      The value.
 
     Raises:
-        TypeError: it is not a number.
-        ValueError: it is not positive and finite.
+      TypeError: it is not a number.
+      ValueError: it is not positive and finite.
 
     Example:
-        >>> check_epsilon(3)
-        3.0
+      >>> check_epsilon(3)
+      3.0
     """
     return check_real("epsilon", epsilon, above=0, advice="Pass the privacy budget, say 3.0.")
 
@@ -122,18 +122,18 @@ def check_at_most(at_most: object) -> int:
     """Returns where to stop a search for a number of steps, if it is one.
 
     Args:
-        at_most: what the caller passed.
+      at_most: what the caller passed.
 
     Returns:
-        The value.
+      The value.
 
     Raises:
-        TypeError: it is no integer.
-        ValueError: it is negative, or more than `LARGEST_COUNT`.
+      TypeError: it is no integer.
+      ValueError: it is negative, or more than `LARGEST_COUNT`.
 
     Example:
-        >>> check_at_most(10)
-        10
+      >>> check_at_most(10)
+      10
     """
     advice = "Pass a number of steps."
     return check_integer("at_most", at_most, minimum=0, maximum=LARGEST_COUNT, advice=advice)

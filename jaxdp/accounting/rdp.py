@@ -1,10 +1,10 @@
 """Answers by Rényi differential privacy: it adds up, step by step.
 
 Example:
-    >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
-    >>> steps = (Counted(SampledGaussian(None, 10.0), 50),)
-    >>> round(epsilon(steps, 1e-5, "add_or_remove_one"), 3)
-    3.189
+  >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
+  >>> steps = (Counted(SampledGaussian(None, 10.0), 50),)
+  >>> round(epsilon(steps, 1e-5, "add_or_remove_one"), 3)
+  3.189
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -24,17 +24,17 @@ def epsilon(mechanisms: tuple[Counted, ...], delta: float, relation: RelationNam
     """The ε of mechanisms at a given δ.
 
     Args:
-        mechanisms: at least one, none without noise.
-        delta: δ in (0, 1).
-        relation: "add_or_remove_one" or "replace_one".
+      mechanisms: at least one, none without noise.
+      delta: δ in (0, 1).
+      relation: "add_or_remove_one" or "replace_one".
 
     Returns:
-        ε ≥ 0.
+      ε ≥ 0.
 
     Example:
-        >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
-        >>> round(epsilon(mechanisms_of([[PureRelease(0.1)]]), 1e-5, "replace_one"), 2)
-        0.2
+      >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
+      >>> round(epsilon(mechanisms_of([[PureRelease(0.1)]]), 1e-5, "replace_one"), 2)
+      0.2
     """
     return float(compute_epsilon(*_composed(mechanisms, relation), delta)[0])
 
@@ -43,17 +43,17 @@ def delta(mechanisms: tuple[Counted, ...], epsilon: float, relation: RelationNam
     """The δ of mechanisms at a given ε.
 
     Args:
-        mechanisms: at least one, none without noise.
-        epsilon: ε ≥ 0.
-        relation: "add_or_remove_one" or "replace_one".
+      mechanisms: at least one, none without noise.
+      epsilon: ε ≥ 0.
+      relation: "add_or_remove_one" or "replace_one".
 
     Returns:
-        δ in [0, 1].
+      δ in [0, 1].
 
     Example:
-        >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
-        >>> delta(mechanisms_of([[PureRelease(0.1)]]), 0.3, "replace_one") < 1e-9
-        True
+      >>> from jaxdp.accounting.mechanisms import mechanisms_of, PureRelease
+      >>> delta(mechanisms_of([[PureRelease(0.1)]]), 0.3, "replace_one") < 1e-9
+      True
     """
     return float(compute_delta(*_composed(mechanisms, relation), epsilon)[0])
 

@@ -1,10 +1,10 @@
 """The record of what was executed: runs of steps, pure releases, and what they were drawn from.
 
 Example:
-    >>> from jaxdp.accounting.schemes import PoissonSampling
-    >>> record = Record().charge(1.1, PoissonSampling(0.04), steps=2).charge_pure(0.1)
-    >>> record.entries[-1], record.steps
-    (PureRelease(epsilon=0.1, sampling=None), 2)
+  >>> from jaxdp.accounting.schemes import PoissonSampling
+  >>> record = Record().charge(1.1, PoissonSampling(0.04), steps=2).charge_pure(0.1)
+  >>> record.entries[-1], record.steps
+  (PureRelease(epsilon=0.1, sampling=None), 2)
 """
 
 from collections import Counter
@@ -32,15 +32,15 @@ class Record:
     """An append-only, immutable record of runs on one data set; `Ledger` answers for it.
 
     Args:
-        closed: finished runs, each in order of execution; filled by `merge`.
-        current: the run that `charge` continues.
+      closed: finished runs, each in order of execution; filled by `merge`.
+      current: the run that `charge` continues.
 
     Raises:
-        ValueError: (when charged or merged) a step of a stream was drawn twice.
+      ValueError: (when charged or merged) a step of a stream was drawn twice.
 
     Example:
-        >>> Record().entries
-        ()
+      >>> Record().entries
+      ()
     """
 
     closed: tuple[tuple[Entry, ...], ...] = ()
@@ -52,13 +52,13 @@ class Record:
         """Which steps of which streams of random numbers were used, as far as it was noted.
 
         Returns:
-            Sorted, and joined where they are contiguous.
+          Sorted, and joined where they are contiguous.
 
         Example:
-            >>> from jaxdp.accounting import PoissonSampling
-            >>> drawn = [Draws("batches", "5eed", first=0, count=2)]
-            >>> Record().charge(1.0, PoissonSampling(0.1), steps=2, draws=drawn).draws
-            (Draws(purpose='batches', fingerprint='5eed', first=0, count=2),)
+          >>> from jaxdp.accounting import PoissonSampling
+          >>> drawn = [Draws("batches", "5eed", first=0, count=2)]
+          >>> Record().charge(1.0, PoissonSampling(0.1), steps=2, draws=drawn).draws
+          (Draws(purpose='batches', fingerprint='5eed', first=0, count=2),)
         """
         # Handed on from charge to charge: to join them anew at every step would take the square.
         if self._drawn is not None:
@@ -70,11 +70,11 @@ class Record:
         """Every run, each in order of execution: the closed ones first, then the current one.
 
         Returns:
-            The entries of each run.
+          The entries of each run.
 
         Example:
-            >>> Record().charge_pure(0.5).runs
-            ((PureRelease(epsilon=0.5, sampling=None),),)
+          >>> Record().charge_pure(0.5).runs
+          ((PureRelease(epsilon=0.5, sampling=None),),)
         """
         return (*self.closed, self.current)
 
@@ -83,12 +83,12 @@ class Record:
         """Everything executed: the closed runs first, then the current one.
 
         Returns:
-            The entries; consecutive equal steps of one run share an entry, each pure release has
-            its own.
+          The entries; consecutive equal steps of one run share an entry, each pure release has
+          its own.
 
         Example:
-            >>> Record().entries
-            ()
+          >>> Record().entries
+          ()
         """
         return tuple(entry for run in self.runs for entry in run)
 
@@ -97,11 +97,11 @@ class Record:
         """The number of executed steps over all runs; a pure release is none.
 
         Returns:
-            A count ≥ 0.
+          A count ≥ 0.
 
         Example:
-            >>> Record().charge_pure(0.1).steps
-            0
+          >>> Record().charge_pure(0.1).steps
+          0
         """
         return sum(entry.steps for entry in self.entries if isinstance(entry, LedgerEntry))
 
@@ -115,26 +115,26 @@ class Record:
         """Returns a ledger with `steps` more executed steps.
 
         Args:
-            noise_multiplier: σ ≥ 0, noise std / clip norm, or one for each Gaussian that a step
-                releases from the same batch; `jaxdp.executed_noise_multipliers(state)` does.
-            sampling: the scheme that really drew the batches.
-            steps: how many steps, ≥ 0.
-            draws: the random numbers that the steps are made of: `sampler.draws(step)`, and
-                `jaxdp.noise_draws(opt_state)` of the state before the first of them. For shuffled
-                epochs they also tell where in an epoch the steps lie. Without them, steps begin
-                with an epoch, or go on with the equal steps right before them.
+          noise_multiplier: σ ≥ 0, noise std / clip norm, or one for each Gaussian that a step
+              releases from the same batch; `jaxdp.executed_noise_multipliers(state)` does.
+          sampling: the scheme that really drew the batches.
+          steps: how many steps, ≥ 0.
+          draws: the random numbers that the steps are made of: `sampler.draws(step)`, and
+              `jaxdp.noise_draws(opt_state)` of the state before the first of them. For shuffled
+              epochs they also tell where in an epoch the steps lie. Without them, steps begin
+              with an epoch, or go on with the equal steps right before them.
 
         Returns:
-            The longer ledger; this one is unchanged.
+          The longer ledger; this one is unchanged.
 
         Raises:
-            TypeError: an argument has the wrong type.
-            ValueError: an argument is out of range; a step of a stream was drawn before.
+          TypeError: an argument has the wrong type.
+          ValueError: an argument is out of range; a step of a stream was drawn before.
 
         Example:
-            >>> from jaxdp.accounting import PoissonSampling
-            >>> Record().charge(1.0, PoissonSampling(0.1), steps=2).steps
-            2
+          >>> from jaxdp.accounting import PoissonSampling
+          >>> Record().charge(1.0, PoissonSampling(0.1), steps=2).steps
+          2
         """
         advice = "Pass the number of executed steps."
         steps = check_integer("steps", steps, minimum=0, advice=advice)
@@ -158,22 +158,22 @@ class Record:
         Laplace count, a choice by the exponential mechanism.
 
         Args:
-            epsilon: ε > 0, of adding or removing one example, before any sampling.
-            sampling: None if the whole data set was looked at; Poisson sampling if a draw was,
-                made afresh for this release alone (see `PureRelease`).
-            draws: the random numbers that it was made of, such as those of
-                `lipschitz.selection_draws(key, step)`.
+          epsilon: ε > 0, of adding or removing one example, before any sampling.
+          sampling: None if the whole data set was looked at; Poisson sampling if a draw was,
+              made afresh for this release alone (see `PureRelease`).
+          draws: the random numbers that it was made of, such as those of
+              `lipschitz.selection_draws(key, step)`.
 
         Returns:
-            The longer ledger; this one is unchanged.
+          The longer ledger; this one is unchanged.
 
         Raises:
-            TypeError: an argument has the wrong type.
-            ValueError: ε is not positive and finite; a step of a stream was drawn before.
+          TypeError: an argument has the wrong type.
+          ValueError: ε is not positive and finite; a step of a stream was drawn before.
 
         Example:
-            >>> Record().charge_pure(0.5).steps
-            0
+          >>> Record().charge_pure(0.5).steps
+          0
         """
         entry = PureRelease(epsilon, sampling, draws)  # pyright: ignore[reportArgumentType]  # as above
         return self._with(entry)
@@ -185,26 +185,26 @@ class Record:
         were noted that is refused, where they were not it counts twice.
 
         Args:
-            other: the ledger of another run. It is closed: its epochs end where it ended.
+          other: the ledger of another run. It is closed: its epochs end where it ended.
 
         Returns:
-            A ledger whose later charges continue this ledger's run.
+          A ledger whose later charges continue this ledger's run.
 
         Raises:
-            TypeError: `other` is no ledger.
-            ValueError: a step of a stream was drawn by both.
+          TypeError: `other` is no ledger.
+          ValueError: a step of a stream was drawn by both.
 
         Example:
-            >>> from jaxdp.accounting import PoissonSampling
-            >>> one, other = (Record().charge(1.0, PoissonSampling(q)) for q in (0.1, 0.2))
-            >>> one.merge(other).steps
-            2
-            >>> drawn = Record().charge_pure(0.5, draws=[Draws("selection", "5eed", first=0)])
-            >>> drawn.merge(drawn)
-            Traceback (most recent call last):
-            ValueError: draws must be new to the ledger, got step 0 of 'selection' (fingerprint
-            5eed) a second time, so that the two releases are not independent. Charge one run after
-            ...
+          >>> from jaxdp.accounting import PoissonSampling
+          >>> one, other = (Record().charge(1.0, PoissonSampling(q)) for q in (0.1, 0.2))
+          >>> one.merge(other).steps
+          2
+          >>> drawn = Record().charge_pure(0.5, draws=[Draws("selection", "5eed", first=0)])
+          >>> drawn.merge(drawn)
+          Traceback (most recent call last):
+          ValueError: draws must be new to the ledger, got step 0 of 'selection' (fingerprint
+          5eed) a second time, so that the two releases are not independent. Charge one run after
+          ...
         """
         check_instance("other", other, type(self), advice="Read it with from_json.")
         finished = (other.current,) if other.current else ()
@@ -223,20 +223,20 @@ class Record:
         without draws is recognised by its numbers alone.
 
         Args:
-            other: an earlier state of this ledger, or another one.
+          other: an earlier state of this ledger, or another one.
 
         Returns:
-            Whether nothing would be forgotten if this ledger took the place of the other.
+          Whether nothing would be forgotten if this ledger took the place of the other.
 
         Raises:
-            TypeError: `other` is no ledger.
+          TypeError: `other` is no ledger.
 
         Example:
-            >>> from jaxdp.accounting import PoissonSampling
-            >>> before = Record().charge_pure(0.5)
-            >>> run = Record().merge(before).charge(1.0, PoissonSampling(0.1))
-            >>> run.extends(before), before.extends(run)
-            (True, False)
+          >>> from jaxdp.accounting import PoissonSampling
+          >>> before = Record().charge_pure(0.5)
+          >>> run = Record().merge(before).charge(1.0, PoissonSampling(0.1))
+          >>> run.extends(before), before.extends(run)
+          (True, False)
         """
         check_instance("other", other, type(self), advice="Read it with from_json.")
         runs = Counter(self.closed)

@@ -3,10 +3,10 @@
 A scheme says how the batches were really drawn. It is data: frozen, hashable, JSON-able.
 
 Example:
-    >>> PoissonSampling(256 / 60_000).to_dict()
-    {'kind': 'poisson', 'sampling_rate': 0.004266666666666667}
-    >>> scheme_from_dict({"kind": "shuffled_epochs", "steps_per_epoch": 235})
-    ShuffledEpochs(steps_per_epoch=235)
+  >>> PoissonSampling(256 / 60_000).to_dict()
+  {'kind': 'poisson', 'sampling_rate': 0.004266666666666667}
+  >>> scheme_from_dict({"kind": "shuffled_epochs", "steps_per_epoch": 235})
+  ShuffledEpochs(steps_per_epoch=235)
 """
 
 import math
@@ -36,17 +36,17 @@ class PoissonSampling:
     one step compares N(0, σ²) with (1 - q) N(0, σ²) + q N(1, σ²).
 
     Args:
-        sampling_rate: q, in (0, 1].
+      sampling_rate: q, in (0, 1].
 
     Raises:
-        TypeError: the rate is not a number.
-        ValueError: the rate is outside (0, 1].
+      TypeError: the rate is not a number.
+      ValueError: the rate is outside (0, 1].
 
     Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Section 3.1.
 
     Example:
-        >>> PoissonSampling(0.01)
-        PoissonSampling(sampling_rate=0.01)
+      >>> PoissonSampling(0.01)
+      PoissonSampling(sampling_rate=0.01)
     """
 
     sampling_rate: float
@@ -65,11 +65,11 @@ class PoissonSampling:
         """Returns the scheme as JSON-able data for `scheme_from_dict`.
 
         Returns:
-            `{"kind": "poisson", "sampling_rate": q}`.
+          `{"kind": "poisson", "sampling_rate": q}`.
 
         Example:
-            >>> PoissonSampling(0.5).to_dict()
-            {'kind': 'poisson', 'sampling_rate': 0.5}
+          >>> PoissonSampling(0.5).to_dict()
+          {'kind': 'poisson', 'sampling_rate': 0.5}
         """
         return {"kind": "poisson", "sampling_rate": self.sampling_rate}
 
@@ -82,19 +82,19 @@ class FixedSizeSampling:
     natural neighbours are datasets of the same size: replace one.
 
     Args:
-        num_examples: n, at least 1.
-        batch_size: b, between 1 and n.
+      num_examples: n, at least 1.
+      batch_size: b, between 1 and n.
 
     Raises:
-        TypeError: a size is not an integer.
-        ValueError: a size is out of range.
+      TypeError: a size is not an integer.
+      ValueError: a size is out of range.
 
     Source: Wang, Balle, Kasiviswanathan 2019, "Subsampled Rényi Differential Privacy and
     Analytical Moments Accountant", Theorem 27.
 
     Example:
-        >>> FixedSizeSampling(num_examples=1000, batch_size=10).batch_size
-        10
+      >>> FixedSizeSampling(num_examples=1000, batch_size=10).batch_size
+      10
     """
 
     num_examples: int
@@ -117,11 +117,11 @@ class FixedSizeSampling:
         """Returns the scheme as JSON-able data for `scheme_from_dict`.
 
         Returns:
-            `{"kind": "fixed_size", "num_examples": n, "batch_size": b}`.
+          `{"kind": "fixed_size", "num_examples": n, "batch_size": b}`.
 
         Example:
-            >>> FixedSizeSampling(8, 2).to_dict()
-            {'kind': 'fixed_size', 'num_examples': 8, 'batch_size': 2}
+          >>> FixedSizeSampling(8, 2).to_dict()
+          {'kind': 'fixed_size', 'num_examples': 8, 'batch_size': 2}
         """
         return {
             "kind": "fixed_size",
@@ -148,18 +148,18 @@ class ShuffledEpochs:
         * The first step of a run is the first step of an epoch.
 
     Args:
-        steps_per_epoch: steps that visit every example once, at least 1.
+      steps_per_epoch: steps that visit every example once, at least 1.
 
     Raises:
-        TypeError: the count is not an integer.
-        ValueError: the count is below 1.
+      TypeError: the count is not an integer.
+      ValueError: the count is below 1.
 
     Source: Chua et al. 2024, "How Private are DP-SGD Implementations?"; Kairouz et al. 2021,
     "Practical and Private (Deep) Learning without Sampling or Shuffling", Definition 1.1.
 
     Example:
-        >>> ShuffledEpochs(steps_per_epoch=100)
-        ShuffledEpochs(steps_per_epoch=100)
+      >>> ShuffledEpochs(steps_per_epoch=100)
+      ShuffledEpochs(steps_per_epoch=100)
     """
 
     steps_per_epoch: int
@@ -178,11 +178,11 @@ class ShuffledEpochs:
         """Returns the scheme as JSON-able data for `scheme_from_dict`.
 
         Returns:
-            `{"kind": "shuffled_epochs", "steps_per_epoch": k}`.
+          `{"kind": "shuffled_epochs", "steps_per_epoch": k}`.
 
         Example:
-            >>> ShuffledEpochs(4).to_dict()
-            {'kind': 'shuffled_epochs', 'steps_per_epoch': 4}
+          >>> ShuffledEpochs(4).to_dict()
+          {'kind': 'shuffled_epochs', 'steps_per_epoch': 4}
         """
         return {"kind": "shuffled_epochs", "steps_per_epoch": self.steps_per_epoch}
 
@@ -201,18 +201,18 @@ def scheme_from_dict(data: object) -> SamplingScheme:
     """Rebuilds a scheme from what its `to_dict` returned.
 
     Args:
-        data: a mapping with the key "kind" and the scheme's own fields.
+      data: a mapping with the key "kind" and the scheme's own fields.
 
     Returns:
-        The equal scheme.
+      The equal scheme.
 
     Raises:
-        TypeError: a field has the wrong type.
-        ValueError: the kind is unknown, a key is missing or unknown, or a field is out of range.
+      TypeError: a field has the wrong type.
+      ValueError: the kind is unknown, a key is missing or unknown, or a field is out of range.
 
     Example:
-        >>> scheme_from_dict({"kind": "poisson", "sampling_rate": 0.5})
-        PoissonSampling(sampling_rate=0.5)
+      >>> scheme_from_dict({"kind": "poisson", "sampling_rate": 0.5})
+      PoissonSampling(sampling_rate=0.5)
     """
     is_mapping = isinstance(data, Mapping)
     kind = cast(Mapping[str, Any], data).get("kind") if is_mapping else data
@@ -226,17 +226,17 @@ def check_scheme(sampling: object) -> SamplingScheme:
     """Returns `sampling` if it is a scheme, or says what a scheme is.
 
     Args:
-        sampling: what the caller passed.
+      sampling: what the caller passed.
 
     Returns:
-        The scheme.
+      The scheme.
 
     Raises:
-        TypeError: it is not one of the three schemes.
+      TypeError: it is not one of the three schemes.
 
     Example:
-        >>> check_scheme(PoissonSampling(0.5))
-        PoissonSampling(sampling_rate=0.5)
+      >>> check_scheme(PoissonSampling(0.5))
+      PoissonSampling(sampling_rate=0.5)
     """
     if not isinstance(sampling, PoissonSampling | FixedSizeSampling | ShuffledEpochs):
         raise TypeError(
@@ -250,19 +250,19 @@ def scheme_meant(sampling_rate: float | None, sampling: SamplingScheme | None) -
     """The scheme meant by the two alternative arguments.
 
     Args:
-        sampling_rate: shorthand for Poisson sampling.
-        sampling: any scheme.
+      sampling_rate: shorthand for Poisson sampling.
+      sampling: any scheme.
 
     Returns:
-        The scheme.
+      The scheme.
 
     Raises:
-        TypeError: `sampling` is no scheme, or the rate is no number.
-        ValueError: none or both are given, or the rate is outside (0, 1].
+      TypeError: `sampling` is no scheme, or the rate is no number.
+      ValueError: none or both are given, or the rate is outside (0, 1].
 
     Example:
-        >>> scheme_meant(0.5, None)
-        PoissonSampling(sampling_rate=0.5)
+      >>> scheme_meant(0.5, None)
+      PoissonSampling(sampling_rate=0.5)
     """
     if (sampling_rate is None) == (sampling is None):
         raise ValueError(
@@ -277,19 +277,19 @@ def as_noise_multipliers(noise_multiplier: NoiseMultiplier) -> tuple[float, ...]
     """Returns the noise multipliers of one step as a tuple of floats.
 
     Args:
-        noise_multiplier: one number or a non-empty sequence of numbers, each ≥ 0; arrays of no or
-            of one axis do, NumPy's and JAX's.
+      noise_multiplier: one number or a non-empty sequence of numbers, each ≥ 0; arrays of no or
+          of one axis do, NumPy's and JAX's.
 
     Returns:
-        A tuple with at least one float.
+      A tuple with at least one float.
 
     Raises:
-        TypeError: an entry is not a number.
-        ValueError: the sequence is empty, or an entry is negative or not finite.
+      TypeError: an entry is not a number.
+      ValueError: the sequence is empty, or an entry is negative or not finite.
 
     Example:
-        >>> as_noise_multipliers(1)
-        (1.0,)
+      >>> as_noise_multipliers(1)
+      (1.0,)
     """
     return check_reals(
         "noise_multiplier",
@@ -310,20 +310,20 @@ def combined_noise_multiplier(noise_multipliers: NoiseMultiplier) -> float:
     clipping next to the gradients.
 
     Args:
-        noise_multipliers: one number or a sequence, each ≥ 0; 0 anywhere means no noise.
+      noise_multipliers: one number or a sequence, each ≥ 0; 0 anywhere means no noise.
 
     Returns:
-        The combined multiplier, at most the smallest of the list; 0.0 if any entry is 0.
+      The combined multiplier, at most the smallest of the list; 0.0 if any entry is 0.
 
     Raises:
-        TypeError: an entry is not a number.
-        ValueError: the list is empty, or an entry is negative or not finite.
+      TypeError: an entry is not a number.
+      ValueError: the list is empty, or an entry is negative or not finite.
 
     Source: Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", Theorem 1.
 
     Example:
-        >>> round(combined_noise_multiplier([2.0, 3.0, 4.0]), 4)
-        1.5364
+      >>> round(combined_noise_multiplier([2.0, 3.0, 4.0]), 4)
+      1.5364
     """
     sigmas = as_noise_multipliers(noise_multipliers)
     return combined_with_counts(tuple((sigma, 1) for sigma in sigmas))
@@ -333,14 +333,14 @@ def combined_with_counts(groups: tuple[tuple[float, int], ...]) -> float:
     """The combined noise multiplier of groups of equal Gaussians.
 
     Args:
-        groups: pairs (noise multiplier ≥ 0, how often ≥ 1); not empty.
+      groups: pairs (noise multiplier ≥ 0, how often ≥ 1); not empty.
 
     Returns:
-        (Σ count / σ²)^(-1/2), or 0.0 if any noise multiplier is 0.
+      (Σ count / σ²)^(-1/2), or 0.0 if any noise multiplier is 0.
 
     Example:
-        >>> combined_with_counts(((2.0, 4),))
-        1.0
+      >>> combined_with_counts(((2.0, 4),))
+      1.0
     """
     smallest = min(sigma for sigma, _ in groups)
     if smallest == 0.0:

@@ -4,8 +4,8 @@ They know nothing of privacy but that an accountant may refuse a count. Every an
 is only near the best one, it is so on the safe side.
 
 Example:
-    >>> largest_count(lambda n: 0.5 * n, target=3.2, at_most=100)
-    6
+  >>> largest_count(lambda n: 0.5 * n, target=3.2, at_most=100)
+  6
 """
 
 import math
@@ -26,10 +26,10 @@ class Span(NamedTuple):
     """Where a number x is looked for.
 
     Attributes:
-        safest: the x with the least ε that is asked about.
-        boldest: the x with the largest.
-        start: where to begin, between them.
-        step: the factor, towards the safe end, by which a bracket is looked for.
+      safest: the x with the least ε that is asked about.
+      boldest: the x with the largest.
+      start: where to begin, between them.
+      step: the factor, towards the safe end, by which a bracket is looked for.
     """
 
     safest: float
@@ -44,16 +44,16 @@ def bracket(epsilon_at: EpsilonAt, target: float, span: Span) -> tuple[float, fl
     Strides grow: twice as far each time, on the scale of logarithms.
 
     Args:
-        epsilon_at: ε at an x.
-        target: the ε to stay within.
-        span: where to look.
+      epsilon_at: ε at an x.
+      target: the ε to stay within.
+      span: where to look.
 
     Returns:
-        The two.
+      The two.
 
     Example:
-        >>> bracket(lambda x: x, target=5.0, span=Span(0.1, 100.0, start=1.0, step=0.5))
-        (2.0, 8.0)
+      >>> bracket(lambda x: x, target=5.0, span=Span(0.1, 100.0, start=1.0, step=0.5))
+      (2.0, 8.0)
     """
     safest, boldest, start, step = span
 
@@ -86,18 +86,18 @@ def narrowed(
     """The boldest x that fits, between one that does and one that does not.
 
     Args:
-        epsilon_at: ε at an x, monotone; cached by the caller, it may be asked twice.
-        target: the ε to stay within.
-        good: an x > 0 that fits.
-        bad: an x > 0 that does not, on either side of `good`.
-        tolerance: how close the two must come, as the logarithm of their ratio.
+      epsilon_at: ε at an x, monotone; cached by the caller, it may be asked twice.
+      target: the ε to stay within.
+      good: an x > 0 that fits.
+      bad: an x > 0 that does not, on either side of `good`.
+      tolerance: how close the two must come, as the logarithm of their ratio.
 
     Returns:
-        An x that fits, such that one within the tolerance does not.
+      An x that fits, such that one within the tolerance does not.
 
     Example:
-        >>> round(narrowed(lambda x: x**2, target=4.0, good=1.0, bad=5.0, tolerance=1e-4), 3)
-        2.0
+      >>> round(narrowed(lambda x: x**2, target=4.0, good=1.0, bad=5.0, tolerance=1e-4), 3)
+      2.0
     """
     rounds = 0
     while abs(math.log(bad / good)) > tolerance:
@@ -122,18 +122,18 @@ def boldest_number(
     """The boldest number that fits, within 0.1%.
 
     Args:
-        epsilon_at: ε at an x.
-        roughly_at: about that, and several times faster.
-        target: the ε to stay within.
-        span: where to look.
+      epsilon_at: ε at an x.
+      roughly_at: about that, and several times faster.
+      target: the ε to stay within.
+      span: where to look.
 
     Returns:
-        An x that fits; None if not even the safest does.
+      An x that fits; None if not even the safest does.
 
     Example:
-        >>> span = Span(0.1, 100.0, start=1.0, step=0.5)
-        >>> 4.995 < boldest_number(lambda x: x, lambda x: 1.01 * x, target=5.0, span=span) <= 5.0
-        True
+      >>> span = Span(0.1, 100.0, start=1.0, step=0.5)
+      >>> 4.995 < boldest_number(lambda x: x, lambda x: 1.01 * x, target=5.0, span=span) <= 5.0
+      True
     """
     good, bad = bracket(roughly_at, target, span)
     if good != bad:
@@ -151,21 +151,21 @@ def largest_count(ask: Callable[[int], float], target: float, at_most: int, near
     """The largest n with `epsilon_at(n) <= target`, for an increasing function.
 
     Args:
-        ask: ε after n steps; cached by the caller, it may be asked twice.
-        target: the ε to stay within.
-        at_most: where to stop looking, ≥ 0.
-        near: where to look first, ≥ 1.
+      ask: ε after n steps; cached by the caller, it may be asked twice.
+      target: the ε to stay within.
+      at_most: where to stop looking, ≥ 0.
+      near: where to look first, ≥ 1.
 
     Returns:
-        n in [0, at_most] such that n fits and n + 1 does not, or `at_most` if that fits; 0 also if
-        nothing fits.
+      n in [0, at_most] such that n fits and n + 1 does not, or `at_most` if that fits; 0 also if
+      nothing fits.
 
     Raises:
-        TooManyStepsError: n fits, and n + 1 is more than the accountant composes.
+      TooManyStepsError: n fits, and n + 1 is more than the accountant composes.
 
     Example:
-        >>> largest_count(lambda n: 0.5 * n, target=3.2, at_most=100)
-        6
+      >>> largest_count(lambda n: 0.5 * n, target=3.2, at_most=100)
+      6
     """
     refused: dict[int, TooManyStepsError] = {}
 

@@ -1,8 +1,8 @@
 """JSON that says everything once, and nothing that is not known.
 
 Example:
-    >>> parse('{"steps": 3}')
-    {'steps': 3}
+  >>> parse('{"steps": 3}')
+  {'steps': 3}
 """
 
 import json
@@ -19,19 +19,19 @@ def parse(text: str | bytes) -> Any:
     then 1, would be read as 1.
 
     Args:
-        text: the JSON.
+      text: the JSON.
 
     Returns:
-        Dicts, lists, strings, numbers, bools and None.
+      Dicts, lists, strings, numbers, bools and None.
 
     Raises:
-        TypeError: the text is none.
-        ValueError: it is no JSON, or a key is repeated.
+      TypeError: the text is none.
+      ValueError: it is no JSON, or a key is repeated.
 
     Example:
-        >>> parse('{"steps": 1000, "steps": 1}')
-        Traceback (most recent call last):
-        ValueError: a JSON object must have each key once, got 'steps' twice.
+      >>> parse('{"steps": 1000, "steps": 1}')
+      Traceback (most recent call last):
+      ValueError: a JSON object must have each key once, got 'steps' twice.
     """
     return json.loads(text, object_pairs_hook=_each_once)
 
@@ -40,20 +40,20 @@ def check_keys(name: str, value: object, keys: Collection[str]) -> Mapping[str, 
     """Returns `value` if it is a mapping with exactly the given keys.
 
     Args:
-        name: what the mapping describes, for the message.
-        value: parsed JSON.
-        keys: the keys it must have, no more and no fewer.
+      name: what the mapping describes, for the message.
+      value: parsed JSON.
+      keys: the keys it must have, no more and no fewer.
 
     Returns:
-        The mapping.
+      The mapping.
 
     Raises:
-        TypeError: it is no mapping.
-        ValueError: its keys differ.
+      TypeError: it is no mapping.
+      ValueError: its keys differ.
 
     Example:
-        >>> check_keys("point", {"x": 1}, {"x"})
-        {'x': 1}
+      >>> check_keys("point", {"x": 1}, {"x"})
+      {'x': 1}
     """
     rule = f"{name} must be a mapping with the keys {sorted(keys)}"
     advice = "It was not written by this version of jaxdp or has been altered."
@@ -69,19 +69,19 @@ def check_list(name: str, value: object) -> list[Any]:
     """Returns `value` if it is a list.
 
     Args:
-        name: what the list describes, for the message.
-        value: parsed JSON.
+      name: what the list describes, for the message.
+      value: parsed JSON.
 
     Returns:
-        The list.
+      The list.
 
     Raises:
-        ValueError: it is no list.
+      ValueError: it is no list.
 
     Example:
-        >>> check_list("draws", {})
-        Traceback (most recent call last):
-        ValueError: draws must be a JSON list, got {}.
+      >>> check_list("draws", {})
+      Traceback (most recent call last):
+      ValueError: draws must be a JSON list, got {}.
     """
     if not isinstance(value, list):
         raise ValueError(f"{name} must be a JSON list, got {shown(value)}.")

@@ -72,11 +72,11 @@ def configuration(config: Config, dataset: Dataset) -> dict[str, Any]:
 
 
 def _digest(*arrays: np.ndarray) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for array in arrays:
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def cross_entropy(model: Model) -> Callable[[Any, tuple[jax.Array, jax.Array]], jax.Array]:

@@ -21,12 +21,12 @@ Privacy notes:
     * PCG64 is a statistical generator, not a cryptographic one.
 
 Example:
-    >>> sampler = PoissonSampler(1000, expected_batch_size=32, seed=7)
-    >>> sampler.physical_batch_size
-    56
-    >>> [batch] = sampler.draw(0)
-    >>> batch.indices.shape, batch.mask.dtype, batch.is_last
-    ((56,), dtype('bool'), True)
+  >>> sampler = PoissonSampler(1000, expected_batch_size=32, seed=7)
+  >>> sampler.physical_batch_size
+  56
+  >>> [batch] = sampler.draw(0)
+  >>> batch.indices.shape, batch.mask.dtype, batch.is_last
+  ((56,), dtype('bool'), True)
 """
 
 from jaxdp.sampling.base import PhysicalBatch as PhysicalBatch

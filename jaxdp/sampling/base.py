@@ -28,14 +28,14 @@ class PhysicalBatch(NamedTuple):
     """One array-shaped piece of a logical batch.
 
     Attributes:
-        indices: int64 [P], rows of the training set; 0 where the mask is False.
-        mask: bool [P], True for the examples that take part.
-        is_last: whether this piece completes its logical batch, and noise is due.
+      indices: int64 [P], rows of the training set; 0 where the mask is False.
+      mask: bool [P], True for the examples that take part.
+      is_last: whether this piece completes its logical batch, and noise is due.
 
     Example:
-        >>> import numpy as np
-        >>> PhysicalBatch(np.zeros(2, np.int64), np.zeros(2, bool), True).is_last
-        True
+      >>> import numpy as np
+      >>> PhysicalBatch(np.zeros(2, np.int64), np.zeros(2, bool), True).is_last
+      True
     """
 
     indices: NDArray[np.int64]
@@ -60,9 +60,9 @@ class Sampler(ABC):
     charged with. Nothing else in jaxdp asks which sampler it has.
 
     Attributes:
-        num_examples: n.
-        physical_batch_size: rows of one physical batch.
-        seed: as secret as the data and the noise key; left out of `repr`.
+      num_examples: n.
+      physical_batch_size: rows of one physical batch.
+      seed: as secret as the data and the noise key; left out of `repr`.
 
     Example:
       >>> from jaxdp.sampling import FixedSizeSampler
@@ -126,27 +126,27 @@ class Sampler(ABC):
         block p holds examples of part p only. The examples that take part are the same.
 
         Args:
-            step: number of the step, ≥ 0.
-            parts: number of parts of the data (see `part`), which divides the physical batch.
+          step: number of the step, ≥ 0.
+          parts: number of parts of the data (see `part`), which divides the physical batch.
 
         Returns:
-            At least one physical batch of [physical_batch_size] rows; only the last says
-            `is_last`. A block whose part has no more examples is masked, so that all parts go
-            through the same number of physical batches.
+          At least one physical batch of [physical_batch_size] rows; only the last says
+          `is_last`. A block whose part has no more examples is masked, so that all parts go
+          through the same number of physical batches.
 
         Raises:
-            TypeError: `step` or `parts` is no integer.
-            ValueError: `step` is negative; there are more parts than examples, or they do not
-                divide the physical batch.
+          TypeError: `step` or `parts` is no integer.
+          ValueError: `step` is negative; there are more parts than examples, or they do not
+              divide the physical batch.
 
         Example:
-            >>> from jaxdp.sampling import FixedSizeSampler
-            >>> sampler = FixedSizeSampler(100, batch_size=5, physical_batch_size=4, seed=1)
-            >>> [int(batch.mask.sum()) for batch in sampler.draw(0)]
-            [4, 1]
-            >>> sampler.draw(0, parts=2)[0].indices.reshape(2, 2) // 50
-            array([[0, 0],
-                   [1, 1]])
+          >>> from jaxdp.sampling import FixedSizeSampler
+          >>> sampler = FixedSizeSampler(100, batch_size=5, physical_batch_size=4, seed=1)
+          >>> [int(batch.mask.sum()) for batch in sampler.draw(0)]
+          [4, 1]
+          >>> sampler.draw(0, parts=2)[0].indices.reshape(2, 2) // 50
+          array([[0, 0],
+                 [1, 1]])
         """
         members = self.members(_check_step(step))
         parts = _check_parts(parts)
@@ -167,10 +167,10 @@ class Sampler(ABC):
         found by trying them all, one of 128 bits from the system is not.
 
         Example:
-            >>> from jaxdp.sampling import FixedSizeSampler
-            >>> one, other = (FixedSizeSampler(9, batch_size=b, seed=1) for b in (2, 3))
-            >>> one.fingerprint == other.fingerprint, len(one.fingerprint)
-            (True, 64)
+          >>> from jaxdp.sampling import FixedSizeSampler
+          >>> one, other = (FixedSizeSampler(9, batch_size=b, seed=1) for b in (2, 3))
+          >>> one.fingerprint == other.fingerprint, len(one.fingerprint)
+          (True, 64)
         """
         return hashlib.sha256(f"jaxdp sampler seed\n{self.seed}".encode()).hexdigest()
 
@@ -182,21 +182,21 @@ class Sampler(ABC):
         with the same seed draw batches that are alike, and count as the same.
 
         Args:
-            step: number of the first step, ≥ 0.
-            count: how many steps, ≥ 1.
+          step: number of the first step, ≥ 0.
+          count: how many steps, ≥ 1.
 
         Returns:
-            The draws of these steps, for `Ledger.charge(..., draws=...)`.
+          The draws of these steps, for `Ledger.charge(..., draws=...)`.
 
         Raises:
-            TypeError: an argument is no integer.
-            ValueError: an argument is out of range.
+          TypeError: an argument is no integer.
+          ValueError: an argument is out of range.
 
         Example:
-            >>> from jaxdp.sampling import FixedSizeSampler
-            >>> [drawn] = FixedSizeSampler(100, batch_size=5, seed=1).draws(7)
-            >>> drawn.purpose, drawn.first, drawn.count
-            ('batches', 7, 1)
+          >>> from jaxdp.sampling import FixedSizeSampler
+          >>> [drawn] = FixedSizeSampler(100, batch_size=5, seed=1).draws(7)
+          >>> drawn.purpose, drawn.first, drawn.count
+          ('batches', 7, 1)
         """
         return (Draws(BATCHES, self.fingerprint, _check_step(step), count),)
 
@@ -204,20 +204,20 @@ class Sampler(ABC):
         """The examples of one part of the data: contiguous, and of the same number up to one.
 
         Args:
-            index: which part, in 0..parts-1.
-            parts: how many there are, at most `num_examples`.
+          index: which part, in 0..parts-1.
+          parts: how many there are, at most `num_examples`.
 
         Returns:
-            Their indices.
+          Their indices.
 
         Raises:
-            TypeError: an argument is no integer.
-            ValueError: an argument is out of range.
+          TypeError: an argument is no integer.
+          ValueError: an argument is out of range.
 
         Example:
-            >>> from jaxdp.sampling import FixedSizeSampler
-            >>> FixedSizeSampler(10, batch_size=5, seed=1).part(1, 3)
-            range(3, 6)
+          >>> from jaxdp.sampling import FixedSizeSampler
+          >>> FixedSizeSampler(10, batch_size=5, seed=1).part(1, 3)
+          range(3, 6)
         """
         parts = _check_parts(parts)
         advice = "Parts count from 0."
@@ -234,19 +234,19 @@ class Sampler(ABC):
         """All physical batches from a step on, without end.
 
         Args:
-            start: the first step, ≥ 0; a resumed run passes the step it stopped before.
+          start: the first step, ≥ 0; a resumed run passes the step it stopped before.
 
         Returns:
-            An iterator of (step, physical batch).
+          An iterator of (step, physical batch).
 
         Raises:
           TypeError: start is no integer.
           ValueError: start is out of range.
 
         Example:
-            >>> from jaxdp.sampling import PoissonSampler
-            >>> next(PoissonSampler(20, sampling_rate=0.1, seed=1).batches(start=5))[0]
-            5
+          >>> from jaxdp.sampling import PoissonSampler
+          >>> next(PoissonSampler(20, sampling_rate=0.1, seed=1).batches(start=5))[0]
+          5
         """
         # Checked here, not in the generator below, so that a wrong start fails at the call.
         steps = itertools.count(_check_step(start, "start"))
@@ -256,12 +256,12 @@ class Sampler(ABC):
         """The sampler as JSON-able data for `sampler_from_dict`; it contains the secret seed.
 
         Returns:
-            A dict with a "kind" and the fields.
+          A dict with a "kind" and the fields.
 
         Example:
-            >>> from jaxdp.sampling import PoissonSampler
-            >>> PoissonSampler(20, sampling_rate=0.1, seed=1).to_dict()["kind"]
-            'poisson'
+          >>> from jaxdp.sampling import PoissonSampler
+          >>> PoissonSampler(20, sampling_rate=0.1, seed=1).to_dict()["kind"]
+          'poisson'
         """
         return {"kind": self.kind, **asdict(self)}
 

@@ -19,30 +19,30 @@ class FixedSizeSampler(SizedSampler):
     smallest keys win.
 
     Args:
-        num_examples: n, from 1 to 10⁸.
-        batch_size: b, between 1 and n.
-        physical_batch_size: rows of one physical batch. Default: b.
-        seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
-            claimed against those who cannot guess it, so a small number is for tests alone.
-            Default: 128 bits from the system.
+      num_examples: n, from 1 to 10⁸.
+      batch_size: b, between 1 and n.
+      physical_batch_size: rows of one physical batch. Default: b.
+      seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
+          claimed against those who cannot guess it, so a small number is for tests alone.
+          Default: 128 bits from the system.
 
     Attributes:
-        num_examples: n.
-        batch_size: b.
-        physical_batch_size: rows of one physical batch.
-        seed: the seed, left out of `repr`.
+      num_examples: n.
+      batch_size: b.
+      physical_batch_size: rows of one physical batch.
+      seed: the seed, left out of `repr`.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range.
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range.
 
     Source: Wang, Balle, Kasiviswanathan 2019, "Subsampled Rényi Differential Privacy and
     Analytical Moments Accountant".
 
     Example:
-        >>> [batch] = FixedSizeSampler(100, batch_size=4, seed=1).draw(0)
-        >>> len(set(batch.indices.tolist()))
-        4
+      >>> [batch] = FixedSizeSampler(100, batch_size=4, seed=1).draw(0)
+      >>> len(set(batch.indices.tolist()))
+      4
     """
 
     kind = "fixed_size"
@@ -53,11 +53,11 @@ class FixedSizeSampler(SizedSampler):
         """What the accountant must know.
 
         Returns:
-            The fixed-size scheme.
+          The fixed-size scheme.
 
         Example:
-            >>> FixedSizeSampler(100, batch_size=4, seed=1).scheme
-            FixedSizeSampling(num_examples=100, batch_size=4)
+          >>> FixedSizeSampler(100, batch_size=4, seed=1).scheme
+          FixedSizeSampling(num_examples=100, batch_size=4)
         """
         return FixedSizeSampling(self.num_examples, self.batch_size)
 

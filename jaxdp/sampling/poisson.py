@@ -25,33 +25,33 @@ class PoissonSampler(Sampler):
     rate is realised as floor(2⁵³ q) / 2⁵³, never above q.
 
     Args:
-        num_examples: n, from 1 to 10⁹.
-        expected_batch_size: n · q in (0, n]; give this or `sampling_rate`.
-        sampling_rate: q in (0, 1].
-        physical_batch_size: rows of one physical batch. Default: mean + 4 standard deviations,
-            rounded up to a multiple of 8, at most n rounded the same way.
-        seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
-            claimed against those who cannot guess it, so a small number is for tests alone.
-            Default: 128 bits from the system.
+      num_examples: n, from 1 to 10⁹.
+      expected_batch_size: n · q in (0, n]; give this or `sampling_rate`.
+      sampling_rate: q in (0, 1].
+      physical_batch_size: rows of one physical batch. Default: mean + 4 standard deviations,
+          rounded up to a multiple of 8, at most n rounded the same way.
+      seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
+          claimed against those who cannot guess it, so a small number is for tests alone.
+          Default: 128 bits from the system.
 
     Attributes:
-        num_examples: n.
-        sampling_rate: q.
-        physical_batch_size: rows of one physical batch.
-        seed: the seed, left out of `repr`.
+      num_examples: n.
+      sampling_rate: q.
+      physical_batch_size: rows of one physical batch.
+      seed: the seed, left out of `repr`.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or not exactly one of the two rates is given.
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range, or not exactly one of the two rates is given.
 
     Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Section 3.1.
 
     Example:
-        >>> sampler = PoissonSampler(60_000, expected_batch_size=256, seed=1)
-        >>> sampler.expected_batch_size, sampler.physical_batch_size
-        (256.0, 320)
-        >>> all((a.indices == b.indices).all() for a, b in zip(sampler.draw(9), sampler.draw(9)))
-        True
+      >>> sampler = PoissonSampler(60_000, expected_batch_size=256, seed=1)
+      >>> sampler.expected_batch_size, sampler.physical_batch_size
+      (256.0, 320)
+      >>> all((a.indices == b.indices).all() for a, b in zip(sampler.draw(9), sampler.draw(9)))
+      True
     """
 
     sampling_rate: float
@@ -103,11 +103,11 @@ class PoissonSampler(Sampler):
         """The constant to divide a noised sum by.
 
         Returns:
-            n · q, a whole number where rounding alone kept it from being one.
+          n · q, a whole number where rounding alone kept it from being one.
 
         Example:
-            >>> PoissonSampler(60_000, expected_batch_size=256, seed=1).expected_batch_size
-            256.0
+          >>> PoissonSampler(60_000, expected_batch_size=256, seed=1).expected_batch_size
+          256.0
         """
         expected = self.num_examples * self.sampling_rate
         nearest = float(round(expected))
@@ -123,11 +123,11 @@ class PoissonSampler(Sampler):
         """What the accountant must know.
 
         Returns:
-            The Poisson scheme with this sampler's rate.
+          The Poisson scheme with this sampler's rate.
 
         Example:
-            >>> PoissonSampler(10, sampling_rate=0.5, seed=1).scheme
-            PoissonSampling(sampling_rate=0.5)
+          >>> PoissonSampler(10, sampling_rate=0.5, seed=1).scheme
+          PoissonSampling(sampling_rate=0.5)
         """
         return PoissonSampling(self.sampling_rate)
 

@@ -18,19 +18,19 @@ def register(sampler: _Kind) -> _Kind:
     """Makes a class of samplers one that checkpoints can be resumed with.
 
     Args:
-        sampler: a dataclass below `Sampler`, which says what it must provide.
+      sampler: a dataclass below `Sampler`, which says what it must provide.
 
     Returns:
-        The class itself, so that this is its decorator.
+      The class itself, so that this is its decorator.
 
     Raises:
-        TypeError: it leaves something out that a sampler must provide.
-        ValueError: another class has its kind or its stream.
+      TypeError: it leaves something out that a sampler must provide.
+      ValueError: another class has its kind or its stream.
 
     Example:
-        >>> from jaxdp.sampling import PoissonSampler
-        >>> SAMPLERS["poisson"] is PoissonSampler
-        True
+      >>> from jaxdp.sampling import PoissonSampler
+      >>> SAMPLERS["poisson"] is PoissonSampler
+      True
     """
     missing = sorted(getattr(sampler, "__abstractmethods__", ()))
     missing += [name for name in ("kind", "stream") if not hasattr(sampler, name)]
@@ -54,20 +54,20 @@ def sampler_from_dict(data: object) -> Sampler:
     """Rebuilds a sampler from what its `to_dict` returned.
 
     Args:
-        data: a mapping with the key "kind" and the sampler's own fields, all of them.
+      data: a mapping with the key "kind" and the sampler's own fields, all of them.
 
     Returns:
-        The equal sampler: it draws the same.
+      The equal sampler: it draws the same.
 
     Raises:
-        TypeError: a field has the wrong type.
-        ValueError: the kind is unknown, a key is missing or unknown, or a field is out of range.
+      TypeError: a field has the wrong type.
+      ValueError: the kind is unknown, a key is missing or unknown, or a field is out of range.
 
     Example:
-        >>> from jaxdp.sampling import PoissonSampler
-        >>> sampler = PoissonSampler(20, sampling_rate=0.1, seed=1)
-        >>> sampler_from_dict(sampler.to_dict()) == sampler
-        True
+      >>> from jaxdp.sampling import PoissonSampler
+      >>> sampler = PoissonSampler(20, sampling_rate=0.1, seed=1)
+      >>> sampler_from_dict(sampler.to_dict()) == sampler
+      True
     """
     sampler = SAMPLERS[check_choice("sampler kind", _kind(data), SAMPLERS)]
     names = {field.name for field in dataclasses.fields(sampler)}

@@ -22,29 +22,29 @@ class ShuffledSampler(SizedSampler):
     the divisor stays b. The accountant claims no amplification for it (`ShuffledEpochs`).
 
     Args:
-        num_examples: n, from 1 to 10⁸.
-        batch_size: b, between 1 and n.
-        physical_batch_size: rows of one physical batch. Default: b.
-        seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
-            claimed against those who cannot guess it, so a small number is for tests alone.
-            Default: 128 bits from the system.
+      num_examples: n, from 1 to 10⁸.
+      batch_size: b, between 1 and n.
+      physical_batch_size: rows of one physical batch. Default: b.
+      seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
+          claimed against those who cannot guess it, so a small number is for tests alone.
+          Default: 128 bits from the system.
 
     Attributes:
-        num_examples: n.
-        batch_size: b.
-        physical_batch_size: rows of one physical batch.
-        seed: the seed, left out of `repr`.
+      num_examples: n.
+      batch_size: b.
+      physical_batch_size: rows of one physical batch.
+      seed: the seed, left out of `repr`.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range.
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range.
 
     Source: Chua et al. 2024, "How Private are DP-SGD Implementations?".
 
     Example:
-        >>> sampler = ShuffledSampler(10, batch_size=4, seed=1)
-        >>> sampler.steps_per_epoch, [int(sampler.draw(t)[0].mask.sum()) for t in range(3)]
-        (3, [4, 4, 2])
+      >>> sampler = ShuffledSampler(10, batch_size=4, seed=1)
+      >>> sampler.steps_per_epoch, [int(sampler.draw(t)[0].mask.sum()) for t in range(3)]
+      (3, [4, 4, 2])
     """
 
     kind = "shuffled"
@@ -55,11 +55,11 @@ class ShuffledSampler(SizedSampler):
         """Steps that visit every example once.
 
         Returns:
-            ceil(n / b).
+          ceil(n / b).
 
         Example:
-            >>> ShuffledSampler(10, batch_size=4, seed=1).steps_per_epoch
-            3
+          >>> ShuffledSampler(10, batch_size=4, seed=1).steps_per_epoch
+          3
         """
         return -(-self.num_examples // self.batch_size)
 
@@ -68,11 +68,11 @@ class ShuffledSampler(SizedSampler):
         """What the accountant must know.
 
         Returns:
-            The scheme without amplification.
+          The scheme without amplification.
 
         Example:
-            >>> ShuffledSampler(10, batch_size=4, seed=1).scheme
-            ShuffledEpochs(steps_per_epoch=3)
+          >>> ShuffledSampler(10, batch_size=4, seed=1).scheme
+          ShuffledEpochs(steps_per_epoch=3)
         """
         return ShuffledEpochs(self.steps_per_epoch)
 
@@ -80,21 +80,21 @@ class ShuffledSampler(SizedSampler):
         """What a ledger must know of the batch of a step, its place in the epoch included.
 
         Args:
-            step: number of the first step, ≥ 0.
-            count: how many steps, ≥ 1.
+          step: number of the first step, ≥ 0.
+          count: how many steps, ≥ 1.
 
         Returns:
-            The draws of these steps, and of which permutations they are pieces: batches of one
-            epoch are disjoint only where one sampler, with one size of batches, cut them.
+          The draws of these steps, and of which permutations they are pieces: batches of one
+          epoch are disjoint only where one sampler, with one size of batches, cut them.
 
         Raises:
-            TypeError: an argument is no integer.
-            ValueError: an argument is out of range.
+          TypeError: an argument is no integer.
+          ValueError: an argument is out of range.
 
         Example:
-            >>> sampler = ShuffledSampler(10, batch_size=4, seed=1)
-            >>> [drawn.purpose for drawn in sampler.draws(7)]
-            ['batches', 'epochs']
+          >>> sampler = ShuffledSampler(10, batch_size=4, seed=1)
+          >>> [drawn.purpose for drawn in sampler.draws(7)]
+          ['batches', 'epochs']
         """
         [batches] = super().draws(step, count)
         cut = f"{self.fingerprint} {self.num_examples} {self.batch_size}"

@@ -13,7 +13,7 @@ class SizedSampler(Sampler):
     """A sampler whose draws hold at most `batch_size` examples.
 
     Attributes:
-        batch_size: b, between 1 and n.
+      batch_size: b, between 1 and n.
     """
 
     batch_size: int
@@ -41,9 +41,9 @@ class SizedSampler(Sampler):
         """The constant to divide a noised sum by: b, for a shorter last batch of an epoch too.
 
         Example:
-            >>> from jaxdp.sampling import FixedSizeSampler
-            >>> FixedSizeSampler(100, batch_size=4, seed=1).expected_batch_size
-            4.0
+          >>> from jaxdp.sampling import FixedSizeSampler
+          >>> FixedSizeSampler(100, batch_size=4, seed=1).expected_batch_size
+          4.0
         """
         return float(self.batch_size)
 

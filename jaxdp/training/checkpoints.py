@@ -34,15 +34,8 @@ from jaxdp.training.step import TrainState
 
 _FORMAT, _VERSION = "jaxdp.checkpoint", 1
 _KEYS = (
-    "format",
-    "version",
-    "step",
-    "ledger",
-    "sampler",
-    "history",
-    "configuration",
-    "structure",
-    "data",
+    *("format", "version", "step", "ledger", "sampler"),
+    *("history", "configuration", "structure", "data"),
 )
 _SAVING = ".saving"
 _NAME = re.compile(r"(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?", re.ASCII)

@@ -12,10 +12,10 @@ pure        anything that is (ε, 0)-differentially private, such as the sparse 
 =========== ==================================================================================
 
 Example:
-    >>> from jaxdp.accounting.schemes import PoissonSampling
-    >>> steps = [LedgerEntry((sigma,), PoissonSampling(0.1), steps=2) for sigma in (1.1, 1.2)]
-    >>> [each.repeats for each in mechanisms_of([[*steps, PureRelease(0.5)]])]
-    [1, 2, 2]
+  >>> from jaxdp.accounting.schemes import PoissonSampling
+  >>> steps = [LedgerEntry((sigma,), PoissonSampling(0.1), steps=2) for sigma in (1.1, 1.2)]
+  >>> [each.repeats for each in mechanisms_of([[*steps, PureRelease(0.5)]])]
+  [1, 2, 2]
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -37,14 +37,14 @@ def mechanisms_of(runs: Sequence[Sequence[Entry]]) -> tuple[Counted, ...]:
     """What everything that was executed comes to: distinct mechanisms, and how often each ran.
 
     Args:
-        runs: for every run its entries, in the order of execution.
+      runs: for every run its entries, in the order of execution.
 
     Returns:
-        The mechanisms, the one of the very last step last; empty if nothing was released.
+      The mechanisms, the one of the very last step last; empty if nothing was released.
 
     Example:
-        >>> mechanisms_of([[], []])
-        ()
+      >>> mechanisms_of([[], []])
+      ()
     """
     return tuple(counted for kind in KINDS.values() for counted in kind.counted(runs))
 
@@ -53,17 +53,17 @@ def event_of(mechanisms: Sequence[Counted]) -> dp_accounting.DpEvent:
     """The DpEvent of several mechanisms together, in the convention of noise std / clip norm.
 
     Args:
-        mechanisms: what was released.
+      mechanisms: what was released.
 
     Returns:
-        One event; `NoOpDpEvent` if there is none.
+      One event; `NoOpDpEvent` if there is none.
 
     Raises:
-        ValueError: dp-accounting has no event for one of them.
+      ValueError: dp-accounting has no event for one of them.
 
     Example:
-        >>> event_of(())
-        NoOpDpEvent()
+      >>> event_of(())
+      NoOpDpEvent()
     """
     events = [
         each.event() if count == 1 else dp_accounting.SelfComposedDpEvent(each.event(), count)

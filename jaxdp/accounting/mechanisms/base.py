@@ -5,10 +5,10 @@ executed, a mechanism is one release of it as accountants read it. Entries of on
 mechanisms were run how often.
 
 Example:
-    >>> from jaxdp.accounting.mechanisms.pure import PureRelease
-    >>> entry = PureRelease(0.5)
-    >>> list(PureRelease.counted([[entry], [entry]]))
-    [Counted(mechanism=PureMechanism(release=PureRelease(epsilon=0.5, sampling=None)), repeats=2)]
+  >>> from jaxdp.accounting.mechanisms.pure import PureRelease
+  >>> entry = PureRelease(0.5)
+  >>> list(PureRelease.counted([[entry], [entry]]))
+  [Counted(mechanism=PureMechanism(release=PureRelease(epsilon=0.5, sampling=None)), repeats=2)]
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -35,8 +35,8 @@ class Losses(NamedTuple):
     """How far the privacy losses of one release reach.
 
     Attributes:
-        mean: at least the mean of the loss.
-        widest: the loss up to which a privacy loss distribution of one release is laid out.
+      mean: at least the mean of the loss.
+      widest: the loss up to which a privacy loss distribution of one release is laid out.
     """
 
     mean: float
@@ -115,17 +115,17 @@ def alike(runs: Sequence[Sequence[Entry]], kind: type[Kind]) -> list[tuple[Kind,
     """Counts the entries of a kind whose order does not matter.
 
     Args:
-        runs: the entries of all runs.
-        kind: the kind of entries to count.
+      runs: the entries of all runs.
+      kind: the kind of entries to count.
 
     Returns:
-        Distinct entries without their draws (equal releases are one mechanism, whatever they were
-        drawn from) and how often each came, in an order that does not depend on when they came.
+      Distinct entries without their draws (equal releases are one mechanism, whatever they were
+      drawn from) and how often each came, in an order that does not depend on when they came.
 
     Example:
-        >>> from jaxdp.accounting.mechanisms.pure import PureRelease
-        >>> alike([[PureRelease(0.5), PureRelease(0.1)], [PureRelease(0.5)]], PureRelease)
-        [(PureRelease(epsilon=0.1, sampling=None), 1), (PureRelease(epsilon=0.5, sampling=None), 2)]
+      >>> from jaxdp.accounting.mechanisms.pure import PureRelease
+      >>> alike([[PureRelease(0.5), PureRelease(0.1)], [PureRelease(0.5)]], PureRelease)
+      [(PureRelease(epsilon=0.1, sampling=None), 1), (PureRelease(epsilon=0.5, sampling=None), 2)]
     """
     entries = (entry for run in runs for entry in run if isinstance(entry, kind))
     counts = Counter(replace(entry, draws=()) for entry in entries)

@@ -4,10 +4,10 @@ Order does not matter for Poisson and fixed-size steps, so equal ones become one
 count. Shuffled epochs become plain Gaussians (`epochs.py`).
 
 Example:
-    >>> step = LedgerEntry((1.1,), PoissonSampling(0.1), steps=2)
-    >>> list(LedgerEntry.counted([[step, step]]))
-    [Counted(mechanism=SampledGaussian(sampling=PoissonSampling(sampling_rate=0.1),
-    noise_multiplier=1.1), repeats=4)]
+  >>> step = LedgerEntry((1.1,), PoissonSampling(0.1), steps=2)
+  >>> list(LedgerEntry.counted([[step, step]]))
+  [Counted(mechanism=SampledGaussian(sampling=PoissonSampling(sampling_rate=0.1),
+  noise_multiplier=1.1), repeats=4)]
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -62,22 +62,22 @@ class LedgerEntry:
     """Consecutive equal steps of one run.
 
     Args:
-        noise_multipliers: one σ_k ≥ 0 for each Gaussian that a step released from its batch; they
-            count as one Gaussian with (Σ σ_k⁻²)^(-1/2).
-        sampling: the scheme that really drew the batches.
-        steps: how many such steps were executed, ≥ 1.
-        draws: the random numbers that they were made of, one of each stream for each step; none
-            where nobody knows. Left out of `repr`, which they would fill.
+      noise_multipliers: one σ_k ≥ 0 for each Gaussian that a step released from its batch; they
+          count as one Gaussian with (Σ σ_k⁻²)^(-1/2).
+      sampling: the scheme that really drew the batches.
+      steps: how many such steps were executed, ≥ 1.
+      draws: the random numbers that they were made of, one of each stream for each step; none
+          where nobody knows. Left out of `repr`, which they would fill.
 
     Raises:
-        TypeError: a field has the wrong type.
-        ValueError: a field is out of range, a stream comes twice, or its draws are not as many as
-            the steps.
+      TypeError: a field has the wrong type.
+      ValueError: a field is out of range, a stream comes twice, or its draws are not as many as
+          the steps.
 
     Example:
-        >>> from jaxdp.accounting import PoissonSampling
-        >>> LedgerEntry((1.0,), PoissonSampling(0.1), steps=5).steps
-        5
+      >>> from jaxdp.accounting import PoissonSampling
+      >>> LedgerEntry((1.0,), PoissonSampling(0.1), steps=5).steps
+      5
     """
 
     noise_multipliers: tuple[float, ...]
@@ -103,12 +103,12 @@ class LedgerEntry:
         """Returns the fields but the draws as JSON-able data for `from_dict`.
 
         Returns:
-            A dict of three fields.
+          A dict of three fields.
 
         Example:
-            >>> from jaxdp.accounting import ShuffledEpochs
-            >>> LedgerEntry((1.0,), ShuffledEpochs(4), steps=5).to_dict()["noise_multipliers"]
-            [1.0]
+          >>> from jaxdp.accounting import ShuffledEpochs
+          >>> LedgerEntry((1.0,), ShuffledEpochs(4), steps=5).to_dict()["noise_multipliers"]
+          [1.0]
         """
         return {
             "noise_multipliers": list(self.noise_multipliers),
@@ -121,21 +121,21 @@ class LedgerEntry:
         """Rebuilds the entry from what `to_dict` returned.
 
         Args:
-            fields: the three fields.
-            draws: those of the steps.
+          fields: the three fields.
+          draws: those of the steps.
 
         Returns:
-            The equal entry.
+          The equal entry.
 
         Raises:
-            TypeError: a field has the wrong type.
-            ValueError: a field is out of range, or the noise multipliers are no list.
+          TypeError: a field has the wrong type.
+          ValueError: a field is out of range, or the noise multipliers are no list.
 
         Example:
-            >>> from jaxdp.accounting import PoissonSampling
-            >>> entry = LedgerEntry((1.0,), PoissonSampling(0.1), steps=5)
-            >>> LedgerEntry.from_dict(entry.to_dict(), draws=()) == entry
-            True
+          >>> from jaxdp.accounting import PoissonSampling
+          >>> entry = LedgerEntry((1.0,), PoissonSampling(0.1), steps=5)
+          >>> LedgerEntry.from_dict(entry.to_dict(), draws=()) == entry
+          True
         """
         sigmas = check_list("noise_multipliers", fields["noise_multipliers"])
         return cls(tuple(sigmas), scheme_from_dict(fields["sampling"]), fields["steps"], draws)
@@ -148,16 +148,16 @@ class LedgerEntry:
         scheme: a run that grows then keeps its composed past, which is found again.
 
         Args:
-            runs: for every run its entries, in the order of execution.
+          runs: for every run its entries, in the order of execution.
 
         Returns:
-            The Gaussians; none if no step was executed.
+          The Gaussians; none if no step was executed.
 
         Example:
-            >>> from jaxdp.accounting import ShuffledEpochs
-            >>> step = LedgerEntry((1.0,), ShuffledEpochs(4), steps=6)
-            >>> [each.repeats for each in LedgerEntry.counted([[step], [step]])]
-            [4]
+          >>> from jaxdp.accounting import ShuffledEpochs
+          >>> step = LedgerEntry((1.0,), ShuffledEpochs(4), steps=6)
+          >>> [each.repeats for each in LedgerEntry.counted([[step], [step]])]
+          [4]
         """
         counts: Counter[tuple[PoissonSampling | FixedSizeSampling | None, float]] = Counter()
         last = None
@@ -190,8 +190,8 @@ class SampledGaussian:
     """One Gaussian of a batch, as accountants read it.
 
     Attributes:
-        sampling: how the batch was drawn; None for a plain Gaussian, which every example joins.
-        noise_multiplier: σ ≥ 0, noise std / clip norm.
+      sampling: how the batch was drawn; None for a plain Gaussian, which every example joins.
+      noise_multiplier: σ ≥ 0, noise std / clip norm.
     """
 
     sampling: PoissonSampling | FixedSizeSampling | None

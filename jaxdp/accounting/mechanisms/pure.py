@@ -1,10 +1,10 @@
 """Releases beside the steps that need no δ, such as a selection by the sparse vector technique.
 
 Example:
-    >>> PureRelease(0.1)
-    PureRelease(epsilon=0.1, sampling=None)
-    >>> round(PureRelease(0.1, PoissonSampling(0.04)).spent(replace_one=False), 5)
-    0.0042
+  >>> PureRelease(0.1)
+  PureRelease(epsilon=0.1, sampling=None)
+  >>> round(PureRelease(0.1, PoissonSampling(0.04)).spent(replace_one=False), 5)
+  0.0042
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -42,22 +42,22 @@ class PureRelease:
     private of all that are (ε, 0)-private.
 
     Args:
-        epsilon: ε > 0, for one example that is added or removed, and before any sampling; what
-            another relation or the sampling makes of it is `spent`.
-        sampling: None if the whole data set was looked at; Poisson sampling if a draw was, made
-            afresh for this release alone. A batch that a training step sees as well is no such
-            draw: together they tell more than each would tell of a batch of its own.
-        draws: the random numbers that it was made of, left out of `repr`; none where nobody knows.
+      epsilon: ε > 0, for one example that is added or removed, and before any sampling; what
+          another relation or the sampling makes of it is `spent`.
+      sampling: None if the whole data set was looked at; Poisson sampling if a draw was, made
+          afresh for this release alone. A batch that a training step sees as well is no such
+          draw: together they tell more than each would tell of a batch of its own.
+      draws: the random numbers that it was made of, left out of `repr`; none where nobody knows.
 
     Raises:
-        TypeError: ε is no number, or the sampling or the draws are of another kind.
-        ValueError: ε is not positive and finite, or a stream comes twice among the draws.
+      TypeError: ε is no number, or the sampling or the draws are of another kind.
+      ValueError: ε is not positive and finite, or a stream comes twice among the draws.
 
     Source: Kairouz, Oh, Viswanath 2015, "The Composition Theorem for Differential Privacy".
 
     Example:
-        >>> PureRelease(0.5).spent(replace_one=True)
-        1.0
+      >>> PureRelease(0.5).spent(replace_one=True)
+      1.0
     """
 
     epsilon: float
@@ -89,14 +89,14 @@ class PureRelease:
         by the first: (1 - q + q e^-ε)⁻¹ is no larger.
 
         Args:
-            replace_one: whether neighbours differ by replacing an example.
+          replace_one: whether neighbours differ by replacing an example.
 
         Returns:
-            ε > 0.
+          ε > 0.
 
         Example:
-            >>> round(PureRelease(1.0, PoissonSampling(0.5)).spent(replace_one=True), 6)
-            1.0
+          >>> round(PureRelease(1.0, PoissonSampling(0.5)).spent(replace_one=True), 6)
+          1.0
         """
         epsilon = self.epsilon
         if self.sampling is None or self.sampling.sampling_rate == 1:
@@ -110,11 +110,11 @@ class PureRelease:
         """Returns the fields but the draws as JSON-able data for `from_dict`.
 
         Returns:
-            A dict of two fields.
+          A dict of two fields.
 
         Example:
-            >>> PureRelease(0.5).to_dict()
-            {'epsilon': 0.5, 'sampling': None}
+          >>> PureRelease(0.5).to_dict()
+          {'epsilon': 0.5, 'sampling': None}
         """
         sampling = None if self.sampling is None else self.sampling.to_dict()
         return {"epsilon": self.epsilon, "sampling": sampling}
@@ -124,19 +124,19 @@ class PureRelease:
         """Rebuilds the release from what `to_dict` returned.
 
         Args:
-            fields: the two fields.
-            draws: those of the release.
+          fields: the two fields.
+          draws: those of the release.
 
         Returns:
-            The equal release.
+          The equal release.
 
         Raises:
-            TypeError: a field has the wrong type.
-            ValueError: a field is out of range.
+          TypeError: a field has the wrong type.
+          ValueError: a field is out of range.
 
         Example:
-            >>> PureRelease.from_dict({"epsilon": 0.5, "sampling": None}, draws=())
-            PureRelease(epsilon=0.5, sampling=None)
+          >>> PureRelease.from_dict({"epsilon": 0.5, "sampling": None}, draws=())
+          PureRelease(epsilon=0.5, sampling=None)
         """
         sampling: Any = fields["sampling"]
         scheme: Any = None if sampling is None else scheme_from_dict(sampling)
@@ -147,14 +147,14 @@ class PureRelease:
         """Equal releases are one mechanism.
 
         Args:
-            runs: the entries of all runs.
+          runs: the entries of all runs.
 
         Returns:
-            The pure releases among them.
+          The pure releases among them.
 
         Example:
-            >>> [each.repeats for each in PureRelease.counted([[PureRelease(0.5)] * 3])]
-            [3]
+          >>> [each.repeats for each in PureRelease.counted([[PureRelease(0.5)] * 3])]
+          [3]
         """
         return [Counted(PureMechanism(release), n) for release, n in alike(runs, cls)]
 
@@ -164,7 +164,7 @@ class PureMechanism:
     """A pure release as accountants read it: randomised response between two answers.
 
     Attributes:
-        release: what was released, without its draws.
+      release: what was released, without its draws.
     """
 
     release: PureRelease
