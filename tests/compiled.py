@@ -59,6 +59,8 @@ class Cache:
         if self.own is not None:
             jax.config.update("jax_compilation_cache_dir", str(self.own))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", SECONDS_TO_COMPILE)
+            # Caches of XLA, of which CPUs have none, would make the key depend on the directory.
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
             # JAX decides at its first compilation, which may be over, whether it has a cache.
             compilation_cache.reset_cache()
 

@@ -15,6 +15,10 @@ os.environ["XLA_FLAGS"] = (
 # that takes two thirds of the time, and the program that jaxdp has built is the same. What it
 # rounds is not, which tests of rounding see; they are marked `optimized`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# When it reads a program that was compiled before, the XLA of JAX 0.10 takes two of its own
+# preferences for instructions that the processor lacks, and logs an error of a page each time.
+LOGGED = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import contextlib  # noqa: E402
 import zlib  # noqa: E402
@@ -25,6 +29,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from tests import compiled  # noqa: E402
+
+if LOGGED is None:  # processes that tests start log everything
+    os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
