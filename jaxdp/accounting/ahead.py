@@ -28,7 +28,7 @@ def rough_epsilon(ledger: Ledger, guarantee: Guarantee) -> float:
 
     Raises:
       ValueError: dp-accounting does not support the combination, or it is more than can be
-          composed.
+        composed.
 
     Example:
       >>> round(rough_epsilon(Ledger().charge_pure(2.0), Guarantee(1e-5)), 2)

@@ -61,7 +61,7 @@ def calibrate_noise_multiplier(
     Raises:
       TypeError: an argument has the wrong type.
       ValueError: an argument is out of range, the combination is not supported, or no noise
-          multiplier between 2⁻⁴ and 2¹⁹ is the answer.
+        multiplier between 2⁻⁴ and 2¹⁹ is the answer.
 
     Example:
       >>> round(calibrate_noise_multiplier(3.0, delta=1e-5, steps=250, sampling_rate=0.04), 2)
@@ -172,7 +172,7 @@ def calibrate_sampling_rate(
     Raises:
       TypeError: an argument has the wrong type.
       ValueError: an argument is out of range, the combination is not supported, or not even a
-          rate of 2⁻⁴⁰ fits.
+        rate of 2⁻⁴⁰ fits.
 
     Example:
       >>> round(calibrate_sampling_rate(3.0, noise_multiplier=1.1, steps=250, delta=1e-5), 4)

@@ -36,7 +36,7 @@ def epsilon_of(mechanisms: tuple[Counted, ...], guarantee: Guarantee) -> float:
 
     Raises:
       ValueError: dp-accounting does not support the combination, or it is more than can be
-          composed.
+        composed.
 
     Example:
       >>> epsilon_of((), Guarantee(1e-5))
@@ -68,7 +68,7 @@ def epsilon_bound_of(
 
     Raises:
       ValueError: dp-accounting does not support the combination, or it is more than can be
-          composed.
+        composed.
 
     Example:
       >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
@@ -99,7 +99,7 @@ def rough_epsilon_of(mechanisms: tuple[Counted, ...], guarantee: Guarantee) -> f
 
     Raises:
       ValueError: dp-accounting does not support the combination, or it is more than can be
-          composed.
+        composed.
 
     Example:
       >>> from jaxdp.accounting.mechanisms.gaussian import SampledGaussian
@@ -127,7 +127,7 @@ def delta_of(mechanisms: tuple[Counted, ...], epsilon: float, question: Question
 
     Raises:
       ValueError: dp-accounting does not support the combination, or it is more than can be
-          composed.
+        composed.
 
     Example:
       >>> delta_of((), 1.0, Question("pld", "replace_one"))

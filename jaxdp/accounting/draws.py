@@ -42,7 +42,7 @@ class Draws:
     Args:
       purpose: what the numbers are for, such as "batches".
       fingerprint: tells one stream of that purpose from another: a one-way hash of its key or
-          seed, which is as hard to undo as the key is to guess. Not empty.
+        seed, which is as hard to undo as the key is to guess. Not empty.
       first: the first step, ≥ 0.
       count: how many steps, ≥ 1.
 
@@ -153,7 +153,7 @@ def check_draws(value: object) -> tuple[Draws, ...]:
 
     Args:
       value: what the caller passed: draws, or tuples of purpose, fingerprint and step, as
-          `jaxdp.noise_draws` gives them.
+        `jaxdp.noise_draws` gives them.
 
     Returns:
       Draws of distinct streams.

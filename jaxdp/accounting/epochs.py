@@ -22,7 +22,7 @@ class EpochSteps(NamedTuple):
       noise_multiplier: σ ≥ 0.
       steps: how many, ≥ 1.
       epochs: the draws that say which permutations the batches are cut from, and where the
-          steps began; None where nobody said.
+        steps began; None where nobody said.
     """
 
     noise_multiplier: float

@@ -63,10 +63,10 @@ def epsilon(
 
     Args:
       noise_multiplier: σ ≥ 0, noise std / clip norm, or one for each Gaussian that a step
-          releases from the same batch (see `combined_noise_multiplier`).
+        releases from the same batch (see `combined_noise_multiplier`).
       steps: number of steps, ≥ 0.
       delta: δ in (0, 1), of which "pld" resolves down to about 1e-14; or a guarantee, which says
-          accountant and neighbours as well.
+        accountant and neighbours as well.
       sampling_rate: q in (0, 1], shorthand for `sampling=PoissonSampling(q)`.
       sampling: how the batches are drawn; exactly one of the two is given.
       accountant: "pld", the default, or "rdp".
@@ -79,9 +79,9 @@ def epsilon(
     Raises:
       TypeError: an argument has the wrong type.
       ValueError: an argument is out of range or contradicts the guarantee; with "pld", there are
-          more than 10⁷ sampled steps; or dp-accounting does not support the combination:
-          fixed-size sampling needs "rdp" with "replace_one", Poisson sampling with "replace_one"
-          needs "pld".
+        more than 10⁷ sampled steps; or dp-accounting does not support the combination:
+        fixed-size sampling needs "rdp" with "replace_one", Poisson sampling with "replace_one"
+        needs "pld".
 
     Source: Doroshenko et al. 2022, "Connect the Dots: Tighter Discrete Approximations of Privacy
     Loss Distributions" (pld); Mironov, Talwar, Zhang 2019, "Rényi Differential Privacy of the

@@ -72,7 +72,7 @@ def as_guarantee(
       delta: δ in (0, 1), or a guarantee.
       accountant: "pld" or "rdp"; None for what the guarantee says, or else "pld".
       neighboring_relation: "add_or_remove_one" or "replace_one"; None for what the guarantee
-          says, or else "add_or_remove_one".
+        says, or else "add_or_remove_one".
 
     Returns:
       The guarantee.

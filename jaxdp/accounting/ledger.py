@@ -98,7 +98,7 @@ class Ledger(Record):
 
         Raises:
           ValueError: the ledger holds a pure release: dp-accounting has no event that all of its
-              accountants read alike.
+            accountants read alike.
 
         Example:
           >>> from jaxdp.accounting import ShuffledEpochs
@@ -127,7 +127,7 @@ class Ledger(Record):
         Raises:
           TypeError: δ is no number.
           ValueError: an argument is out of range or contradicts the guarantee, or dp-accounting
-              does not support the combination.
+            does not support the combination.
 
         Source: see `jaxdp.accounting.epsilon`.
 
@@ -158,7 +158,7 @@ class Ledger(Record):
         Raises:
           TypeError: ε is no number.
           ValueError: an argument is out of range, or dp-accounting does not support the
-              combination.
+            combination.
 
         Example:
           >>> from jaxdp.accounting import PoissonSampling
@@ -195,7 +195,7 @@ class Ledger(Record):
           neighboring_relation: "add_or_remove_one", the default, or "replace_one".
           at_most: the largest answer of interest, ≥ 0.
           draws: those of the first of these steps, if they will be charged; the further steps
-              go on with them. They matter to shuffled epochs.
+            go on with them. They matter to shuffled epochs.
 
         Returns:
           n*, exactly: n* fits and n* + 1 does not. 0 also if the past alone exceeds the budget,
@@ -204,7 +204,7 @@ class Ledger(Record):
         Raises:
           TypeError: an argument has the wrong type.
           ValueError: an argument is out of range or contradicts the guarantee, or dp-accounting
-              does not support the combination.
+            does not support the combination.
 
         Example:
           >>> from jaxdp.accounting import PoissonSampling
@@ -267,7 +267,7 @@ class Ledger(Record):
 
         Raises:
           ValueError: the text is no JSON, of another format or version, or any field is missing,
-              unknown, repeated or out of range. A damaged ledger is never read in part.
+            unknown, repeated or out of range. A damaged ledger is never read in part.
 
         Example:
           >>> Ledger.from_json(Ledger().to_json()) == Ledger()
@@ -309,7 +309,7 @@ def supposed(
       sampling: their scheme.
       steps: how many, ≥ 1.
       draws: of the first of them; the further ones go on. Whether any was drawn before is not
-          looked at.
+        looked at.
 
     Returns:
       A ledger to ask.

@@ -52,8 +52,8 @@ def epsilon(
       delta: δ in (0, 1).
       relation: "add_or_remove_one" or "replace_one".
       coarser: how many times coarser than usual the grid of losses is, a power of two. The points
-          of the coarse grid are points of the fine one, and rounding a distribution up to a
-          coarser grid can only raise every δ(ε).
+        of the coarse grid are points of the fine one, and rounding a distribution up to a
+        coarser grid can only raise every δ(ε).
 
     Returns:
       ε ≥ 0; `math.inf` where it may be beyond 10⁵.

@@ -116,13 +116,13 @@ class Record:
 
         Args:
           noise_multiplier: σ ≥ 0, noise std / clip norm, or one for each Gaussian that a step
-              releases from the same batch; `jaxdp.executed_noise_multipliers(state)` does.
+            releases from the same batch; `jaxdp.executed_noise_multipliers(state)` does.
           sampling: the scheme that really drew the batches.
           steps: how many steps, ≥ 0.
           draws: the random numbers that the steps are made of: `sampler.draws(step)`, and
-              `jaxdp.noise_draws(opt_state)` of the state before the first of them. For shuffled
-              epochs they also tell where in an epoch the steps lie. Without them, steps begin
-              with an epoch, or go on with the equal steps right before them.
+            `jaxdp.noise_draws(opt_state)` of the state before the first of them. For shuffled
+            epochs they also tell where in an epoch the steps lie. Without them, steps begin
+            with an epoch, or go on with the equal steps right before them.
 
         Returns:
           The longer ledger; this one is unchanged.
@@ -160,9 +160,9 @@ class Record:
         Args:
           epsilon: ε > 0, of adding or removing one example, before any sampling.
           sampling: None if the whole data set was looked at; Poisson sampling if a draw was,
-              made afresh for this release alone (see `PureRelease`).
+            made afresh for this release alone (see `PureRelease`).
           draws: the random numbers that it was made of, such as those of
-              `lipschitz.selection_draws(key, step)`.
+            `lipschitz.selection_draws(key, step)`.
 
         Returns:
           The longer ledger; this one is unchanged.

@@ -278,7 +278,7 @@ def as_noise_multipliers(noise_multiplier: NoiseMultiplier) -> tuple[float, ...]
 
     Args:
       noise_multiplier: one number or a non-empty sequence of numbers, each ≥ 0; arrays of no or
-          of one axis do, NumPy's and JAX's.
+        of one axis do, NumPy's and JAX's.
 
     Returns:
       A tuple with at least one float.

@@ -137,7 +137,7 @@ class Sampler(ABC):
         Raises:
           TypeError: `step` or `parts` is no integer.
           ValueError: `step` is negative; there are more parts than examples, or they do not
-              divide the physical batch.
+            divide the physical batch.
 
         Example:
           >>> from jaxdp.sampling import FixedSizeSampler

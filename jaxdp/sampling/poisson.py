@@ -29,10 +29,10 @@ class PoissonSampler(Sampler):
       expected_batch_size: n · q in (0, n]; give this or `sampling_rate`.
       sampling_rate: q in (0, 1].
       physical_batch_size: rows of one physical batch. Default: mean + 4 standard deviations,
-          rounded up to a multiple of 8, at most n rounded the same way.
+        rounded up to a multiple of 8, at most n rounded the same way.
       seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
-          claimed against those who cannot guess it, so a small number is for tests alone.
-          Default: 128 bits from the system.
+        claimed against those who cannot guess it, so a small number is for tests alone.
+        Default: 128 bits from the system.
 
     Attributes:
       num_examples: n.

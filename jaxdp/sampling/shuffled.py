@@ -26,8 +26,8 @@ class ShuffledSampler(SizedSampler):
       batch_size: b, between 1 and n.
       physical_batch_size: rows of one physical batch. Default: b.
       seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
-          claimed against those who cannot guess it, so a small number is for tests alone.
-          Default: 128 bits from the system.
+        claimed against those who cannot guess it, so a small number is for tests alone.
+        Default: 128 bits from the system.
 
     Attributes:
       num_examples: n.

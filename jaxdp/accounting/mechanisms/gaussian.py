@@ -63,16 +63,16 @@ class LedgerEntry:
 
     Args:
       noise_multipliers: one σ_k ≥ 0 for each Gaussian that a step released from its batch; they
-          count as one Gaussian with (Σ σ_k⁻²)^(-1/2).
+        count as one Gaussian with (Σ σ_k⁻²)^(-1/2).
       sampling: the scheme that really drew the batches.
       steps: how many such steps were executed, ≥ 1.
       draws: the random numbers that they were made of, one of each stream for each step; none
-          where nobody knows. Left out of `repr`, which they would fill.
+        where nobody knows. Left out of `repr`, which they would fill.
 
     Raises:
       TypeError: a field has the wrong type.
       ValueError: a field is out of range, a stream comes twice, or its draws are not as many as
-          the steps.
+        the steps.
 
     Example:
       >>> from jaxdp.accounting import PoissonSampling

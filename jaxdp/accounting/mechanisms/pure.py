@@ -43,10 +43,10 @@ class PureRelease:
 
     Args:
       epsilon: ε > 0, for one example that is added or removed, and before any sampling; what
-          another relation or the sampling makes of it is `spent`.
+        another relation or the sampling makes of it is `spent`.
       sampling: None if the whole data set was looked at; Poisson sampling if a draw was, made
-          afresh for this release alone. A batch that a training step sees as well is no such
-          draw: together they tell more than each would tell of a batch of its own.
+        afresh for this release alone. A batch that a training step sees as well is no such
+        draw: together they tell more than each would tell of a batch of its own.
       draws: the random numbers that it was made of, left out of `repr`; none where nobody knows.
 
     Raises:
