@@ -149,7 +149,7 @@ def test_thresholds_that_change_within_a_logical_batch_count_with_their_maximum(
     # The next logical batch begins anew.
     updates, _ = update(Bounded(nothing, jnp.ones(2), (0, 1)), state, nothing, is_last=True)
     again, _ = unit.update(
-        Bounded(nothing, jnp.ones(2), (0, 1)), unit.init(nothing)._replace(step=jnp.int32(1))
+        Bounded(nothing, jnp.ones(2), (0, 1)), replace(unit.init(nothing), step=jnp.int32(1))
     )
     helpers.assert_trees_close(updates, again)
 
