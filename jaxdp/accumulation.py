@@ -94,13 +94,13 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
     ) -> tuple[Any, AccumulateState]:
         if is_last is None:
             raise TypeError(
-                "accumulate needs update(..., is_last=...): whether this physical batch ends its "
-                "logical batch; pass the is_last of jaxdp.PhysicalBatch"
+                "is_last must say whether this physical batch ends its logical batch, got None. "
+                "Pass the is_last of jaxdp.PhysicalBatch to update."
             )
         if not isinstance(updates, Bounded):
             raise TypeError(
-                f"accumulate takes the jaxdp.Bounded of a clip, got {type(updates).__name__}: put "
-                "it right behind the clip, around jaxdp.add_noise and the optimizer"
+                f"accumulate must get the jaxdp.Bounded of a clip, got {type(updates).__name__}. "
+                "Put it right behind the clip, around jaxdp.add_noise and the optimizer."
             )
         sums = state.sums.add(updates.value)
         sensitivities = jnp.maximum(state.sensitivities, _of_leaves(updates))
@@ -112,8 +112,8 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
             )
             if isinstance(released, Bounded):
                 raise TypeError(
-                    "accumulate must hold everything behind the clip, but its inner transformation "
-                    "lets a Bounded through: move jaxdp.add_noise and what follows it inside"
+                    "accumulate must hold everything behind the clip, got an inner transformation "
+                    "that lets a Bounded through. Move jaxdp.add_noise and what follows it inside."
                 )
             empty = jax.tree.map(jnp.zeros_like, (sums, sensitivities))
             return released, AccumulateState(empty[0], empty[1], inner_state)

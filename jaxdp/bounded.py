@@ -114,7 +114,7 @@ class Bounded(metaclass=_SpeakingType):
         if len(groups) != len(leaves):
             raise ValueError(
                 f"groups must name one group per leaf, got {len(groups)} groups for "
-                f"{len(leaves)} leaves"
+                f"{len(leaves)} leaves. Name None for a leaf without a gradient."
             )
         self.value = value
         self.sensitivity = sensitivity
@@ -146,7 +146,8 @@ class Bounded(metaclass=_SpeakingType):
         if used != set(range(self.sensitivity.size)) or self.sensitivity.ndim > 1:
             raise ValueError(
                 f"sensitivity must be a scalar or hold one number for each group of leaves, got "
-                f"shape {self.sensitivity.shape} for groups {sorted(used)}"
+                f"shape {self.sensitivity.shape} for groups {sorted(used)}. Number the groups from "
+                "0, and do not map over a Bounded."
             )
 
     def __add__(self, other: object) -> "Bounded":
@@ -155,13 +156,13 @@ class Bounded(metaclass=_SpeakingType):
             return self._refuse(other)
         if self.groups != other.groups:
             raise ValueError(
-                f"cannot add a Bounded with groups {self.groups} to one with {other.groups}: both "
-                "must come from the same clip"
+                f"two Bounded that are added must have the same groups, got {self.groups} and "
+                f"{other.groups}. Add sums of the same clip."
             )
         if self.unsummed != other.unsummed:
             raise ValueError(
-                "cannot add a Bounded of one device to one of all devices: put "
-                "jaxdp.distributed.all_reduce(...) behind both"
+                "two Bounded that are added must both be of one device or both of all devices, "
+                "got one of each. Put jaxdp.distributed.all_reduce(...) behind both."
             )
         value = jax.tree.map(jnp.add, self.value, other.value)
         return self.with_value(value, jnp.maximum(self.sensitivity, other.sensitivity))
@@ -223,7 +224,7 @@ class Bounded(metaclass=_SpeakingType):
         return [leaf for leaf, g in zip(leaves, self.groups, strict=True) if g is not None]
 
     def _refuse(self, other: Any, *_: Any) -> Any:
-        raise TypeError(f"cannot combine {type(other).__name__} with Bounded: {_NEXT_STEP}")
+        raise TypeError(f"cannot combine {type(other).__name__} with Bounded: {_NEXT_STEP}.")
 
     __radd__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _refuse
 
@@ -268,7 +269,7 @@ def _unflatten(static: _Static, children: Iterable[Any]) -> Bounded:
     # optax.masked and optax.partition make a tree of flags or labels to pick leaves by, and so
     # would reach the value past the seal.
     if any(isinstance(leaf, bool | str) for leaf in jax.tree.leaves(bounded.value)):
-        raise TypeError(f"cannot pick leaves of a Bounded: {_NEXT_STEP}")
+        raise TypeError(f"cannot pick leaves of a Bounded: {_NEXT_STEP}.")
     bounded.groups, bounded.unsummed = static
     return bounded
 

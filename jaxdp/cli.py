@@ -140,7 +140,8 @@ def _train(options: argparse.Namespace) -> None:
     metrics, plot = options.out / "metrics.json", options.out / "training.png"
     if options.checkpoints is not None and options.checkpoints.absolute() == options.out.absolute():
         raise ValueError(
-            f"--checkpoints needs a directory of its own, got that of --out, {options.out}"
+            f"--checkpoints must be a directory of its own, got that of --out, {options.out}. "
+            "Choose another one."
         )
     report.check_outputs(metrics, plot)
     result = classify.train(

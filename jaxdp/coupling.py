@@ -21,7 +21,7 @@ class BatchStatisticsError(ValueError):
             "loss_fn must not normalise over a batch, got a value minus its own mean, or scaled by "
             f"itself, over an axis of length one ({where}): in the loss of one example the batch "
             "is that example, and nothing is left of it. Use nn.GroupNorm or nn.LayerNorm, or "
-            "running averages"
+            "running averages."
         )
 
 
@@ -41,6 +41,6 @@ def _refuse(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             raise BatchStatisticsError(
                 f"flax BatchNorm {module.name!r} must not compute batch statistics in the loss of "
                 "one example, got use_running_average=False: it normalises by other samples, "
-                "which no clip can undo. Use nn.GroupNorm or nn.LayerNorm, or running averages"
+                "which no clip can undo. Use nn.GroupNorm or nn.LayerNorm, or running averages."
             )
     return next_fun(*args, **kwargs)

@@ -134,8 +134,8 @@ def _as_parameter(leaf: jax.Array, parameter: Any) -> jax.Array:
 def _whole(is_last: ArrayLike) -> jax.Array:
     if isinstance(is_last, bool | np.bool_) and not is_last:
         raise ValueError(
-            "add_noise must see a whole logical batch, got is_last=False: put it into "
-            "jaxdp.accumulate(...), which adds up the physical batches first"
+            "add_noise must see a whole logical batch, got is_last=False. Put it into "
+            "jaxdp.accumulate(...), which adds up the physical batches first."
         )
     return jnp.asarray(is_last, bool)
 
@@ -146,8 +146,8 @@ def _bounded(updates: Any) -> Bounded:
         return updates
     kind = "PerSampleGrads" if isinstance(updates, PerSampleGrads) else "arrays"
     raise TypeError(
-        f"add_noise takes a jaxdp.Bounded, whose sensitivity sets the noise, got {kind}: put a "
-        "clip (jaxdp.clip_flat, clip_per_layer, ...) right before it in the chain"
+        f"add_noise must get a jaxdp.Bounded, whose sensitivity sets the noise, got {kind}. Put a "
+        "clip (jaxdp.clip_flat, clip_per_layer, ...) right before it in the chain."
     )
 
 
@@ -156,8 +156,8 @@ def _check_summed(bounded: Bounded) -> None:
     if bounded.unsummed:
         axes = ", ".join(repr(axis) for axis in sorted(bounded.unsummed))
         raise ValueError(
-            f"add_noise takes a sum over the samples of all devices, got one of those along {axes} "
-            f"alone: put jaxdp.distributed.all_reduce({axes}) right behind the clip"
+            "add_noise must get a sum over the samples of all devices, got one of those along "
+            f"{axes} alone. Put jaxdp.distributed.all_reduce({axes}) right behind the clip."
         )
 
 
@@ -225,7 +225,7 @@ def _allocation(allocation: str | Sequence[float]) -> _Allocation:
         if len(coefficients) != sensitivity.size:
             raise ValueError(
                 f"allocation must hold one coefficient for each of the {sensitivity.size} groups "
-                f"of the clip, got {len(coefficients)}"
+                f"of the clip, got {len(coefficients)}. {advice}"
             )
         return sensitivity * jnp.asarray(coefficients, sensitivity.dtype)
 

@@ -95,8 +95,9 @@ class PerSampleGrads:
         if unknown:
             raise ValueError(
                 f"gradients given as arrays that differ along {unknown} may be of other samples "
-                "there, or of another part of the model: use jaxdp.per_sample_grads(loss_fn), or "
-                "PerSampleGrads.from_arrays(grads, mask) with a mask that differs along all of them"
+                "there, or of another part of the model. Use jaxdp.per_sample_grads(loss_fn), or "
+                "PerSampleGrads.from_arrays(grads, mask) with a mask that differs along all of "
+                "them."
             )
         return cls(GivenRows(), Batch(rows, checked), params, groups)
 
@@ -121,7 +122,7 @@ class PerSampleGrads:
         losses = self._reduction().losses
         if losses is None:
             raise ValueError(
-                "losses are unknown for gradients given as arrays: use jaxdp.per_sample_grads"
+                "losses are unknown for gradients given as arrays. Use jaxdp.per_sample_grads."
             )
         return losses
 
@@ -192,7 +193,10 @@ class PerSampleGrads:
         """
         weights = jnp.asarray(weights)
         if weights.shape != self.mask.shape:
-            raise ValueError(f"weights must have shape {self.mask.shape}, got {weights.shape}")
+            raise ValueError(
+                f"weights must have shape {self.mask.shape}, got {weights.shape}. Pass one number "
+                "for each row."
+            )
 
         groups = (0,) * sum(group is not None for group in self._groups)
         sums = self._reduce(self._batch._replace(weights=weights), GivenWeights(groups))
@@ -235,7 +239,7 @@ class PerSampleGrads:
         if tuple(group is None for group in groups) != tuple(g is None for g in self._groups):
             raise ValueError(
                 f"groups must be None exactly where a leaf has no gradient, {self._groups}, "
-                f"got {groups}"
+                f"got {groups}. Number the groups of the other leaves."
             )
         return tuple(group for group in groups if group is not None)
 
@@ -250,7 +254,7 @@ def _refuse_to_flatten(_: PerSampleGrads) -> Any:
         "PerSampleGrads is a lazy handle on one batch: it cannot be mapped over, nor cross jit, "
         "scan or vmap, nor go through a transformation ahead of the clip, which could mix samples. "
         "Give it to a clip (jaxdp.clip_flat, ...) in the function that made it, whole, and let the "
-        "result through"
+        "result through."
     )
 
 

@@ -78,7 +78,7 @@ def own_key(key: jax.Array, purpose: str, tree: Any) -> jax.Array:
         raise ValueError(
             f"a noise key must be of one of {sorted(_INDEPENDENT)}, got {impl}, of which keys that "
             "are derived in another order are the same. Make it by jaxdp.random_key(), or by "
-            'jax.random.key(seed, impl="threefry2x32")'
+            'jax.random.key(seed, impl="threefry2x32").'
         )
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return _folded(key, "\n".join([purpose, *paths]))
@@ -171,10 +171,10 @@ def _alone_among(
         if any(released_mapped):
             raise ValueError(
                 "every member of a vmap must have a noise key of its own, got one key for all "
-                f"{size}: their noise would be the same, and cancel in a difference. Make the "
-                "chain of a member from its key: states = jax.vmap(lambda key, params: "
+                f"{size}, so that their noise would be the same, and cancel in a difference. Make "
+                "the chain of a member from its key: states = jax.vmap(lambda key, params: "
                 "make_tx(key).init(params))(jax.random.split(key, members), params), then "
-                "jax.vmap(make_tx(key).update)(grads, states, params)"
+                "jax.vmap(make_tx(key).update)(grads, states, params)."
             )
         return _alone(keys, released), False
     # Once more, for a `vmap` around this one.

@@ -177,8 +177,8 @@ def noise_draws(opt_state: optax.OptState) -> tuple[tuple[str, str, int], ...]:
         draws += [(released.purpose, key, int(step)) for key, step in zip(keys, steps, strict=True)]
     if len({(purpose, key) for purpose, key, _ in draws}) < len(draws):
         raise ValueError(
-            "every noised release must have a key of its own, got one key twice: members of an "
-            "ensemble need jax.random.split(key, members), see jaxdp.add_noise"
+            "every noised release must have a key of its own, got one key twice. Give the members "
+            "of an ensemble the keys jax.random.split(key, members), see jaxdp.add_noise."
         )
     return tuple(draws)
 

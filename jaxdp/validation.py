@@ -152,7 +152,7 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
             raise
         return Validation((_communication("", str(error).partition(".")[0]),))
     except BatchStatisticsError as error:
-        what, _, fix = str(error).partition(". ")
+        what, _, fix = str(error).removesuffix(".").partition(". ")
         return Validation((Finding("couples samples", "", what, fix),))
     roots = _roots(program, len(leaves))
     paths = [path for path, _ in jax.tree.leaves_with_path(params)]
@@ -221,7 +221,8 @@ def _normalised(program: Program, parameters: int) -> Iterator[Finding]:
     for statistic in own_statistics(program, parameters):
         where = statistic.eqn.source
         if statistic.over_batch_alone:
-            what, _, fix = str(BatchStatisticsError.at(where)).partition(". ")
+            said = str(BatchStatisticsError.at(where)).removesuffix(".")
+            what, _, fix = said.partition(". ")
             yield Finding("couples samples", where, what, fix)
         else:
             yield Finding(

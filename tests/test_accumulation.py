@@ -183,19 +183,19 @@ def accumulated(updates: Any, **options: Any) -> Any:
 
 
 def test_the_end_of_the_logical_batch_must_be_said() -> None:
-    with pytest.raises(TypeError, match=r"accumulate needs update\(..., is_last=...\)"):
+    with pytest.raises(TypeError, match="is_last must say whether .*, got None"):
         accumulated(Bounded(PARAMS, 1.0))
 
 
 @pytest.mark.parametrize("updates", [PARAMS, helpers.small_grads(2)], ids=["mean", "per_sample"])
 def test_only_the_bounded_sum_of_a_clip_is_accumulated(updates: Any) -> None:
-    with pytest.raises(TypeError, match="accumulate takes the jaxdp.Bounded of a clip, got dict"):
+    with pytest.raises(TypeError, match="must get the jaxdp.Bounded of a clip, got dict"):
         accumulated(updates, is_last=True)
 
 
 def test_a_handle_is_not_accumulated() -> None:
     grads = jaxdp.per_sample_grads(helpers.small_loss)(PARAMS, helpers.small_batch(2))
-    with pytest.raises(TypeError, match="got PerSampleGrads: put it right behind the clip"):
+    with pytest.raises(TypeError, match="got PerSampleGrads. Put it right behind the clip"):
         accumulated(grads, is_last=True)
 
 
@@ -210,7 +210,7 @@ def test_noise_outside_is_refused() -> None:
     tx = optax.chain(
         jaxdp.clip_flat(1.0), jaxdp.accumulate(optax.identity()), jaxdp.add_noise(1.0, KEY)
     )
-    with pytest.raises(TypeError, match="move jaxdp.add_noise and what follows it inside"):
+    with pytest.raises(TypeError, match="Move jaxdp.add_noise and what follows it inside"):
         tx.update(helpers.small_grads(2), tx.init(PARAMS), PARAMS, is_last=True)
 
 

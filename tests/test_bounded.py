@@ -163,7 +163,7 @@ def test_a_bounded_is_no_array() -> None:
 
 
 def test_bounded_of_different_clips_cannot_be_added() -> None:
-    with pytest.raises(ValueError, match="both must come from the same clip"):
+    with pytest.raises(ValueError, match="must have the same groups, .* Add sums of the same clip"):
         bounded() + Bounded(VALUE, 1.0)
 
 

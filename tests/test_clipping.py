@@ -277,7 +277,7 @@ MISUSES: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "clip after clip": (
         lambda: run(optax.chain(jaxdp.clip_flat(1.0), jaxdp.clip_flat(1.0))),
         TypeError,
-        "takes per-sample gradients, got a Bounded, whose samples are summed already",
+        "must get per-sample gradients, got a Bounded, whose samples are summed already",
     ),
     "adaptive clip after clip": (
         lambda: run(optax.chain(jaxdp.clip_flat(1.0), helpers.adaptive(1.0))),
@@ -332,7 +332,7 @@ MISUSES: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "threshold without label": (
         lambda: run(jaxdp.clip_by_group("a", {"a": 1.0, "b": 1.0})),
         ValueError,
-        r"but \['b'\] guard none and would only add noise: remove them",
+        r"got \['b'\], which guard none and would only add noise. Remove them",
     ),
     "labels of another structure": (
         lambda: run(jaxdp.clip_by_group({"tail": "a"}, {"a": 1.0})),

@@ -304,17 +304,17 @@ def noise_of(updates: Any, allocation: Any = "global") -> Any:
 
 MISUSES: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "arrays": (
-        lambda: noise_of(PARAMS), TypeError, "takes a jaxdp.Bounded, .* got arrays: put a clip"
+        lambda: noise_of(PARAMS), TypeError, "must get a jaxdp.Bounded, .* got arrays. Put a clip"
     ),
     "per-sample arrays": (
-        lambda: noise_of(helpers.small_grads(2)), TypeError, "got arrays: put a clip"
+        lambda: noise_of(helpers.small_grads(2)), TypeError, "got arrays. Put a clip"
     ),
     "handle": (
         lambda: noise_of(
             jaxdp.per_sample_grads(helpers.small_loss)(PARAMS, helpers.small_batch(2))
         ),
         TypeError,
-        "got PerSampleGrads: put a clip",
+        "got PerSampleGrads. Put a clip",
     ),
     "noise after noise": (
         lambda: optax.chain(jaxdp.add_noise(1.0, KEY), jaxdp.add_noise(1.0, KEY)).update(

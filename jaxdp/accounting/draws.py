@@ -216,7 +216,7 @@ def joined(
         before = before if before and before.stream == each.stream else None
         after = after if after and after.stream == each.stream else None
         if (before and before.end > each.first) or (after and after.first < each.end):
-            raise ValueError(_repeated(each, before, after, advice))
+            raise ValueError(f"{_repeated(each, before, after)} {advice}")
         if before and before.end == each.first:
             each, place = replace(before, count=before.count + each.count), place - 1
             del ranges[place]
@@ -227,15 +227,14 @@ def joined(
     return tuple(ranges)
 
 
-def _repeated(new: Draws, before: Draws | None, after: Draws | None, advice: str) -> str:
+def _repeated(new: Draws, before: Draws | None, after: Draws | None) -> str:
     other = before if before and before.end > new.first else after
     assert other is not None
     first, last = max(new.first, other.first), min(new.end, other.end) - 1
     steps = f"step {first}" if first == last else f"steps {first} to {last}"
     return (
         f"draws must be new to the ledger, got {steps} of {new.purpose!r} (fingerprint "
-        f"{new.fingerprint[:8]}) a second time, so that the two releases are not independent. "
-        f"{advice}"
+        f"{new.fingerprint[:8]}) a second time, so that the two releases are not independent."
     )
 
 

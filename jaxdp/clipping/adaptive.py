@@ -179,8 +179,8 @@ def _check(
 def _refuse_unseen_devices() -> None:
     if axes := sorted(untracked_axes()):
         raise NotImplementedError(
-            f"clip_adaptive counts the samples of all devices, which it cannot see along {axes}"
-            ": use jit with a sharded batch, or jax.shard_map with check_vma=True"
+            "clip_adaptive must count the samples of all devices, which it cannot see along "
+            f"{axes}. Use jit with a sharded batch, or jax.shard_map with check_vma=True."
         )
 
 

@@ -56,8 +56,8 @@ def per_sample_gradients(updates: Any, params: optax.Params | None) -> PerSample
     """What came down the chain, as a handle; refuses what holds no per-sample gradients."""
     if isinstance(updates, Bounded):
         raise TypeError(
-            "a clip takes per-sample gradients, got a Bounded, whose samples are summed already: "
-            "keep one clip in the chain, and let jaxdp.add_noise follow it"
+            "a clip must get per-sample gradients, got a Bounded, whose samples are summed "
+            "already. Keep one clip in the chain, and let jaxdp.add_noise follow it."
         )
     grads = updates if isinstance(updates, PerSampleGrads) else PerSampleGrads.from_arrays(updates)
     if params is not None:
@@ -65,10 +65,10 @@ def per_sample_gradients(updates: Any, params: optax.Params | None) -> PerSample
         got = [leaf.shape for leaf in jax.tree.leaves(grads.params)]
         if got != expected:
             raise ValueError(
-                "a clip takes per-sample gradients of shape [B, *param.shape], got shapes without "
-                f"the sample axis {got} for parameters {expected}: take "
+                "a clip must get per-sample gradients of shape [B, *param.shape], got shapes "
+                f"without the sample axis {got} for parameters {expected}. Take "
                 "jax.vmap(jax.grad(loss_fn), (None, 0)) or jaxdp.per_sample_grads(loss_fn), not "
-                "the gradient of a mean loss"
+                "the gradient of a mean loss."
             )
     return grads
 

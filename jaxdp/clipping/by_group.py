@@ -67,7 +67,7 @@ def clip_by_group(
         if unknown:
             raise ValueError(
                 f"thresholds must hold every label, got labels {sorted(map(repr, unknown))} "
-                f"without one; known: {sorted(map(repr, names))}"
+                f"without one; known: {sorted(map(repr, names))}. {advice}"
             )
         merged = tuple(
             None if group is None else names.index(label)
@@ -76,8 +76,8 @@ def clip_by_group(
         unused = [names[k] for k in range(len(names)) if k not in merged]
         if unused:
             raise ValueError(
-                f"every threshold must guard a leaf that has a gradient, but {unused} guard none "
-                "and would only add noise: remove them"
+                f"every threshold must guard a leaf that has a gradient, got {unused}, which guard "
+                "none and would only add noise. Remove them."
             )
         return ClipRule(merged, thresholds_at([thresholds[name] for name in names], step), shrink)
 

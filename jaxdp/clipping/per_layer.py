@@ -69,7 +69,7 @@ def _leaf_thresholds(threshold: Any, params: Any) -> list[FloatOrSchedule]:
         if len(threshold) != leaves:
             raise ValueError(
                 f"threshold must hold one number for each of the {leaves} leaves of the "
-                f"parameters, got {len(threshold)}"
+                f"parameters, got {len(threshold)}. Pass one for each, or one number for all."
             )
         return list(threshold)
     return prefix_leaves("threshold", threshold, params)

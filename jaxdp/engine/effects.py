@@ -143,7 +143,8 @@ def _refuse_hidden_samples(program: Program, leaves: list[jax.Array], batch: Bat
         raise ValueError(
             f"arrays that differ between devices along {sorted(beside)} must come with the batch "
             "where they belong to samples, or with the parameters, got some as keyword arguments "
-            "or in a closure: samples would be added up over the devices before they are clipped"
+            "or in a closure, so that samples would be added up over the devices before they are "
+            "clipped. Pass them in the batch or in the parameters."
         )
 
 
@@ -153,7 +154,7 @@ def _refused(seen: list[Hazard], excused: Set[Excuse]) -> list[Hazard]:
         if hazard.excuse not in excused:
             raise ValueError(
                 "loss_fn must compute on one example alone, by equations that can be followed, got "
-                f"{hazard.what} ({hazard.where}). {hazard.fix}"
+                f"{hazard.what} ({hazard.where}). {hazard.fix}."
             )
     return seen
 

@@ -55,21 +55,21 @@ def row_sharding(batch: Any, sharding: NamedSharding | None) -> RowSharding | No
         if len(placements) > 1:
             raise ValueError(
                 "all leaves of batch must have their rows on the same devices, got "
-                f"{sorted(rows.axes for rows in placements)}"
+                f"{sorted(rows.axes for rows in placements)}. Shard their first axes alike."
             )
         return placements.pop() if placements else None
     first, *others = sharding.spec or (None,)
     if any(axis is not None for axis in others):
         raise ValueError(
-            f"sharding must spread the rows of the batch alone, got {sharding.spec}: only its "
-            "first entry may name axes of the mesh"
+            f"sharding must spread the rows of the batch alone, got {sharding.spec}. Name axes of "
+            "the mesh in its first entry only."
         )
     rows = RowSharding(sharding.mesh, _names(first))
     count = jax.tree.leaves(batch)[0].shape[0]
     if count % rows.devices:
         raise ValueError(
-            f"the rows of a batch must divide among {rows.devices} devices, got {count}: choose a "
-            f"physical batch size that is a multiple of {rows.devices}"
+            f"the rows of a batch must divide among {rows.devices} devices, got {count}. Choose a "
+            f"physical batch size that is a multiple of {rows.devices}."
         )
     return rows if rows.axes else None
 

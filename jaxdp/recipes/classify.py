@@ -265,8 +265,8 @@ def _grads_fn(config: Config, model: Model) -> Callable[..., Any]:
         return per_sample_grads(cross_entropy(model), microbatch_size=config.microbatch_size)
     if model.project is None:
         raise ValueError(
-            f"clip 'none' needs a model whose gradients have a small bound, one of "
-            f"{', '.join(LIPSCHITZ_MODELS)}, got {config.model!r}: choose such a model, or a clip"
+            "model must be one whose gradients have a small bound for clip 'none', one of "
+            f"{', '.join(LIPSCHITZ_MODELS)}, got {config.model!r}. Choose such a model, or a clip."
         )
     return lipschitz.bounded_grads(cross_entropy(model), _INPUT_BOUND, with_losses=True)
 

@@ -55,15 +55,21 @@ class Config:
         check_number("epochs", self.epochs)
         check_number("learning_rate", self.learning_rate)
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}. 0.9 is usual.")
         if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+            raise ValueError(
+                f"seed must be in [0, 2**32), got {self.seed}. Leave it out to take one from "
+                "the operating system."
+            )
         check_choice("clip", self.clip, CLIP_NAMES)
         check_choice("schedule", self.schedule, SCHEDULE_NAMES)
         if self.clip != "none" and self.threshold is None:
-            raise ValueError(f"threshold must be a clip norm for clip {self.clip!r}, got None")
+            raise ValueError(
+                f"threshold must be a clip norm for clip {self.clip!r}, got None. 1.0 is usual."
+            )
         for field in ("threshold", "microbatch_size"):
             if self.clip == "none" and (given := getattr(self, field)) is not None:
                 raise ValueError(
-                    f"{field} must be left out where nothing is clipped (clip 'none'), got {given}"
+                    f"{field} must be left out where nothing is clipped (clip 'none'), got "
+                    f"{given}. Leave it out, or choose a clip."
                 )

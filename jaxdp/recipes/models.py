@@ -152,8 +152,8 @@ def build(name: str, shape: Sequence[int], num_classes: int) -> Model:
     wanted, rank = ("texts", 1) if name in TEXT_MODELS else ("images", 3)
     if len(shape) != rank:
         raise ValueError(
-            f"model {name} needs {wanted}, examples with {rank} axes, got {tuple(shape)}: choose "
-            "another model or other data"
+            f"model {name} must get {wanted}, examples with {rank} axes, got {tuple(shape)}. "
+            "Choose another model or other data."
         )
     if name in TEXT_MODELS:
         return char_lstm(num_classes)
@@ -161,7 +161,7 @@ def build(name: str, shape: Sequence[int], num_classes: int) -> Model:
         return lipschitz_mlp(shape, num_classes)
     if name == "tanh-cnn" and min(shape[:2]) < 16:
         raise ValueError(
-            f"model tanh-cnn needs images of at least 16x16, got {tuple(shape)}: use tanh-mlp"
+            f"model tanh-cnn must get images of at least 16x16, got {tuple(shape)}. Use tanh-mlp."
         )
     module = _MODULES[name](num_classes)
     return Model(

@@ -142,10 +142,10 @@ def check_outputs(*paths: Path) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise OSError(
-                f"cannot write {path} ({reason}): choose another folder for the outputs"
+                f"cannot write {path} ({reason}). Choose another folder for the outputs."
             ) from error
         if path.is_dir():
-            raise OSError(f"cannot write {path}, a folder: choose another one for the outputs")
+            raise OSError(f"cannot write {path}, a folder. Choose another one for the outputs.")
 
 
 def write_plot(path: Path, config: Config, dataset: Dataset, result: Result) -> None:
@@ -181,5 +181,5 @@ def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'jaxdp[plot]'") from error
+        raise ImportError("the plot needs matplotlib. Run pip install 'jaxdp[plot]'.") from error
     return Figure

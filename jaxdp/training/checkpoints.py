@@ -125,7 +125,10 @@ class Checkpoints:
           OSError: it cannot be written; the older checkpoints are untouched.
         """
         if self._closed:
-            raise ValueError("checkpoints are closed, and another run may have them: open new ones")
+            raise ValueError(
+                "checkpoints must be open, got closed ones, which another run may have. Open "
+                "new ones."
+            )
         step = int(state.step)
         if ledger.steps < step:
             raise ValueError(
@@ -147,7 +150,7 @@ class Checkpoints:
         if newest is not None and newest.step > step:
             raise ValueError(
                 f"{self.directory} holds a checkpoint of step {newest.step}, so that one of step "
-                f"{step} would never be found: this run must begin there, or use another directory"
+                f"{step} would never be found. Begin this run there, or use another directory."
             )
         again = 0 if newest is None or newest.step < step else newest.again + 1
         try:
@@ -223,18 +226,18 @@ class Checkpoints:
         if run["structure"] != _structure(like):
             raise ValueError(
                 f"the checkpoint in {self.directory} holds another model, clip or optimizer, or "
-                "one that an earlier jaxdp wrote: use the same ones, or another directory"
+                "one that an earlier jaxdp wrote. Use the same ones, or another directory."
             )
         if run["sampler"] != sampler.to_dict():
             raise ValueError(
                 f"the checkpoint in {self.directory} was drawn by another sampler, so that its "
-                "ledger does not describe this run: use the same sampler and seed, or another "
-                "directory"
+                "ledger does not describe this run. Use the same sampler and seed, or another "
+                "directory."
             )
         if data is not None and run["data"] not in (None, data):
             raise ValueError(
                 f"the checkpoint in {self.directory} was trained on other data, to which its "
-                "ledger says nothing: use the same data, or another directory"
+                "ledger says nothing. Use the same data, or another directory."
             )
         try:
             check_seal(self._folder(newest))
@@ -302,20 +305,22 @@ class Checkpoints:
             go_on = f"resume from step {older[-1].step}"
         what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         return ValueError(
-            f"the checkpoint {self._folder(place)} is damaged ({what}): put an intact copy in its "
-            f"place, or remove it to {go_on}"
+            f"the checkpoint {self._folder(place)} is damaged ({what}). Put an intact copy in its "
+            f"place, or remove it to {go_on}."
         )
 
     def _check_what_is_there(self) -> None:
         """What was renamed, say, would be passed over, and the run would begin anew beside it."""
         if not self.directory.is_dir():
-            raise ValueError(f"checkpoints need a directory, got the file {self.directory}")
+            raise ValueError(
+                f"checkpoints must be in a directory, got the file {self.directory}. Move it away."
+            )
         for path in self.directory.iterdir():
             known = path.name.startswith(".") or (_NAME.fullmatch(path.name) and path.is_dir())
             if not known:
                 raise ValueError(
-                    f"{self.directory} must hold checkpoints alone, got {path.name!r}: move it "
-                    "away, or choose another directory"
+                    f"{self.directory} must hold checkpoints alone, got {path.name!r}. Move it "
+                    "away, or choose another directory."
                 )
 
     def _newest(self) -> "_Place | None":
@@ -360,8 +365,8 @@ def _locked(directory: Path) -> int:
     except BlockingIOError as error:
         os.close(lock)
         raise OSError(
-            f"another run has the checkpoints in {directory} open: end it (or close its "
-            "Checkpoints), or choose another directory"
+            f"another run has the checkpoints in {directory} open. End it (or close its "
+            "Checkpoints), or choose another directory."
         ) from error
     except OSError as error:
         os.close(lock)
@@ -371,7 +376,7 @@ def _locked(directory: Path) -> int:
 
 def _unwritable(directory: Path, error: OSError) -> OSError:
     reason = error.strerror or error
-    return OSError(f"checkpoints cannot be written in {directory} ({reason}): choose another one")
+    return OSError(f"checkpoints cannot be written in {directory} ({reason}). Choose another one.")
 
 
 def _wait_for_all(where: str) -> None:
@@ -385,7 +390,7 @@ def _check_can_be_saved(state: TrainState) -> None:
         if leaf.size == 0:
             raise ValueError(
                 f"a state with checkpoints must have entries in all of its arrays, got shape "
-                f"{leaf.shape} for {jax.tree_util.keystr(path)}: leave that parameter out"
+                f"{leaf.shape} for {jax.tree_util.keystr(path)}. Leave that parameter out."
             )
 
 

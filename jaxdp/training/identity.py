@@ -35,11 +35,11 @@ def check_charged(state: TrainState, ledger: Ledger) -> None:
       ledger: what is said to hold them.
     """
     done = int(state.step)
-    advice = "pass ledger=run.ledger with run.state"
+    advice = "Pass ledger=run.ledger with run.state."
     if ledger.steps < done:
         raise ValueError(
             f"ledger must hold every step that was executed, got {ledger.steps} steps for a state "
-            f"after {done}: {advice}"
+            f"after {done}. {advice}"
         )
     steps = [entry for entry in ledger.entries if isinstance(entry, LedgerEntry)]
     by_hand = sum(entry.steps for entry in steps if not entry.draws)
@@ -51,5 +51,5 @@ def check_charged(state: TrainState, ledger: Ledger) -> None:
         if held + by_hand < drawn - first:
             raise ValueError(
                 f"ledger must hold every step that was executed, got {held} of the "
-                f"{drawn - first} draws of {purpose!r} that the state has behind it: {advice}"
+                f"{drawn - first} draws of {purpose!r} that the state has behind it. {advice}"
             )

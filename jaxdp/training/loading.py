@@ -54,7 +54,8 @@ def loader(
         if sizes != {(sampler.num_examples,)}:
             raise ValueError(
                 f"every leaf of data must hold the {sampler.num_examples} examples that the "
-                f"sampler draws from and the ledger accounts for, got leading axes {sorted(sizes)}"
+                "sampler draws from and the ledger accounts for, got leading axes "
+                f"{sorted(sizes)}. Pass those examples, or make the sampler for these."
             )
 
     def rows(indices: np.ndarray) -> Any:
@@ -116,7 +117,7 @@ def _check_shards(sampler: Sampler, sharding: NamedSharding | None, data_parts: 
     if devices % data_parts:
         raise ValueError(
             f"data_parts must divide the {devices} devices that rows are spread over, got "
-            f"{data_parts}: pass the number of processes"
+            f"{data_parts}. Pass the number of processes."
         )
 
 
@@ -134,6 +135,6 @@ def check_overflow(state: TrainState, sampler: Sampler, data_parts: int) -> None
     if most > rows and not any(map(accumulates, nodes)):
         raise ValueError(
             f"a draw of {type(sampler).__name__} may need several physical batches of "
-            f"{sampler.physical_batch_size}: put what follows the clip into jaxdp.accumulate(...), "
-            f"or set physical_batch_size={sampler.num_examples}"
+            f"{sampler.physical_batch_size}. Put what follows the clip into jaxdp.accumulate(...), "
+            f"or set physical_batch_size={sampler.num_examples}."
         )

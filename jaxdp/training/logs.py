@@ -115,5 +115,5 @@ def _import(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"log_fn={extra!r} needs the package {module}: pip install 'jaxdp[{extra}]'"
+            f"log_fn={extra!r} needs the package {module}. Run pip install 'jaxdp[{extra}]'."
         ) from error

@@ -45,8 +45,8 @@ def begin(
     if not ledger.extends(saved.ledger):
         raise ValueError(
             f"ledger must hold what the checkpoint of step {int(saved.state.step)} was charged "
-            "with, got one that does not extend it: pass ledger=run.ledger with run.state, or "
-            "another directory"
+            "with, got one that does not extend it. Pass ledger=run.ledger with run.state, or "
+            "another directory."
         )
     return Progress(state, ledger, saved.history)
 

@@ -189,8 +189,8 @@ def make_step(
         released = executed_noise_multipliers(opt_state)
         if not released:
             raise ValueError(
-                "the chain must draw noise to be private, but holds neither jaxdp.add_noise nor "
-                "another noised release: put jaxdp.add_noise(...) behind the clip"
+                "the chain must draw noise to be private, got neither jaxdp.add_noise nor another "
+                "noised release. Put jaxdp.add_noise(...) behind the clip."
             )
         return jnp.stack(released)
 
@@ -203,8 +203,8 @@ def _grads(returned: Any) -> Any:
     if not isinstance(grads, PerSampleGrads | Bounded) or isinstance(returned, Bounded):
         raise TypeError(
             "grads_fn must return jaxdp.PerSampleGrads, or a Bounded and its losses, got "
-            f"{type(returned).__name__}: take it from jaxdp.per_sample_grads(loss_fn), or from "
-            "jaxdp.lipschitz.bounded_grads(loss_fn, ..., with_losses=True)"
+            f"{type(returned).__name__}. Take it from jaxdp.per_sample_grads(loss_fn), or from "
+            "jaxdp.lipschitz.bounded_grads(loss_fn, ..., with_losses=True)."
         )
     return grads
 
@@ -218,8 +218,8 @@ def _updated(params: Any, updates: Any, groups: Groups) -> Any:
             raise ValueError(
                 "an update must have the shape of its parameter, got "
                 f"{jnp.shape(update)} for {path_name(path)} "
-                f"of shape {jnp.shape(leaf)}: every leaf must pass the clip and jaxdp.add_noise, "
-                "which a branch of optax.partition or optax.masked may lack"
+                f"of shape {jnp.shape(leaf)}. Let every leaf pass the clip and jaxdp.add_noise, "
+                "which a branch of optax.partition or optax.masked may lack."
             )
     moved = with_gradient(jax.tree.leaves(optax.apply_updates(params, updates)), groups)
     return merged_tree(params, groups, moved, lambda leaf: leaf)

@@ -115,7 +115,7 @@ def test_errors_say_what_to_do() -> None:
         data_parallel(9)
     with pytest.raises(ValueError, match="num_processes=2 and process_id=0 need a coordinator"):
         join(num_processes=2, process_id=0)
-    with pytest.raises(ValueError, match="must divide among 3 devices, got 8: choose a physical"):
+    with pytest.raises(ValueError, match="must divide among 3 devices, got 8. Choose a physical"):
         job.train(sharding=data_parallel(3))
     with pytest.raises(ValueError, match="data_parts must divide the 4 devices .* got 3"):
         job.train(sharding=data_parallel(4), parts=3)

@@ -360,7 +360,7 @@ def test_errors_say_what_to_do() -> None:
         part = jax.tree.map(lambda leaf: leaf[:rows], batch)
         return jaxdp.per_sample_grads(loss_fn, sharding=sharding)(params, part)
 
-    with pytest.raises(ValueError, match=r"must divide among 4 devices, got 6: choose a physical"):
+    with pytest.raises(ValueError, match=r"must divide among 4 devices, got 6. Choose a physical"):
         grads(NamedSharding(mesh, P("data")), 6)
     with pytest.raises(ValueError, match=r"sharding must spread the rows of the batch alone, got"):
         grads(NamedSharding(mesh, P(None, "data")))

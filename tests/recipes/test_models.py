@@ -84,7 +84,7 @@ def test_a_text_is_read_up_to_its_padding() -> None:
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_data_of_the_other_sort_are_refused(name: str) -> None:
     shape = (16,) if name in IMAGE_MODELS else (28, 28, 1)
-    with pytest.raises(ValueError, match=f"model {name} needs") as caught:
+    with pytest.raises(ValueError, match=f"model {name} must get") as caught:
         build(name, shape, 10)
     assert str(shape) in str(caught.value)
 

@@ -153,9 +153,9 @@ def test_an_infinite_number_is_read_as_one() -> None:
 
 OUTPUTS: dict[str, tuple[str, str]] = {
     "a folder in its place": ("taken", "a folder"),
-    "a file above it": ("file/metrics.json", "choose another folder"),
-    "no folder to be made": ("/proc/none/metrics.json", "choose another folder"),
-    "a folder that nobody can write to": ("/proc/metrics.json", "choose another folder"),
+    "a file above it": ("file/metrics.json", "Choose another folder"),
+    "no folder to be made": ("/proc/none/metrics.json", "Choose another folder"),
+    "a folder that nobody can write to": ("/proc/metrics.json", "Choose another folder"),
 }
 
 

@@ -307,7 +307,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_sentence(finished: Path
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="checkpoints need a directory, got the file"):
+    with pytest.raises(ValueError, match="checkpoints must be in a directory, got the file"):
         training.Checkpoints(tmp_path / "file")
 
 
@@ -609,7 +609,7 @@ def test_two_live_runs_cannot_share_a_directory(tmp_path: Path) -> None:
         training.Checkpoints(tmp_path)
     first.close()
     second = training.Checkpoints(tmp_path)
-    with pytest.raises(ValueError, match="checkpoints are closed"):
+    with pytest.raises(ValueError, match="checkpoints must be open, got closed ones"):
         first.save(initial(), Ledger(), sampler(), [])
     del second  # as when a script forgets to close
     training.Checkpoints(tmp_path).close()
@@ -665,7 +665,7 @@ def test_steps_that_were_not_charged_are_not_saved(
 @pytest.mark.parametrize("name", ["notes.txt", "12 (copy)", "15.orbax-checkpoint-tmp", "best"])
 def test_a_directory_of_other_things_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match="must hold checkpoints alone, got .*move it away"):
+    with pytest.raises(ValueError, match="must hold checkpoints alone, got .*Move it away"):
         training.Checkpoints(tmp_path)
     training.Checkpoints(tmp_path / name).close()
 

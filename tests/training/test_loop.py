@@ -247,7 +247,7 @@ def test_an_earlier_run_of_epochs_is_closed_before_a_new_one_begins() -> None:
 def test_a_state_whose_steps_the_ledger_misses_is_refused() -> None:
     run = fit()
     options: dict[str, Any] = {"steps": 8, "delta": DELTA, "progress": False, "accountant": "rdp"}
-    with pytest.raises(ValueError, match="got 0 steps for a state after 4: pass ledger=run.ledger"):
+    with pytest.raises(ValueError, match="got 0 steps for a state after 4. Pass ledger=run.ledger"):
         training.fit(run.state, step_of(FLAT), poisson(), DATA, **options)
     more = training.fit(run.state, step_of(FLAT), poisson(), DATA, ledger=run.ledger, **options)
     assert more.ledger.steps == 8

@@ -185,7 +185,7 @@ def test_the_announced_noise_does_not_depend_on_the_rows() -> None:
 
 def test_a_chain_without_noise_is_refused() -> None:
     step, state = made(optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(_strip())))
-    with pytest.raises(ValueError, match="put jaxdp.add_noise"):
+    with pytest.raises(ValueError, match="Put jaxdp.add_noise"):
         step.noise_multipliers(state, EXAMPLES)
 
 

@@ -254,7 +254,10 @@ class SampledGaussian:
             # Plain Gaussians add up exactly, without the rounding of a self-composition.
             return _pld_of_step(1.0, sigma / math.sqrt(count), relation, interval)
         if isinstance(self.sampling, FixedSizeSampling):
-            raise TypeError(f"dp-accounting has no privacy loss distribution for {self.sampling}")
+            raise TypeError(
+                'sampling must be one that dp-accounting supports with accountant="pld", got '
+                f'{self.sampling}. Use accountant="rdp" with neighboring_relation="replace_one".'
+            )
         if count > MOST_SAMPLED_STEPS:
             raise TooManyStepsError(
                 f'steps must be at most {MOST_SAMPLED_STEPS} for accountant="pld", got {count} of '

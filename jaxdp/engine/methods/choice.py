@@ -72,7 +72,8 @@ def choose(
             least = min(method.kept_bytes(batch) for method in candidates.values())
             raise ValueError(
                 "memory_budget must hold what one sample needs, at least "
-                f"{math.ceil(least / count)} bytes with method {name!r}, got {memory_budget}"
+                f"{math.ceil(least / count)} bytes with method {name!r}, got {memory_budget}. "
+                "Raise it, or leave it out."
             )
     elif name != "auto":
         choice = Choice(name, candidates[name], microbatch_size, "as asked")
