@@ -7,6 +7,7 @@
 # pyright: reportPossiblyUnboundVariable=false
 # pyright: reportReturnType=false
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
