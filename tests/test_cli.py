@@ -173,6 +173,7 @@ def test_a_lipschitz_model_trains_without_a_clip(
     assert metrics["assumptions"]["gradient of one example"] == guard
 
 
+@pytest.mark.slow
 def test_train_on_several_devices_trains_the_same(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_two_numbers_of_one_table_are_told_apart() -> None:
     assert digest(rate=rate(tables[0])) != digest(rate=rate(tables[1]))
 
 
+@pytest.mark.slow
 def test_processes_that_hash_otherwise_agree() -> None:
     """Two processes of one job differ in addresses and in the order of sets."""
     script = (

@@ -26,7 +26,12 @@ def plain_promotion() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("types", "parts"), [(AxisType.Explicit, 1), (AxisType.Explicit, 4), (AxisType.Auto, 1)]
+    ("types", "parts"),
+    [
+        pytest.param(AxisType.Explicit, 1, marks=pytest.mark.slow),
+        (AxisType.Explicit, 4),
+        (AxisType.Auto, 1),
+    ],
 )
 def test_a_run_on_four_devices_is_that_of_one(types: AxisType, parts: int) -> None:
     mesh = jax.make_mesh((4,), ("data",), axis_types=(types,))
