@@ -89,6 +89,12 @@ def step_key(key: jax.Array, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, step)
 
 
+def rehearsal_key(key: jax.Array) -> jax.Array:
+    """A key whose draws are independent of all that a run draws from this one: for what is computed
+    to see which noise is coming, without drawing it."""
+    return _folded(key, "rehearsal")
+
+
 def leaf_key(key: jax.Array, index: int, path: Any) -> jax.Array:
     """The key of one leaf at one step: distinct for every (index, path)."""
     return _folded(key, f"{index}{jax.tree_util.keystr(path)}")

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.randomness import drawn_alone, fingerprints, own_key, step_key
+from jaxdp.randomness import drawn_alone, fingerprints, own_key, rehearsal_key, step_key
 
 
 @final
@@ -96,6 +96,11 @@ class Released:
           False
         """
         return step_key(self.key, self.step)
+
+    def rehearsed(self) -> "Released":
+        """The same with a key of no step of the run: what is drawn from it tells nothing of the
+        coming noise."""
+        return replace(self, key=rehearsal_key(self.key))
 
     def after(self, noise_multiplier: jax.Array, is_last: ArrayLike = True) -> "Released":
         """Behind the coming step.

@@ -10,9 +10,10 @@ from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, Groups
 from jaxdp.checks import check_bool, check_callable, check_instance
+from jaxdp.engine.sums import Running
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.problem import check_arrays, merged_tree, with_gradient
-from jaxdp.released import executed_noise_multipliers
+from jaxdp.released import Released, executed_noise_multipliers
 from jaxdp.trees import path_name
 
 
@@ -181,11 +182,14 @@ def make_step(
 
     def noise_multipliers(state: TrainState, batch: Any) -> jax.Array:
         # The chain itself, on an empty batch, says what it is about to release: a second
-        # definition could disagree with the noise. All else is dead code to the compiler.
+        # definition could disagree with the noise. All else is dead code to the compiler, but for
+        # effects: a callback behind the noise would see the coming noise alone, and later with the
+        # sum. So nothing raw goes in, and other noise is drawn.
         empty = jax.tree.map(jnp.zeros_like, with_keys(batch, state.key))
         nobody = jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], bool)
         returned = grads_fn(state.params, empty, nobody)
-        _, opt_state = chain.update(_grads(returned), state.opt_state, state.params, is_last=True)
+        opt_state = _rehearsed(state.opt_state)
+        _, opt_state = chain.update(_grads(returned), opt_state, state.params, is_last=True)
         released = executed_noise_multipliers(opt_state)
         if not released:
             raise ValueError(
@@ -195,6 +199,19 @@ def make_step(
         return jnp.stack(released)
 
     return Step(jax.jit(run, donate_argnums=0), jax.jit(noise_multipliers))
+
+
+def _rehearsed(opt_state: optax.OptState) -> optax.OptState:
+    """A state with other noise to come, and no sums of samples."""
+
+    def replaced(node: Any) -> Any:
+        if isinstance(node, Released):
+            return node.rehearsed()
+        return jax.tree.map(jnp.zeros_like, node) if isinstance(node, Running) else node
+
+    return jax.tree.map(
+        replaced, opt_state, is_leaf=lambda node: isinstance(node, Released | Running)
+    )
 
 
 def _grads(returned: Any) -> Any:

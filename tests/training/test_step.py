@@ -403,3 +403,31 @@ def test_the_rate_of_a_dropout_layer_is_no_parameter() -> None:
     params, static = eqx.partition(model, eqx.is_inexact_array)
     apart = jaxdp.per_sample_grads(lambda p, example: loss(eqx.combine(p, static), example))
     np.testing.assert_array_equal(frozen.norms(), apart(params, batch).norms())
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_what_stands_behind_the_noise_never_sees_the_coming_noise_alone(accumulates: bool) -> None:
+    """The question which noise is coming runs the chain, and effects are not dead code: the noise
+    of the coming step, and later the same noise with the sum, would tell the sum."""
+    seen: list[np.ndarray] = []
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        jax.debug.callback(lambda values: seen.append(np.array(values)), updates)
+        return updates, state
+
+    spy = optax.GradientTransformation(lambda params: (), update)
+    behind = optax.chain(jaxdp.add_noise(5.0, KEY), spy, optax.sgd(0.1))
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(behind) if accumulates else behind)
+    grads_fn = jaxdp.per_sample_grads(lambda params, x: 0.5 * (params @ x - 1) ** 2)
+    step, state = training.make_step(grads_fn, tx), training.init(jnp.zeros(3), tx)
+    batch, mask = jnp.zeros((4, 3)).at[1, 0].set(7.0), jnp.ones(4, bool)
+    assert step.noise_multipliers(state, batch).tolist() == [5.0]
+    if accumulates:  # amid a logical batch, with raw sums in the state
+        state, _ = step.run(state, batch, mask, False)
+    assert step.noise_multipliers(state, batch).tolist() == [5.0]
+    step.run(state, batch, mask, True)
+    jax.effects_barrier()
+    first, asked, executed = (values.astype(np.float64) for values in seen)
+    total = np.array([-2.0 if accumulates else -1.0, 0.0, 0.0])
+    assert np.max(np.abs(asked - (executed - total))) > 1
+    np.testing.assert_array_equal(asked, first)  # whatever sums the state holds
