@@ -67,10 +67,8 @@ def calibrate_noise_multiplier(
       >>> round(calibrate_noise_multiplier(3.0, delta=1e-5, steps=250, sampling_rate=0.04), 2)
       1.19
     """
-    target, guarantee = (
-        check_epsilon(epsilon),
-        as_guarantee(delta, accountant, neighboring_relation),
-    )
+    target = check_epsilon(epsilon)
+    guarantee = as_guarantee(delta, accountant, neighboring_relation)
     steps = _check_steps(steps, "Without a step there is no noise.")
     scheme = scheme_meant(sampling_rate, sampling)
 
@@ -178,10 +176,8 @@ def calibrate_sampling_rate(
       >>> round(calibrate_sampling_rate(3.0, noise_multiplier=1.1, steps=250, delta=1e-5), 4)
       0.0349
     """
-    target, guarantee = (
-        check_epsilon(epsilon),
-        as_guarantee(delta, accountant, neighboring_relation),
-    )
+    target = check_epsilon(epsilon)
+    guarantee = as_guarantee(delta, accountant, neighboring_relation)
     steps = _check_steps(steps, "Without a step no rate is too large.")
     sigma = combined_noise_multiplier(noise_multiplier)
 

@@ -44,7 +44,7 @@ _MATRIX = "Pass a matrix, or a stack of matrices, of floats."
 _KERNEL = "Pass an array [*window, in_channels / groups, out_channels] of floats."
 
 
-def check_matrix(name: str, value: jax.Array, *, minimum_axes: int = 2, advice: str) -> jax.Array:
+def check_floats(name: str, value: jax.Array, *, minimum_axes: int, advice: str) -> jax.Array:
     """Returns `value` if it is an array of real or complex floats with enough axes.
 
     Args:
@@ -61,7 +61,7 @@ def check_matrix(name: str, value: jax.Array, *, minimum_axes: int = 2, advice: 
       ValueError: it has fewer axes.
 
     Example:
-      >>> check_matrix("matrix", jnp.ones(3), advice="Pass a matrix.")
+      >>> check_floats("matrix", jnp.ones(3), minimum_axes=2, advice="Pass a matrix.")
       Traceback (most recent call last):
       ValueError: matrix must have at least 2 axes, got Array([1., 1., 1.], dtype=float32). Pass a
       matrix.
@@ -101,7 +101,7 @@ def matrix_norm(matrix: jax.Array) -> jax.Array:
     Source: Delattre et al. 2023, "Efficient Bound of Lipschitz Constant for Convolutional Layers
     by Gram Iteration".
     """
-    return _matrix_norm(check_matrix("matrix", matrix, advice=_MATRIX))
+    return _matrix_norm(check_floats("matrix", matrix, minimum_axes=2, advice=_MATRIX))
 
 
 @jax.jit
@@ -170,7 +170,7 @@ def convolution_norm(
     cosine; Higham 2002, "Accuracy and Stability of Numerical Algorithms", theorem 24.2, for the
     rounding of the transform.
     """
-    kernel = check_matrix("kernel", kernel, advice=_KERNEL)
+    kernel = check_floats("kernel", kernel, minimum_axes=2, advice=_KERNEL)
     rank, outputs = kernel.ndim - 2, kernel.shape[-1]
     advice = f"Pass one for each of the {rank} axes of the window."
     steps = _one_for_each_axis("stride", stride, rank, advice)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdp.checks import check_array, check_callable, shown
-from jaxdp.lipschitz.operator_norm import check_matrix, matrix_norm
+from jaxdp.checks import check_callable, shown
+from jaxdp.lipschitz.operator_norm import check_floats, matrix_norm
 from jaxdp.schedules import check_number
 
 _BJORCK_STEPS = 12
@@ -40,9 +40,7 @@ def onto_ball(array: jax.Array, norm: float = 1.0) -> jax.Array:
       [0.6 0.8]
     """
     limit = check_number("norm", norm)
-    check_array("array", array, advice=_ARRAY)
-    if not jnp.issubdtype(jnp.result_type(array), jnp.inexact):
-        raise TypeError(f"array must be of a float dtype, got {shown(array)}. {_ARRAY}")
+    array = check_floats("array", array, minimum_axes=0, advice=_ARRAY)
     size = jnp.sqrt(jnp.sum(jnp.square(array)))
     return array * jnp.where(size > limit, limit / size, jnp.ones_like(size))
 
@@ -102,7 +100,7 @@ def orthogonal(matrix: jax.Array) -> jax.Array:
 
 
 def _one_matrix(matrix: jax.Array) -> jax.Array:
-    matrix = check_matrix("matrix", matrix, advice=_MATRIX)
+    matrix = check_floats("matrix", matrix, minimum_axes=2, advice=_MATRIX)
     if matrix.ndim != 2:
         raise ValueError(f"matrix must have two axes, got {shown(matrix)}. {_MATRIX}")
     return matrix
