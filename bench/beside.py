@@ -5,8 +5,9 @@
 
 Two processes, one with the jaxdp beside this file and one with that of another working tree, take
 turns on every model of `bench/zoo.py`: medians of the ratio of times within a round, which order
-alternates, and the ratio of the temporary memory of the compiled steps. The program that measures
-is this file for both. Written to `bench/results/beside_<device>.json` for a run of all models.
+alternates, and the ratio of the memory that the compiled steps take beside their arguments: what
+is temporary, and their results. The program that measures is this file for both. Written to
+`bench/results/beside_<device>.json` for a run of all models.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def serve() -> None:
 
             compiled = jax.jit(step).lower(case.params, case.batch).compile()
             memory = compiled.memory_analysis()
-            answer["temp_bytes"] = getattr(memory, "temp_size_in_bytes", 0)
+            answer["bytes"] = memory.temp_size_in_bytes + memory.output_size_in_bytes
             answer["device"] = jax.devices()[0].device_kind
 
             run = timing.waiting(compiled, case.params, case.batch)
@@ -84,7 +85,7 @@ class Server(NamedTuple):
 def measure(
     servers: list[Server], model: str, clip: str, rounds: int, scale: int
 ) -> dict[str, Any]:
-    """Ratios of this version to the other: time and temporary memory."""
+    """Ratios of this version to the other: time and memory."""
     import timing
 
     built = [server.ask(model=model, clip=clip, scale=scale) for server in servers]
@@ -95,12 +96,12 @@ def measure(
     )
     pairs = zip(seconds["this"], seconds["other"], strict=True)
     low, median, high = timing.quartiles([this / other for this, other in pairs])
-    here, there = (answer["temp_bytes"] for answer in built)
+    here, there = (answer["bytes"] for answer in built)
     return {
         "device": built[0]["device"],
         "time": median,
         "time_quartiles": [low, high],
-        "memory": here / there if there else 1.0,
+        "memory": here / there,
         "rounds": rounds,
     }
 

@@ -35,7 +35,8 @@ class Microbatched(NamedTuple):
             return sums.add(reduction.sums), reduction._replace(sums=[])
 
         zeros = [] if weighting is None else zero_sums(self.leaves, batch.mask)
-        sums, by_row = jax.lax.scan(add, Running.start(zeros), self._split(batch))
+        start = Running.start(zeros, samples=batch.mask.shape[0])
+        sums, by_row = jax.lax.scan(add, start, self._split(batch))
         return _joined(by_row, batch)._replace(sums=sums.value)
 
     def rows(self, batch: Batch) -> Rows:

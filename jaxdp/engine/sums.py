@@ -51,27 +51,30 @@ BLOCK = 512
 
 
 class Running(NamedTuple):
-    """A compensated sum of arrays that come one after the other.
+    """A sum of arrays that come one after the other: compensated, unless they are one block.
 
     Attributes:
       total: the running total, any pytree.
-      lost: what its additions have rounded away.
+      lost: what its additions have rounded away; None within one block, where contributions may
+        be added up in any order.
     """
 
     total: Any
-    lost: Any
+    lost: Any | None
 
     @classmethod
-    def start(cls, zeros: Any) -> "Running":
-        """The sum over no terms, from zeros like them."""
+    def start(cls, zeros: Any, samples: float = math.inf) -> "Running":
+        """The sum over no terms, from zeros like them, of terms that hold `samples` in all."""
 
         def nothing_lost(array: jax.Array) -> jax.Array:
             return jnp.zeros_like(array)
 
-        return cls(zeros, jax.tree.map(nothing_lost, zeros))
+        return cls(zeros, None if samples <= BLOCK else jax.tree.map(nothing_lost, zeros))
 
     def add(self, term: Any) -> "Running":
         """The sum with one more term."""
+        if self.lost is None:
+            return Running(jax.tree.map(jnp.add, self.total, term), None)
         # Behind a barrier: a compiler that computes the term anew for each of its uses may round
         # it in several ways.
         term = jax.lax.optimization_barrier(term)
@@ -82,6 +85,8 @@ class Running(NamedTuple):
     @property
     def value(self) -> Any:
         """The sum."""
+        if self.lost is None:
+            return self.total
         return jax.tree.map(jnp.add, self.total, self.lost)
 
 

@@ -139,6 +139,29 @@ def test_a_sample_changes_the_sum_by_its_own_contribution(way: str, count: int) 
 
 
 @pytest.mark.optimized
+def test_microbatches_of_one_block_are_a_block_and_need_no_second_copy_of_the_sums() -> None:
+    rows = spaced(attack(BLOCK))
+    changed = clipped(rows, "dense", microbatch_size=4) - clipped(
+        spaced(without_first(attack(BLOCK))), "dense", microbatch_size=4
+    )
+    assert abs(changed) <= bound(BLOCK)
+
+    def carried(count: int) -> int:
+        grads_fn = jaxdp.per_sample_grads(lambda p, x: p @ x, method="dense", microbatch_size=4)
+        clip = jaxdp.clip_flat(CLIP)
+
+        def total(params: jax.Array, batch: jax.Array) -> Any:
+            return clip.update(grads_fn(params, batch), clip.init(params))[0].value
+
+        jaxpr = jax.make_jaxpr(total)(jnp.zeros(WIDTH), jnp.zeros((count, WIDTH)))
+        (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+        return sum(variable.aval.shape == (WIDTH,) for variable in scan.outvars)
+
+    assert carried(BLOCK) == 1
+    assert carried(BLOCK + 4) == 2
+
+
+@pytest.mark.optimized
 def test_in_blocks_is_the_sum_for_any_number_of_samples() -> None:
     rng = np.random.default_rng(0)
     for count in (1, BLOCK, BLOCK + 1, 3 * BLOCK, 1009, 5 * 400):
