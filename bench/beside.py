@@ -47,6 +47,7 @@ def serve() -> None:
 
             compiled = jax.jit(step).lower(case.params, case.batch).compile()
             memory = compiled.memory_analysis()
+            assert memory is not None
             answer["bytes"] = memory.temp_size_in_bytes + memory.output_size_in_bytes
             answer["device"] = jax.devices()[0].device_kind
 
