@@ -97,10 +97,22 @@ class Released:
         """
         return step_key(self.key, self.step)
 
-    def rehearsed(self) -> "Released":
+    def rehearsed(self, unless: ArrayLike = False) -> "Released":
         """The same with a key of no step of the run: what is drawn from it tells nothing of the
-        coming noise."""
-        return replace(self, key=rehearsal_key(self.key))
+        coming noise.
+
+        Args:
+          unless: bool scalar; where it is true, the key is what it was.
+
+        Returns:
+          What a rehearsal gives to `update`; it goes back into no state.
+
+        Example:
+          >>> released = Released.begin(jax.random.key(0), "my noise", jnp.zeros(3))
+          >>> [bool(released.rehearsed(unless).key == released.key) for unless in (False, True)]
+          [False, True]
+        """
+        return replace(self, key=jnp.where(unless, self.key, rehearsal_key(self.key)))
 
     def after(self, noise_multiplier: jax.Array, is_last: ArrayLike = True) -> "Released":
         """Behind the coming step.
