@@ -13,12 +13,12 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.bounded import Bounded, is_zero
+from jaxdp.bounded import Bounded, is_zero, taken_whole
 from jaxdp.checks import check_instance
 from jaxdp.engine.reduction import zero_sum
 from jaxdp.engine.sums import Running
 from jaxdp.randomness import drawn_alone
-from jaxdp.released import Released
+from jaxdp.released import Released, initial_state
 
 
 class AccumulateState(NamedTuple):
@@ -60,7 +60,12 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     Raises:
       TypeError: `inner` is no transformation; (in `update`) `is_last` is missing, what comes in is
-        no `Bounded`, or `inner` draws no noise.
+        no `Bounded`, `inner` draws no noise, or it takes the `Bounded` apart, as a wrapper of optax
+        around `jaxdp.add_noise` does.
+      ValueError: (in `init`) the state of `inner` hides a noised release, see `jaxdp.released`.
+
+    `optax.MultiSteps` is no substitute: ahead of the clip it would mix samples, and around the
+    noise run it for every physical batch; both are refused. Behind the noise it is post-processing.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp
@@ -85,7 +90,7 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return AccumulateState(
             Running.start(zeros),
             jnp.zeros((len(jax.tree.leaves(params)),), jnp.float32),
-            behind.init(params),
+            initial_state(behind.init, params),
         )
 
     def update(
@@ -112,7 +117,8 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
         whole, ready = _at_the_end(is_last, total, state.inner_state)
 
         def end() -> tuple[Any, AccumulateState]:
-            released, inner_state = behind.update(whole, ready, params, is_last=True, **extra)
+            with taken_whole():
+                released, inner_state = behind.update(whole, ready, params, is_last=True, **extra)
             if isinstance(released, Bounded):
                 raise TypeError(
                     "accumulate must hold everything behind the clip, got an inner transformation "

@@ -206,6 +206,16 @@ def test_an_optimizer_without_noise_inside_says_what_is_missing() -> None:
         tx.update(helpers.small_grads(2), tx.init(PARAMS), PARAMS, is_last=True)
 
 
+def test_a_state_inside_that_hides_the_noise_is_refused() -> None:
+    """Its noise would be charged to nobody, and be drawn for members whose batch goes on."""
+    noise = jaxdp.add_noise(1.0, KEY)
+    hidden = optax.GradientTransformation(
+        lambda params: tuple(jax.tree.leaves(noise.init(params))), noise.update
+    )
+    with pytest.raises(ValueError, match="must hold each Released that is begun, got 0 of 1 for"):
+        jaxdp.accumulate(optax.chain(hidden, optax.sgd(0.1))).init(PARAMS)
+
+
 def test_noise_outside_is_refused() -> None:
     """It would be drawn for every physical batch, while one step is charged."""
     tx = optax.chain(

@@ -58,9 +58,9 @@ def fit(
 
     Every logical step charges the ledger, before it runs, with the noise that the chain itself says
     it draws, with the scheme of the sampler that drew the batch, and with the random numbers of
-    both (`Ledger.draws`). The first one is compiled before it is charged, so that what cannot be is
-    not; any other exception amid a step leaves its charge. Two runs on one ledger with the same noise key or the same sampler seed
-    are refused; a run that goes on from its state and ledger draws new ones.
+    both (`Ledger.draws`). Two runs on one ledger with the same noise key or the same sampler seed
+    are refused; a run that goes on from its state and ledger draws new ones. The first step is
+    compiled ahead of its charge; once a step is charged, whatever it raises, it stays charged.
 
     With `checkpoints`, the run is saved at every report, and begins where the newest checkpoint
     ended: killed at any moment and started again, it executes the same steps with the same noise
