@@ -13,10 +13,12 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.bounded import Bounded, is_zero
+from jaxdp.bounded import Bounded, is_zero, taken_whole
 from jaxdp.checks import check_instance
 from jaxdp.engine.reduction import zero_sum
 from jaxdp.engine.sums import Running
+from jaxdp.randomness import drawn_alone
+from jaxdp.released import Released, initial_state
 
 
 class AccumulateState(NamedTuple):
@@ -53,10 +55,17 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
       A transformation whose `update` needs `is_last=...`, bool: whether this physical batch ends
       its logical batch (the `is_last` of `jaxdp.PhysicalBatch`). Before the end the updates are
       zero and neither noise nor the inner state moves: nothing is released, nothing is to charge.
+      In a `jax.vmap` members may end their batches at different times. JAX then runs `inner` for
+      all of them at once: for those that go on, with a sum of zero and noise of no step.
 
     Raises:
       TypeError: `inner` is no transformation; (in `update`) `is_last` is missing, what comes in is
-        no `Bounded`, or `inner` draws no noise.
+        no `Bounded`, `inner` draws no noise, or it takes the `Bounded` apart, as a wrapper of optax
+        around `jaxdp.add_noise` does.
+      ValueError: (in `init`) the state of `inner` hides a noised release, see `jaxdp.released`.
+
+    `optax.MultiSteps` is no substitute: ahead of the clip it would mix samples, and around the
+    noise run it for every physical batch; both are refused. Behind the noise it is post-processing.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp
@@ -81,7 +90,7 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return AccumulateState(
             Running.start(zeros),
             jnp.zeros((len(jax.tree.leaves(params)),), jnp.float32),
-            behind.init(params),
+            initial_state(behind.init, params),
         )
 
     def update(
@@ -104,12 +113,12 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
             )
         sums = state.sums.add(updates.value)
         sensitivities = jnp.maximum(state.sensitivities, _of_leaves(updates))
-        total: Any = updates.with_value(sums.value, _of_groups(sensitivities, updates))
+        total = updates.with_value(sums.value, _of_groups(sensitivities, updates))
+        whole, ready = _at_the_end(is_last, total, state.inner_state)
 
         def end() -> tuple[Any, AccumulateState]:
-            released, inner_state = behind.update(
-                total, state.inner_state, params, is_last=True, **extra
-            )
+            with taken_whole():
+                released, inner_state = behind.update(whole, ready, params, is_last=True, **extra)
             if isinstance(released, Bounded):
                 raise TypeError(
                     "accumulate must hold everything behind the clip, got an inner transformation "
@@ -128,6 +137,31 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return jax.lax.cond(jnp.asarray(is_last, bool), end, go_on)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _at_the_end(is_last: ArrayLike, total: Bounded, inner_state: Any) -> tuple[Any, Any]:
+    """What the end of a logical batch is computed from: where there is none, an empty sum and
+    other noise.
+
+    Under a `vmap` that maps `is_last`, both branches of `lax.cond` run for all members. Whatever
+    has effects behind the noise would see the noise of a step with a part of its sum, and at the
+    end with all of it: the difference has no noise.
+    """
+    is_last = jnp.asarray(is_last, bool)
+
+    def kept(leaf: jax.Array) -> jax.Array:
+        return jnp.where(is_last, leaf, jnp.zeros_like(leaf))
+
+    def rehearsed(node: Any) -> Any:
+        if not isinstance(node, Released):
+            return node
+        # A key that members share stays, so that the noise itself is refused: with another one
+        # where a batch goes on, the member whose batch ends would seem to be alone.
+        alone = drawn_alone(node.key, (is_last, total.value, total.sensitivity))
+        return node.rehearsed(unless=is_last | ~alone)
+
+    held = jax.tree.map(rehearsed, inner_state, is_leaf=lambda node: isinstance(node, Released))
+    return total.with_value(jax.tree.map(kept, total.value), total.sensitivity), held
 
 
 def _of_leaves(bounded: Bounded) -> jax.Array:

@@ -13,7 +13,8 @@ transformation that turns one into plain arrays:
 # The functions that make a pytree of it stand beside the class.
 # pyright: reportPrivateUsage=false
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import jax
@@ -29,8 +30,10 @@ Groups = tuple[int | None, ...]
 
 _NEXT_STEP = (
     "a Bounded is a sum over samples that has no noise yet: put jaxdp.add_noise(...) between the "
-    "clip and the optimizer"
+    "clip and the optimizer, with nothing of optax around it"
 )
+
+_TAG = "jaxdp.Bounded: needs jaxdp.add_noise first"
 
 # Bounded must be a pytree to cross jit, scan and shard_map, yet a transformation that maps over
 # its leaves (a norm clip, a learned scale) would change the value behind the sensitivity's back.
@@ -43,7 +46,7 @@ _SEAL = define_prng_impl(
     random_bits=None,  # pyright: ignore[reportArgumentType]
     fold_in=None,  # pyright: ignore[reportArgumentType]
     name="jaxdp_bounded",
-    tag="jaxdp.Bounded: needs jaxdp.add_noise first",
+    tag=_TAG,
 )
 
 
@@ -231,6 +234,28 @@ class Bounded(metaclass=_SpeakingType):
     def __repr__(self) -> str:
         shapes = jax.tree.map(jnp.shape, self.value)
         return f"Bounded(value={shapes}, sensitivity={self.sensitivity}; {_NEXT_STEP})"
+
+
+@contextlib.contextmanager
+def taken_whole() -> Generator[None, None, None]:
+    """Says in a sentence what is wrong where a transformation takes a `Bounded` apart: what stops
+    it is the words of JAX about trees and dtypes.
+
+    Raises:
+      TypeError: instead of an error that names a `Bounded` without noise.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not any(words in str(error) for words in (_NEXT_STEP, _TAG)):
+            raise
+        raise TypeError(
+            "the jaxdp.Bounded of a clip must come to jaxdp.add_noise or jaxdp.accumulate whole, "
+            "got a transformation that takes it apart. Put jaxdp.add_noise(...) right behind the "
+            "clip. optax.masked, partition, MultiSteps or apply_if_finite may hold what stands "
+            "behind the noise, not the noise: for groups of leaves there are jaxdp.clip_by_group, "
+            "allocation= and trainable=, for several physical batches jaxdp.accumulate."
+        ) from error
 
 
 def root_sum_squares(numbers: jax.Array) -> jax.Array:

@@ -113,7 +113,7 @@ def add_noise(
         _check_summed(bounded)
         draw = state.coming_key()
         sigma = value_at(noise_multiplier, state.step)
-        alone = drawn_alone(draw, (bounded.value, bounded.sensitivity, sigma, params))
+        alone = drawn_alone(state.key, (bounded.value, bounded.sensitivity, sigma, params))
         # Noise for a part of a logical batch is a release that nobody accounts for, noise that
         # another member of a vmap draws, too, cancels, and a negative σ is none at all.
         sigma = jnp.where(_whole(is_last) & alone & (sigma >= 0), sigma, jnp.nan)

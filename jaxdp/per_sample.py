@@ -22,12 +22,20 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, Groups
+from jaxdp.checks import check_instance
 from jaxdp.engine.methods.base import Reducer
 from jaxdp.engine.methods.dense import GivenRows
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.reduction import Batch, Reduction, Rows, zero_sum
 from jaxdp.engine.rounding import joint_norm
-from jaxdp.engine.weighting import ClipRule, GivenWeights, Weighting, finite_rows, group_norms
+from jaxdp.engine.weighting import (
+    ClipRule,
+    GivenWeights,
+    Weighting,
+    check_groups,
+    finite_rows,
+    group_norms,
+)
 from jaxdp.options import Options
 from jaxdp.problem import (
     LossFn,
@@ -156,10 +164,15 @@ class PerSampleGrads:
 
         Returns:
           The norms, zero in masked rows.
+
+        Raises:
+          TypeError: a group is no integer.
+          ValueError: the groups have a gap, or are not those of the leaves that have a gradient.
         """
         norms = self._reduction().norms
         if groups is None:
             return joint_norm(norms)
+        check_groups(groups)
         return group_norms(norms, self._kept(groups))
 
     def clipped_sum(self, rule: ClipRule) -> Bounded:
@@ -170,7 +183,14 @@ class PerSampleGrads:
 
         Returns:
           The sum, with the thresholds of the rule as sensitivities.
+
+        Raises:
+          TypeError: a group is no integer; the weight is no function.
+          ValueError: the groups have a gap, or are not those of the leaves that have a gradient;
+            there is not one threshold for each.
         """
+        check_instance("rule", rule, ClipRule, advice="Pass a jaxdp.engine.weighting.ClipRule.")
+        rule.check()
         kept = replace(rule, groups=self._kept(rule.groups))
         sums = self._reduce(self._batch, kept)
         value = self._tree(sums, zero_sum)

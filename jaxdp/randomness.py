@@ -146,7 +146,8 @@ def drawn_alone(key: jax.Array, released: Any) -> jax.Array:
     Their releases would differ by what the data says, without noise.
 
     Args:
-      key: from which this step's noise is to be drawn.
+      key: from which the noise is drawn. Of a release that keeps a state, the key of all its steps:
+        what one member draws now another one may draw at another time.
       released: everything else that the release is computed from, a pytree.
 
     Returns:

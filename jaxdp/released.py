@@ -12,12 +12,22 @@ the names of its fields. A mechanism of your own carries one, too:
     released = Released.begin(key, "my noise", params)                  # in init
     noise = normal(released.coming_key(), shape)                        # in update
     state = State(released.after(sigma), momentum)
+
+A transformation that holds another one's state must hold it whole: of a state that is flattened to
+its arrays nobody knows which of them are of a release, and its noise would be charged to nobody.
+`jaxdp.training` and `jaxdp.accumulate` count what is begun, and refuse a state in which it is not
+found; a loop of your own asks `initial_state`.
 """
 
 # The types of JAX and optax are partly unknown.
 # pyright: reportMissingTypeStubs=false
+# pyright: reportUnknownArgumentType=false
 # pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 
+from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -28,6 +38,13 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxdp.randomness import drawn_alone, fingerprints, own_key, rehearsal_key, step_key
+
+Init = Callable[[optax.Params], optax.OptState]
+"""The `init` of a transformation."""
+
+# What `Released.begin` has made since somebody asked, for each that asks.
+_Begun = dict[tuple[str, int, str], jax.Array]
+_watched: ContextVar[tuple[_Begun, ...]] = ContextVar("watched", default=())
 
 
 @final
@@ -79,6 +96,9 @@ class Released:
           (0, nan)
         """
         own = own_key(key, purpose, params)
+        # Told apart by what the noise is drawn from. The key is kept, so that no other has its id.
+        for begun in _watched.get():
+            begun[purpose, id(key), str(jax.tree.structure(params))] = key
         drawn_alone(own, params)
         never = jnp.full((), jnp.nan, jnp.float32)
         return cls(jnp.zeros((), jnp.int32), never, own, purpose)
@@ -97,10 +117,22 @@ class Released:
         """
         return step_key(self.key, self.step)
 
-    def rehearsed(self) -> "Released":
+    def rehearsed(self, unless: ArrayLike = False) -> "Released":
         """The same with a key of no step of the run: what is drawn from it tells nothing of the
-        coming noise."""
-        return replace(self, key=rehearsal_key(self.key))
+        coming noise.
+
+        Args:
+          unless: bool scalar; where it is true, the key is what it was.
+
+        Returns:
+          What a rehearsal gives to `update`; it goes back into no state.
+
+        Example:
+          >>> released = Released.begin(jax.random.key(0), "my noise", jnp.zeros(3))
+          >>> [bool(released.rehearsed(unless).key == released.key) for unless in (False, True)]
+          [False, True]
+        """
+        return replace(self, key=jnp.where(unless, self.key, rehearsal_key(self.key)))
 
     def after(self, noise_multiplier: jax.Array, is_last: ArrayLike = True) -> "Released":
         """Behind the coming step.
@@ -123,6 +155,83 @@ class Released:
             step=jnp.where(is_last, self.step + 1, self.step),
             noise_multiplier=jnp.where(is_last, noise_multiplier, self.noise_multiplier),
         )
+
+
+def initial_state(init: Init, params: optax.Params) -> optax.OptState:
+    """`init(params)`, in which every noised release that it begins is found.
+
+    Args:
+      init: of a chain.
+      params: the parameters; leaves may be abstract where `init` allows it.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: the state hides a `Released`.
+
+    Example:
+      >>> import jaxdp
+      >>> noise = jaxdp.add_noise(1.5, jax.random.key(0))
+      >>> state = initial_state(noise.init, jnp.ones(2))
+      >>> initial_state(lambda params: jax.tree.leaves(noise.init(params)), jnp.ones(2))
+      Traceback (most recent call last):
+      ValueError: the state of a chain must hold each Released that is begun, got 0 of 1 for ...
+    """
+    watched, begun = _watching(init)
+    state = watched(params)
+    _refuse_hidden(begun, state)
+    return state
+
+
+def check_whole(init: Init, params: optax.Params, *states: optax.OptState) -> None:
+    """Raises unless states hold every noised release that `init` begins.
+
+    Args:
+      init: of a chain; it is traced, not run.
+      params: the parameters; leaves may be abstract.
+      states: of that chain.
+
+    Raises:
+      ValueError: a state hides a `Released`.
+
+    Example:
+      >>> import jaxdp
+      >>> tx = jaxdp.add_noise(1.5, jax.random.key(0))
+      >>> check_whole(tx.init, jnp.ones(2), tx.init(jnp.ones(2)))
+    """
+    watched, begun = _watching(init)
+    jax.eval_shape(watched, params)
+    for state in states:
+        _refuse_hidden(begun, state)
+
+
+def _watching(init: Init) -> tuple[Init, _Begun]:
+    """`init`, and what it begins. Another function every time: of one that was traced before JAX
+    may keep the result."""
+    begun: _Begun = {}
+
+    def watched(params: optax.Params) -> optax.OptState:
+        token = _watched.set((*_watched.get(), begun))
+        try:
+            return init(params)
+        finally:
+            _watched.reset(token)
+
+    return watched, begun
+
+
+def _refuse_hidden(begun: _Begun, opt_state: optax.OptState) -> None:
+    made = Counter(purpose for purpose, _, _ in begun)
+    found = Counter(released.purpose for released in _all_released(opt_state))
+    for purpose, count in made.items():
+        if found[purpose] < count:
+            raise ValueError(
+                "the state of a chain must hold each Released that is begun, got "
+                f"{found[purpose]} of {count} for {purpose!r}, so that a transformation hides a "
+                "release, which would be charged to nobody. Let it keep the state of its inner "
+                "transformation whole, as a field or an entry, not the arrays alone."
+            )
 
 
 def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:

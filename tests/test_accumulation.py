@@ -206,6 +206,16 @@ def test_an_optimizer_without_noise_inside_says_what_is_missing() -> None:
         tx.update(helpers.small_grads(2), tx.init(PARAMS), PARAMS, is_last=True)
 
 
+def test_a_state_inside_that_hides_the_noise_is_refused() -> None:
+    """Its noise would be charged to nobody, and be drawn for members whose batch goes on."""
+    noise = jaxdp.add_noise(1.0, KEY)
+    hidden = optax.GradientTransformation(
+        lambda params: tuple(jax.tree.leaves(noise.init(params))), noise.update
+    )
+    with pytest.raises(ValueError, match="must hold each Released that is begun, got 0 of 1 for"):
+        jaxdp.accumulate(optax.chain(hidden, optax.sgd(0.1))).init(PARAMS)
+
+
 def test_noise_outside_is_refused() -> None:
     """It would be drawn for every physical batch, while one step is charged."""
     tx = optax.chain(
@@ -213,6 +223,115 @@ def test_noise_outside_is_refused() -> None:
     )
     with pytest.raises(TypeError, match="Move jaxdp.add_noise and what follows it inside"):
         tx.update(helpers.small_grads(2), tx.init(PARAMS), PARAMS, is_last=True)
+
+
+# Members of a `vmap` that end their batches at different times.
+
+KEYS = jax.random.split(jax.random.key(3), 2)
+ENDS = ((False, True), (False, False), (True, False))  # of each physical batch
+
+
+def spied(seen: list[np.ndarray]) -> optax.GradientTransformation:
+    """Tells what it is given to the host, as a log of the norms behind the noise would."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        jax.debug.callback(lambda values: seen.append(np.array(values, np.float64)), updates)
+        return updates, state
+
+    return optax.GradientTransformation(lambda params: (), update)
+
+
+def summed(noise: Any, *behind: Any) -> Any:
+    return jaxdp.accumulate(optax.chain(noise, *behind))
+
+
+def members(keys: jax.Array, make: Any = jaxdp.add_noise) -> Any:
+    """The states of an ensemble, and its update on sums of ones, of one sample each."""
+    seen: list[np.ndarray] = []
+    params = jnp.zeros(4)
+
+    def init(key: jax.Array) -> Any:
+        return summed(make(5.0, key), spied(seen)).init(params)
+
+    @jax.jit
+    def update(states: Any, ends: jax.Array) -> Any:
+        def member(state: Any, is_last: jax.Array) -> Any:
+            tx = summed(make(5.0, KEY), spied(seen))
+            return tx.update(Bounded(jnp.ones(4), 1.0), state, params, is_last=is_last)
+
+        return jax.vmap(member)(states, ends)
+
+    return jax.vmap(init)(keys), update, seen
+
+
+def test_members_end_their_batches_when_they_like() -> None:
+    """Each releases what it would alone."""
+    states, update, _ = members(KEYS)
+    for ends in ENDS:
+        updates, states = update(states, jnp.array(ends))
+        for one, last in zip(updates, ends, strict=True):
+            assert bool(jnp.any(one != 0)) == last
+    alone = jaxdp.add_noise(5.0, KEYS[0])
+    expected, _ = alone.update(Bounded(3 * jnp.ones(4), 1.0), alone.init(jnp.zeros(4)))
+    helpers.assert_trees_close(updates[0], expected)
+    released = states.inner_state[0]
+    assert released.step.tolist() == [1, 1]
+    helpers.assert_trees_equal(released.key, jax.vmap(alone_key)(KEYS))
+
+
+def alone_key(key: jax.Array) -> jax.Array:
+    return jaxdp.add_noise(5.0, key).init(jnp.zeros(4)).key
+
+
+def test_what_stands_behind_the_noise_sees_nothing_of_a_batch_that_goes_on() -> None:
+    """`lax.cond` runs both branches for all members of a `vmap`: what is not chosen would be the
+    coming noise with a part of its sum."""
+    states, update, seen = members(KEYS)
+    for ends in ENDS:
+        _, states = update(states, jnp.array(ends))
+    jax.effects_barrier()
+
+    def noise(member: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The one of a step, and the one that is drawn in its place."""
+        tx = jaxdp.add_noise(5.0, KEYS[member])
+        own = replace(tx.init(jnp.zeros(4)), step=jnp.int32(step))
+        nothing = Bounded(jnp.zeros(4), 1.0)
+        drawn, instead = (tx.update(nothing, state)[0] for state in (own, own.rehearsed()))
+        return np.asarray(drawn), np.asarray(instead)
+
+    first, first_instead = noise(0, 0)
+    second, second_instead = noise(1, 0)[0], noise(1, 1)[1]
+    expected = [second + 1, first + 3, *[first_instead] * 2, *[second_instead] * 2]
+    np.testing.assert_allclose(sorted_rows(seen), sorted_rows(expected), rtol=1e-5)
+
+
+def sorted_rows(rows: list[np.ndarray]) -> list[list[float]]:
+    return sorted(row.tolist() for row in rows)
+
+
+@pytest.mark.parametrize("ends", [(False, True), (True, True)])
+def test_members_with_one_key_are_poisoned_when_one_of_them_ends(ends: tuple[bool, bool]) -> None:
+    """Also where the others go on, and where they are at another step: each would draw in time what
+    this one draws now."""
+    states, update, _ = members(jnp.stack([KEY, KEY]))
+    for step in (0, 3):
+        noise, behind = states.inner_state
+        noise = replace(noise, step=jnp.array([0, step], jnp.int32))
+        later = states._replace(inner_state=(noise, behind))
+        updates, _ = update(later, jnp.array(ends))
+        for one, last in zip(updates, ends, strict=True):
+            assert bool(jnp.all(jnp.isnan(one))) == last
+
+
+def test_one_key_for_members_that_end_at_different_times_is_refused() -> None:
+    tx = summed(jaxdp.add_noise(1.0, KEY))
+    state, total = tx.init(PARAMS), Bounded(PARAMS, 1.0)
+
+    def member(is_last: jax.Array) -> Any:
+        return tx.update(total, state, PARAMS, is_last=is_last)
+
+    with pytest.raises(ValueError, match="every member of a vmap must have a noise key of its own"):
+        jax.vmap(member)(jnp.array([True, False]))
 
 
 @pytest.mark.parametrize("sensitivity", [1e-60, 1e-40, 0.1, 1 + 2**-40])

@@ -9,6 +9,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
@@ -22,6 +23,7 @@ import scipy.stats
 
 import jaxdp
 from jaxdp.bounded import Bounded, Groups
+from jaxdp.released import Released
 from tests import helpers
 from tests.helpers import KEY, PARAMS
 
@@ -611,6 +613,24 @@ def test_copies_of_one_state_are_poisoned_and_their_draws_refused(kind: str) -> 
     wrong = np.asarray(jnp.isnan(released)).reshape(3, -1)
     assert wrong.all(axis=1).tolist() == [True, False, True]
     assert wrong.any(axis=1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_of_one_state_are_poisoned_whatever_their_steps(kind: str) -> None:
+    """What one draws now another draws later, or has drawn."""
+    one = chain_of(KEY, kind).init(PARAMS)
+    counts = jnp.array([0, 0, 2], jnp.int32)
+
+    def at_steps(node: Any) -> Any:
+        if isinstance(node, Released):
+            keys = jnp.stack([node.key, jax.random.key(5), node.key])
+            return replace(node, step=counts, key=keys, noise_multiplier=jnp.zeros(3))
+        return jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), node)
+
+    copies = jax.tree.map(at_steps, one, is_leaf=lambda node: isinstance(node, Released))
+    updates, states = jax.jit(jax.vmap(update_of(kind)))(ROWS, copies, STACK)
+    released = states.thresholds if kind == "adaptive" else updates["head"]
+    assert jnp.isnan(released).reshape(3, -1).all(axis=1).tolist() == [True, False, True]
 
 
 def test_a_vmap_around_a_vmap_is_seen_too() -> None:

@@ -140,7 +140,7 @@ def clip_adaptive(
 
         draw, step = state.released.coming_key(), state.released.step
         noise_multiplier = value_at(count_noise_multiplier, step)
-        alone = drawn_alone(draw, (counts, state.thresholds, noise_multiplier))
+        alone = drawn_alone(state.released.key, (counts, state.thresholds, noise_multiplier))
         noise_multiplier = jnp.where(alone & (noise_multiplier >= 0), noise_multiplier, jnp.nan)
         std = noise_multiplier * math.sqrt(thresholds.size) / 2  # one sample moves K counts by ½
         noise = normal(draw, counts.shape)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.bounded import Groups
+from jaxdp.checks import check_callable, check_integer, shown
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.reduction import Batch
 from jaxdp.engine.rounding import ROOT, joint_norm, rounded_up
@@ -62,6 +63,27 @@ class ClipRule:
     thresholds: jax.Array
     weight: Callable[[jax.Array, jax.Array], jax.Array] = field(metadata={"static": True})
 
+    def check(self) -> None:
+        """Raises unless groups, thresholds and weight fit each other.
+
+        Raises:
+          TypeError: a group is no integer; `weight` is no function.
+          ValueError: the groups are not 0..K-1 without a gap; there is not one threshold for each.
+
+        Example:
+          >>> ClipRule((0, 2), jnp.ones(2), lambda norm, threshold: norm).check()
+          Traceback (most recent call last):
+          ValueError: groups must be numbered 0, 1, ... without a gap, got (0, 2). ...
+        """
+        count, shape = check_groups(self.groups), jnp.shape(self.thresholds)
+        if shape != (count,) and (shape or count > 1):
+            raise ValueError(
+                f"thresholds of a ClipRule must hold one number for each of its {count} groups, "
+                f"got shape {shape}. Pass an array of {count}, or a scalar for one group."
+            )
+        advice = "Pass a function of one norm and one threshold."
+        check_callable("weight of a ClipRule", self.weight, advice=advice)
+
     def weights(self, norms: jax.Array, batch: Batch) -> jax.Array:
         """Those of `sample_weights`; zero where there is no sample."""
         return select_rows(batch.mask, sample_weights(self, norms))
@@ -83,6 +105,20 @@ class GivenWeights:
         assert batch.weights is not None, "a batch without weights"
         counted = select_rows(batch.mask & finite_rows(norms), batch.weights)
         return jnp.broadcast_to(counted[:, None], norms.shape)
+
+
+def check_groups(groups: Groups) -> int:
+    """How many groups there are; raises unless they are 0..K-1, each of at least one leaf."""
+    advice = "Number the groups of leaves from 0, and pass None for a leaf without gradient."
+    for leaf, group in enumerate(groups):
+        if group is not None:
+            check_integer(f"groups[{leaf}]", group, minimum=0, advice=advice)
+    used = {group for group in groups if group is not None}
+    if not used or used != set(range(len(used))):
+        raise ValueError(
+            f"groups must be numbered 0, 1, ... without a gap, got {shown(groups)}. {advice}"
+        )
+    return len(used)
 
 
 def group_norms(norms: jax.Array, groups: Groups) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.stages import Wrapped
 
 from jaxdp.accounting import (
     AccountantName,
@@ -29,7 +30,7 @@ from jaxdp.training.loading import Data, LoadedBatch, check_overflow, data_diges
 from jaxdp.training.logs import LogFn, log_function
 from jaxdp.training.reports import Evaluate, Totals, report_row
 from jaxdp.training.resume import begin
-from jaxdp.training.run import Progress, Run, can_be_read, consumed, interrupts_wait, kept
+from jaxdp.training.run import Progress, Run, can_be_read, interrupts_wait, kept
 from jaxdp.training.step import Step, StepMetrics, TrainState
 
 
@@ -58,7 +59,8 @@ def fit(
     Every logical step charges the ledger, before it runs, with the noise that the chain itself says
     it draws, with the scheme of the sampler that drew the batch, and with the random numbers of
     both (`Ledger.draws`). Two runs on one ledger with the same noise key or the same sampler seed
-    are refused; a run that goes on from its state and ledger draws new ones.
+    are refused; a run that goes on from its state and ledger draws new ones. The first step is
+    compiled ahead of its charge; once a step is charged, whatever it raises, it stays charged.
 
     With `checkpoints`, the run is saved at every report, and begins where the newest checkpoint
     ended: killed at any moment and started again, it executes the same steps with the same noise
@@ -226,8 +228,9 @@ def _check_same_everywhere(
 def _executed(run: Progress, loop: _Loop) -> str:
     """Executes the steps that are left; why it has stopped, "steps" or "budget"."""
     plan, limit = loop.plan, loop.plan.limit()
-    reported, totals = run.done, Totals.begin()
-    batches = loop.load(run.done)
+    begun = reported = run.done
+    totals = Totals.begin()
+    batches = loop.load(begun)
     if jax.process_count() > 1:
         check_agreement(step=_program(loop.step, run.whole, batches[0]))
     stopped_by = "steps"
@@ -236,6 +239,8 @@ def _executed(run: Progress, loop: _Loop) -> str:
         if limit is not None and not limit.allows(run.ledger, *charge):
             stopped_by = "budget"
             break
+        if run.done == begun:
+            _compile(loop.step, run.whole, batches[0])
         with interrupts_wait():
             metrics = _advance(run, loop.step, batches, charge)
         if run.done < plan.steps:
@@ -256,13 +261,21 @@ def _coming_charge(run: Progress, loop: _Loop, batch: LoadedBatch) -> _Charge:
     return _Charge(_as_typed(drawn), loop.sampler.scheme, draws)
 
 
+def _compile(step: Step, state: TrainState, loaded: LoadedBatch) -> None:
+    """What cannot be traced or compiled raises here, before it is charged and with its state. The
+    step then finds its program made. A step that is no function of `jax.jit` has none."""
+    if isinstance(step.run, Wrapped):
+        step.run.lower(state, loaded.batch, loaded.mask, loaded.is_last).compile()
+
+
 def _advance(
     run: Progress, step: Step, batches: Sequence[LoadedBatch], charge: _Charge
 ) -> list[StepMetrics]:
     """Executes one logical step, charged before anything of it can be released.
 
     Args:
-      run: how far it has come; one step further afterwards, or as it was where nothing ran.
+      run: how far it has come; one step further afterwards. Charged, and without a state, where the
+        step raises.
       step: what is executed.
       batches: the physical batches of the logical step.
       charge: what the ledger is charged with.
@@ -270,18 +283,14 @@ def _advance(
     Returns:
       What each physical batch looked like.
     """
-    state, before = run.whole, run.ledger
+    state, before, metrics = run.whole, run.ledger, []
     run.ledger = before.charge(charge.noise_multipliers, charge.sampling, draws=charge.draws)
-    run.state, metrics = None, []
-    try:
-        for each in batches:
-            state, batch_metrics = step.run(state, each.batch, each.mask, each.is_last)
-            metrics.append(batch_metrics)
-    except BaseException:
-        # A program consumes the state it is given: it did not run where the state is still there.
-        if not metrics and not consumed(state):
-            run.state, run.ledger = state, before
-        raise
+    # From here on nobody can tell how much of it has run, whatever it raises: a state that is still
+    # there may be a copy. So the charge stays, and there is no state to draw the same noise again.
+    run.state = None
+    for each in batches:
+        state, batch_metrics = step.run(state, each.batch, each.mask, each.is_last)
+        metrics.append(batch_metrics)
     run.state = state
     run.done += 1
     return metrics

@@ -18,7 +18,7 @@ class Run(NamedTuple):
 
     Attributes:
       state: after the last step. Of a run that an exception ended it is None where a step was
-        begun and not ended: half a step is nothing to go on from.
+        begun and not ended: half a step is nothing to go on from, and is charged as a whole.
       ledger: what was executed, from the first step on.
       history: one dict per report: step, epoch, epsilon, delta, loss, nonfinite,
         samples_per_second, and what `evaluate` returned. Loss, nonfinite and samples_per_second
@@ -71,9 +71,10 @@ def run_of(error: BaseException) -> Run | None:
     """The run that an exception ended: what `fit` would have returned, had it ended there.
 
     Exceptions leave `fit` as they are, Ctrl-C included, and carry the run. Its ledger holds
-    whatever may have been released. Where it has a state, `fit` goes on from both, as from those of
-    any other run; without one, go on from a checkpoint, or begin again with new keys and this
-    ledger.
+    whatever may have been released: a step that was begun is charged, whatever became of it. What
+    fails before, such as the compilation of the first one, is not. Where the run has a state, `fit`
+    goes on from both, as from those of any other run; without one, go on from a checkpoint, or
+    begin again with new keys and this ledger.
 
     Args:
       error: what was caught; in a notebook `sys.last_exc`.
@@ -108,20 +109,20 @@ def kept(progress: Progress) -> Iterator[None]:
         raise
 
 
-def consumed(state: TrainState) -> bool:
-    """Whether a step has taken the buffers of a state, so that it has run."""
-    return any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
-
-
 def can_be_read(state: TrainState | None) -> bool:
-    """A step that fails on the device leaves a state that raises when it is read."""
-    if state is None or consumed(state):
+    """A step that fails on the device leaves a state that raises when it is read, and so does a
+    function that was given its buffers to use."""
+    if state is None or any(leaf.is_deleted() for leaf in _arrays(state)):
         return False
     try:
         jax.block_until_ready(state)
     except jax.errors.JaxRuntimeError:
         return False
     return True
+
+
+def _arrays(state: TrainState) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The train state and the jitted step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxdp.bounded import Bounded, Groups
+from jaxdp.bounded import Bounded, Groups, taken_whole
 from jaxdp.checks import check_bool, check_callable, check_instance
+from jaxdp.clipping import ClipAdaptiveState
+from jaxdp.engine import walker
+from jaxdp.engine.liveness import UNHEARD, live_paths
 from jaxdp.engine.sums import Running
+from jaxdp.engine.walker import Equation, Path
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.problem import check_arrays, merged_tree, with_gradient
-from jaxdp.released import Released, executed_noise_multipliers
+from jaxdp.released import Released, check_whole, executed_noise_multipliers, initial_state
 from jaxdp.trees import path_name
 
 
@@ -67,7 +71,9 @@ class Step(NamedTuple):
         its buffers are reused.
       noise_multipliers: `(state, batch) -> float32 [R]`, of the R Gaussians that the coming
         logical step will release, for the ledger. Runs nothing but the schedules: of `batch` only
-        the shapes matter.
+        the shapes matter. Callbacks and prints in the chain are not executed for it, unless they
+        stand in a loop, a branch or a block with the noise itself; those see other noise, and no
+        sum.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp
@@ -104,6 +110,7 @@ def init(
 
     Raises:
       TypeError: a parameter is a random key, or an attribute that is a Python number.
+      ValueError: the state of the chain hides a noised release, see `jaxdp.released`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,7 +120,7 @@ def init(
     check_arrays(params)
     check_instance("tx", tx, optax.GradientTransformation, advice=_CHAIN)
     key = jax.random.key(0, impl="threefry2x32") if key is None else key
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
+    state = TrainState(jnp.zeros((), jnp.int32), params, initial_state(tx.init, params), key)
     return jax.tree.map(jnp.copy, state)
 
 
@@ -140,9 +147,10 @@ def make_step(
 
     Raises:
       TypeError: (when run) `grads_fn` returns neither per-sample gradients nor a `Bounded` with
-        losses.
-      ValueError: (when run) nothing in the chain draws noise; an update has not the shape of its
-        parameter.
+        losses; something in the chain takes the `Bounded` of the clip apart, such as a wrapper of
+        optax around `jaxdp.add_noise`.
+      ValueError: (when run) nothing in the chain draws noise, or the state hides what draws it, see
+        `jaxdp.released`; an update has not the shape of its parameter.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp
@@ -173,23 +181,25 @@ def make_step(
         key, rows_key = jax.random.split(state.key)
         returned = grads_fn(state.params, with_keys(batch, rows_key), mask)
         grads = _grads(returned)
-        updates, opt_state = chain.update(grads, state.opt_state, state.params, is_last=is_last)
+        with taken_whole():
+            updates, opt_state = chain.update(grads, state.opt_state, state.params, is_last=is_last)
         params = _updated(state.params, updates, grads.groups)
         losses, nonfinite = _losses(returned, mask)
         metrics = StepMetrics(jnp.sum(losses), jnp.sum(mask, dtype=jnp.int32), nonfinite)
         step = state.step + jnp.asarray(is_last, jnp.int32)
         return TrainState(step, params, opt_state, key), metrics
 
-    def noise_multipliers(state: TrainState, batch: Any) -> jax.Array:
+    def coming(state: TrainState, batch: Any) -> jax.Array:
         # The chain itself, on an empty batch, says what it is about to release: a second
-        # definition could disagree with the noise. All else is dead code to the compiler, but for
-        # effects: a callback behind the noise would see the coming noise alone, and later with the
-        # sum. So nothing raw goes in, and other noise is drawn.
+        # definition could disagree with the noise. What it may do besides must not see the coming
+        # noise alone, and later with the sum: nothing raw goes in, and other noise is drawn.
         empty = jax.tree.map(jnp.zeros_like, with_keys(batch, state.key))
         nobody = jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], bool)
         returned = grads_fn(state.params, empty, nobody)
         opt_state = _rehearsed(state.opt_state)
-        _, opt_state = chain.update(_grads(returned), opt_state, state.params, is_last=True)
+        with taken_whole():
+            _, opt_state = chain.update(_grads(returned), opt_state, state.params, is_last=True)
+        check_whole(tx.init, state.params, state.opt_state, opt_state)
         released = executed_noise_multipliers(opt_state)
         if not released:
             raise ValueError(
@@ -198,20 +208,40 @@ def make_step(
             )
         return jnp.stack(released)
 
+    def noise_multipliers(state: TrainState, batch: Any) -> jax.Array:
+        return _quietly(coming, state, batch)
+
     return Step(jax.jit(run, donate_argnums=0), jax.jit(noise_multipliers))
 
 
+def _quietly(fun: Callable[..., Any], *arguments: Any) -> Any:
+    """`fun(*arguments)` and nothing else: what its result does not depend on, such as callbacks and
+    prints of the user's, is traced but not executed. Within a loop, a branch or a block that the
+    result does come out of, they are."""
+    program, structure = walker.trace(fun, *arguments)
+    needed = [True] * len(program.returns)
+    live = live_paths(program, needed, unheard=UNHEARD | {"IOEffect", "OrderedIOEffect"})
+
+    def rule(path: Path, eqn: Equation, values: list[Any]) -> Sequence[Any]:
+        return eqn.bind(values) if path in live else [None] * len(eqn.outputs)
+
+    results = walker.evaluate(program, jax.tree.leaves(arguments), rule)
+    return jax.tree.unflatten(structure, results)
+
+
 def _rehearsed(opt_state: optax.OptState) -> optax.OptState:
-    """A state with other noise to come, and no sums of samples."""
+    """A state with other noise to come, and no sums or counts of samples."""
 
     def replaced(node: Any) -> Any:
         if isinstance(node, Released):
             return node.rehearsed()
+        if isinstance(node, ClipAdaptiveState):
+            counts = jnp.zeros_like(node.counts)
+            return node._replace(released=node.released.rehearsed(), counts=counts)
         return jax.tree.map(jnp.zeros_like, node) if isinstance(node, Running) else node
 
-    return jax.tree.map(
-        replaced, opt_state, is_leaf=lambda node: isinstance(node, Released | Running)
-    )
+    own = Released | ClipAdaptiveState | Running
+    return jax.tree.map(replaced, opt_state, is_leaf=lambda node: isinstance(node, own))
 
 
 def _grads(returned: Any) -> Any:

@@ -17,6 +17,7 @@ from jaxdp.engine.weighting import (
     group_norms,
     sample_weights,
 )
+from jaxdp.per_sample import PerSampleGrads
 
 # What is compiled must round as it does for users.
 pytestmark = pytest.mark.optimized
@@ -131,6 +132,47 @@ def test_a_threshold_that_is_not_a_number_shows() -> None:
 def test_the_largest_threshold_lets_everything_through() -> None:
     weights = sample_weights(rule(thresholds=jnp.array([3e38, 3e38])), NORMS)
     assert np.all(np.asarray(weights) == 1)
+
+
+# Groups and thresholds that do not fit -> what is said.
+UNFIT: dict[str, tuple[Any, Any, type[Exception], str]] = {
+    "gap": ((0, 2, 0), jnp.ones(2), ValueError, r"0, 1, ... without a gap, got \(0, 2, 0\)\. Num"),
+    "from one": ((1, 1, 1), 1.0, ValueError, r"without a gap, got \(1, 1, 1\)\. Number"),
+    "negative": ((0, -1, 0), jnp.ones(2), ValueError, r"groups\[1\] must be at least 0, got -1\. "),
+    "float": ((0, 1.0, 0), jnp.ones(2), TypeError, r"groups\[1\] must be an integer, got 1\.0\. "),
+    "bool": ((0, True, 0), jnp.ones(2), TypeError, r"groups\[1\] must be an integer, got True\. "),
+    "label": (("a", 0, 0), 1.0, TypeError, r"groups\[0\] must be an integer, got 'a'\. Number"),
+    "none": ((None, None, None), 1.0, ValueError, r"without a gap, got \(None, None, None\)\. "),
+    "too few": ((0, 1, 2), jnp.ones(2), ValueError, r"each of its 3 groups, got shape \(2,\)\. "),
+    "too many": ((0, 1, 0), jnp.ones(3), ValueError, r"each of its 2 groups, got shape \(3,\)\. "),
+    "one for two": ((0, 1, 0), 1.0, ValueError, r"each of its 2 groups, got shape \(\)\. Pass"),
+    "a column": ((0, 1, 0), jnp.ones((2, 1)), ValueError, r"got shape \(2, 1\)\. Pass an array"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_rule_that_does_not_fit_says_so(name: str) -> None:
+    groups, thresholds, error, said = UNFIT[name]
+    unfit = ClipRule(groups, thresholds, lambda norms, _: norms)
+    rows = {str(leaf): jnp.ones((4, 2)) for leaf in range(3)}
+    grads = PerSampleGrads.from_arrays(rows)
+    with pytest.raises(error, match=said):
+        grads.clipped_sum(unfit)
+    if "of its" not in said and "shape" not in said:
+        with pytest.raises(error, match=said):
+            grads.norms(groups)
+
+
+def test_what_is_no_rule_is_refused() -> None:
+    grads = PerSampleGrads.from_arrays({"w": jnp.ones((4, 2))})
+    with pytest.raises(TypeError, match="rule must be of type ClipRule, got 1.0. Pass"):
+        grads.clipped_sum(1.0)  # pyright: ignore[reportArgumentType]
+    constant: Any = 1.0
+    with pytest.raises(TypeError, match="weight of a ClipRule must be a function, got 1.0. Pass"):
+        grads.clipped_sum(ClipRule((0,), jnp.ones(()), constant))
+    for thresholds in (jnp.ones(()), jnp.ones(1)):
+        fits = ClipRule((0,), thresholds, lambda norms, _: jnp.ones_like(norms))
+        assert grads.clipped_sum(fits).groups == (0,)
 
 
 GIVEN = GivenWeights((0, 0, 0))

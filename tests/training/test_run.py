@@ -12,8 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.core import Tracer
 
+import jaxdp
 from jaxdp import training
 from jaxdp.accounting import Ledger
 from tests.training import small
@@ -104,20 +107,105 @@ def with_run(replaced: Callable[..., Any]) -> training.Step:
     return step_of(chain())._replace(run=replaced)
 
 
-def test_a_step_that_did_not_run_is_not_charged() -> None:
-    """It raised while it was traced, say: its state was not consumed."""
-    fails, true = Fails(9, broken), step_of(chain())
+@pytest.mark.parametrize("executed", [0, 3])
+@pytest.mark.parametrize("action", [broken, interrupt], ids=["exception", "Ctrl-C"])
+def test_a_step_that_cannot_be_compiled_is_not_charged(
+    executed: int, action: Callable[[], None]
+) -> None:
+    """What raises while it is traced, as a loss that does not fit, or somebody impatient."""
+    before = fit(steps=executed)
+    true = step_of(chain())
+
+    def traced(*arguments: Any) -> Any:
+        action()
+        return true.run(*arguments)
+
+    error = OSError if action is broken else KeyboardInterrupt
+    options: dict[str, Any] = {"ledger": before.ledger, "steps": 8}
+    left = caught(error, state=before.state, step=with_run(jax.jit(traced)), **options)
+    assert left.ledger == before.ledger and int(left.state.step) == executed
+    more = fit(state=left.state, ledger=left.ledger, steps=8)
+    small.assert_same(more._replace(history=[]), fit(steps=8)._replace(history=[]))
+
+
+@pytest.mark.anew
+def test_to_compile_ahead_of_the_charge_compiles_nothing_twice() -> None:
+    true, count = step_of(chain()), [0]
+
+    def traced(*arguments: Any) -> Any:
+        count[0] += 1
+        return true.run(*arguments)
+
+    step: Any = jax.jit(traced, donate_argnums=0)
+    fit(steps=6, step=with_run(step))
+    assert count == [1] and step._cache_size() == 1
+
+
+def eager(true: Any, fails: Fails) -> Callable[..., Any]:
+    """Runs operation by operation, and raises behind the release."""
+
+    def run(*arguments: Any) -> Any:
+        with jax.disable_jit():
+            found = true.run(*arguments)
+        fails()
+        return found
+
+    return run
+
+
+def copying(true: Any, fails: Fails) -> Callable[..., Any]:
+    """Keeps the state that it is given, and raises behind the release."""
+
+    def run(state: Any, *arguments: Any) -> Any:
+        found = true.run(jax.tree.map(jnp.copy, state), *arguments)
+        fails()
+        return found
+
+    return run
+
+
+def seen_to_fail(true: Any, fails: Fails) -> Callable[..., Any]:
+    """Nothing of it has run, but who is to tell?"""
 
     def run(*arguments: Any) -> Any:
         fails()
         return true.run(*arguments)
 
-    # One physical batch a step.
+    return run
+
+
+@pytest.mark.parametrize("kind", [eager, copying, seen_to_fail])
+def test_a_step_that_was_begun_is_charged_though_its_state_is_still_there(kind: Any) -> None:
+    sampler, true = poisson(physical_batch_size=24), step_of(chain())
+    step = with_run(kind(true, Fails(3, broken)))
+    left = caught(OSError, sampler=sampler, steps=8, step=step)
+    assert left.state is None and left.ledger.steps == 3
+    assert [row["step"] for row in left.history] == [2]
+    # And its noise is not drawn again on this ledger.
+    with pytest.raises(ValueError, match="draws must be new to the ledger"):
+        fit(sampler=poisson(2, physical_batch_size=24), ledger=left.ledger)
+
+
+def test_a_run_without_jit_is_charged_for_all_that_it_executed() -> None:
+    """There, a loss or a transformation may raise behind the noise."""
+    released: list[Any] = []
+    fails = Fails(3, broken)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        if not isinstance(updates, Tracer):
+            released.append(updates)
+            fails()
+        return updates, state
+
+    noise = jaxdp.add_noise(2.0, jax.random.key(0))
+    seen = optax.GradientTransformation(lambda params: (), update)
+    behind = optax.chain(noise, seen, optax.sgd(0.1))
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(behind))
     sampler = poisson(physical_batch_size=24)
-    left = caught(OSError, sampler=sampler, steps=12, step=with_run(run))
-    assert left.ledger.steps == int(left.state.step) == 8
-    more = fit(sampler=sampler, state=left.state, ledger=left.ledger, steps=12)
-    assert more.ledger == fit(sampler=sampler, steps=12).ledger
+    with jax.disable_jit():
+        step = training.make_step(jaxdp.per_sample_grads(small.loss_fn), tx)
+        left = caught(OSError, state=small.start(tx), sampler=sampler, step=step)
+    assert left.state is None and left.ledger.steps == len(released) == 3
 
 
 def test_a_step_that_ran_is_charged_whatever_became_of_it() -> None:

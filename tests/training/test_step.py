@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import io_callback
 
 import jaxdp
 from jaxdp import training
@@ -405,29 +406,123 @@ def test_the_rate_of_a_dropout_layer_is_no_parameter() -> None:
     np.testing.assert_array_equal(frozen.norms(), apart(params, batch).norms())
 
 
-@pytest.mark.parametrize("accumulates", [False, True])
-def test_what_stands_behind_the_noise_never_sees_the_coming_noise_alone(accumulates: bool) -> None:
-    """The question which noise is coming runs the chain, and effects are not dead code: the noise
-    of the coming step, and later the same noise with the sum, would tell the sum."""
-    seen: list[np.ndarray] = []
+def spy(tell: Any) -> optax.GradientTransformation:
+    """Behind the noise: gives what it sees to the host."""
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        jax.debug.callback(lambda values: seen.append(np.array(values)), updates)
+        tell(updates)
         return updates, state
 
-    spy = optax.GradientTransformation(lambda params: (), update)
-    behind = optax.chain(jaxdp.add_noise(5.0, KEY), spy, optax.sgd(0.1))
-    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(behind) if accumulates else behind)
+    return optax.GradientTransformation(lambda params: (), update)
+
+
+def in_a_branch(inner: Any) -> Any:
+    """Where effects cannot be taken away from what the branch computes."""
+    within = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        def chosen() -> Any:
+            return within.update(updates, state, params, **extra)
+
+        return jax.lax.cond(jnp.sum(params) < jnp.inf, chosen, chosen)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+BATCH, PRESENT = jnp.zeros((4, 3)).at[1, 0].set(7.0), jnp.ones(4, bool)
+
+
+def asked_and_executed(tx: Any, accumulates: bool) -> list[float]:
+    """Asks before a step, asks amid its batch where it accumulates, and executes it."""
     grads_fn = jaxdp.per_sample_grads(lambda params, x: 0.5 * (params @ x - 1) ** 2)
     step, state = training.make_step(grads_fn, tx), training.init(jnp.zeros(3), tx)
-    batch, mask = jnp.zeros((4, 3)).at[1, 0].set(7.0), jnp.ones(4, bool)
-    assert step.noise_multipliers(state, batch).tolist() == [5.0]
-    if accumulates:  # amid a logical batch, with raw sums in the state
-        state, _ = step.run(state, batch, mask, False)
-    assert step.noise_multipliers(state, batch).tolist() == [5.0]
-    step.run(state, batch, mask, True)
+    announced = step.noise_multipliers(state, BATCH).tolist()
+    if accumulates:
+        state, _ = step.run(state, BATCH, PRESENT, False)
+    assert step.noise_multipliers(state, BATCH).tolist() == announced
+    step.run(state, BATCH, PRESENT, True)
     jax.effects_barrier()
+    return announced
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_what_stands_behind_the_noise_never_sees_the_coming_noise_alone(accumulates: bool) -> None:
+    """The question which noise is coming runs what the noise comes out of, with its effects: the
+    noise of the coming step, and later the same noise with the sum, would tell the sum."""
+    seen: list[np.ndarray] = []
+
+    def tell(updates: Any) -> None:
+        jax.debug.callback(lambda values: seen.append(np.array(values)), updates)
+
+    noise = in_a_branch(optax.chain(jaxdp.add_noise(5.0, KEY), spy(tell)))
+    behind = optax.chain(noise, optax.sgd(0.1))
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.accumulate(behind) if accumulates else behind)
+    assert asked_and_executed(tx, accumulates) == [5.0]
     first, asked, executed = (values.astype(np.float64) for values in seen)
     total = np.array([-2.0 if accumulates else -1.0, 0.0, 0.0])
     assert np.max(np.abs(asked - (executed - total))) > 1
     np.testing.assert_array_equal(asked, first)  # whatever sums the state holds
+
+
+def test_what_stands_around_an_adaptive_clip_never_sees_its_counts() -> None:
+    """Twice the same noise, amid a batch, with other counts of samples."""
+    seen: list[np.ndarray] = []
+    clip: Any = jaxdp.clip_adaptive(
+        1e-3, key=KEY, count_noise_multiplier=6.0, expected_batch_size=4.0
+    )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        bounded, state = clip.update(updates, state, params, **extra)
+        jax.debug.callback(lambda value: seen.append(np.array(value)), state.thresholds)
+        return bounded, state
+
+    told = in_a_branch(optax.GradientTransformationExtraArgs(clip.init, update))
+    tx = optax.chain(told, jaxdp.accumulate(jaxdp.add_noise(5.0, KEY)))
+    assert asked_and_executed(tx, True) == [6.0, 5.0]
+    first, _, asked, executed = seen  # the second one amid the batch, where nothing moves
+    np.testing.assert_array_equal(asked, first)
+    assert executed != asked
+
+
+def to_the_host(seen: list[Any]) -> dict[str, Any]:
+    """What users do with what they want to see."""
+
+    def note(*values: Any) -> None:
+        seen.append(values)
+
+    def counted(values: Any) -> Any:
+        seen.append(values)
+        return np.float32(0.0)
+
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    return {
+        "callback": lambda updates: jax.debug.callback(note, updates),
+        "ordered callback": lambda updates: jax.debug.callback(note, updates, ordered=True),
+        "io": lambda updates: io_callback(counted, scalar, updates),
+        "ordered io": lambda updates: io_callback(counted, scalar, updates, ordered=True),
+        "pure": lambda updates: jax.pure_callback(counted, scalar, updates),
+        "jitted": jax.jit(lambda updates: jax.debug.callback(note, updates)),
+    }
+
+
+@pytest.mark.parametrize("how", to_the_host([]))
+def test_what_stands_behind_the_noise_runs_once_for_a_step(how: str) -> None:
+    """A counter, a log or a plot of the user's tells of steps, not of questions."""
+    seen: list[Any] = []
+    behind = [jaxdp.add_noise(5.0, KEY), spy(to_the_host(seen)[how]), optax.sgd(0.1)]
+    assert asked_and_executed(optax.chain(jaxdp.clip_flat(1.0), *behind), False) == [5.0]
+    assert len(seen) == (how != "pure")  # of which JAX itself knows that nobody needs it
+
+
+def test_a_schedule_that_asks_the_host_is_asked() -> None:
+    """The noise does depend on it."""
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def sigma(step: jax.Array) -> Any:
+        return io_callback(lambda step: np.float32(2 + step), scalar, step)
+
+    tx = optax.chain(jaxdp.clip_flat(1.0), jaxdp.add_noise(sigma, KEY))
+    step, state = made(tx)
+    for expected in (2.0, 3.0):
+        assert step.noise_multipliers(state, EXAMPLES).tolist() == [expected]
+        state, _ = step.run(state, EXAMPLES, ALL, True)
