@@ -3,8 +3,9 @@
     python bench/accounting.py [--only NAME] [--at-most SECONDS]
 
 For each schedule it runs what `fit` runs beside the training: `Budget.allows` before every step, a
-charge, and `Ledger.epsilon` at every report. Times are CPU time; the ledgers and the answers are
-exact. Written to `bench/results/accounting_cpu.json`, unless `--only` leaves out a schedule.
+charge, and `Ledger.epsilon` at every report, in a process of its own, so that no schedule finds the
+answers of another. Times are CPU time; the ledgers and the answers are exact. Written to
+`bench/results/accounting_cpu.json`, unless `--only` leaves out a schedule.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +64,11 @@ def main() -> None:
     print("| schedule | steps | distinct σ | budget, ms/step | reports, ms/step | ε of budget |")
     print("|---|---|---|---|---|---|")
     figures: dict[str, dict[str, Any]] = {}
+    fresh = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)
     for name in SCHEDULES:
         if options.only in name:
-            steps, distinct, asking, reporting, spent = run(name, options.at_most)
+            done = fresh.submit(run, name, options.at_most).result()
+            steps, distinct, asking, reporting, spent = done
             each = 1e3 / max(steps, 1)
             limit = SCHEDULES[name][3]
             print(
@@ -79,6 +84,7 @@ def main() -> None:
                 "epsilon_spent": spent,
                 "epsilon_of_budget": limit,
             }
+    fresh.shutdown()
     if not options.only:
         path = Path(__file__).parent / "results" / "accounting_cpu.json"
         path.write_text(json.dumps({"delta": DELTA, "schedules": figures}, indent=2) + "\n")

@@ -32,6 +32,7 @@ from jaxdp.accounting import (
     dp_event,
     epsilon,
 )
+from jaxdp.accounting import ledger as ledger_module
 from jaxdp.accounting.search import largest_count
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=4)
@@ -424,6 +425,39 @@ def test_largest_count_is_exact_for_any_growth(answer, power, at_most, near, lea
 
     found = largest_count(epsilon_at, (answer + 0.5) ** power, at_most, near)
     assert found == min(max(answer, leap), at_most)
+
+
+@pytest.mark.parametrize("past", [0, 10, 1000, 100_000])
+@pytest.mark.parametrize("power", [0.5, 0.7, 1.0])
+def test_a_count_is_found_by_a_few_questions_whatever_was_spent_before(past, power):
+    """Near the end of a budget ε hardly rises from one step to the next."""
+    for answer in (1, 5, 40, 68, 300, 999, 5000, 1_000_000):
+        asked = set()
+
+        def epsilon_at(steps: int, asked=asked) -> float:
+            asked.add(steps)
+            return (past + steps) ** power
+
+        assert largest_count(epsilon_at, (past + answer + 0.5) ** power, 10_000_000) == answer
+        assert len(asked) <= 12
+
+
+def test_steps_left_near_the_end_of_a_budget_composes_a_few_times(monkeypatch):
+    asked: list[Any] = []
+    seen = ledger_module.epsilon_of
+
+    def counting(*question: Any) -> float:
+        asked.append(question)
+        return seen(*question)
+
+    monkeypatch.setattr(ledger_module, "epsilon_of", counting)
+    spent = Ledger().charge(1.5, PoissonSampling(0.01), 800)
+    limit = spent.charge(1.35, PoissonSampling(0.01), 70).epsilon(DELTA, accountant="rdp")
+    asked.clear()
+    question: Any = {"epsilon": limit, "delta": DELTA, "accountant": "rdp", "at_most": 1000}
+    assert spent.steps_left(1.35, PoissonSampling(0.01), **question) == 70
+    # Each count once: a question of a ledger with thousands of entries is dear even if answered.
+    assert len(asked) == len(set(asked)) <= 8
 
 
 @pytest.mark.sweep

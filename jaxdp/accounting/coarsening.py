@@ -65,7 +65,8 @@ def coarsened(mechanisms: tuple[Counted, ...], *, always: bool = False) -> tuple
             sampling = _joined(sampling, round_up=len(rates) > MAX_DISTINCT_SIGMAS)
         # Reinserting keeps the scheme of the most recent mechanism at the end.
         group = by_scheme.pop(sampling, [])
-        by_scheme[sampling] = [*group, (min(mechanism.noise_multiplier, _MOST_NOISE), count)]
+        group.append((min(mechanism.noise_multiplier, _MOST_NOISE), count))
+        by_scheme[sampling] = group
     sampled = sum(len(group) for sampling, group in by_scheme.items() if sampling is not None)
     rounds = always or sampled > MAX_DISTINCT_SIGMAS
     coarse = [

@@ -19,6 +19,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 
 import dp_accounting
 
@@ -224,9 +225,11 @@ class Ledger(Record):
         def mechanisms_after(steps: int) -> tuple[Counted, ...]:
             return mechanisms_of(supposed(self, sigmas, scheme, steps, drawn).runs)
 
+        @cache
         def epsilon_after(steps: int) -> float:
             return epsilon_of(mechanisms_after(steps), guarantee)
 
+        @cache
         def roughly_after(steps: int) -> float:
             return rough_epsilon_of(mechanisms_after(steps), guarantee)
 

@@ -24,11 +24,12 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from dp_accounting.pld.pld_pmf import DensePLDPmf
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
+
+from jaxdp.accounting.repeated import StepPmf
 
 Floats = NDArray[np.float64]
 
@@ -53,7 +54,7 @@ def pld_of_gaussian(
       0.1269
     """
 
-    def pmf(kind: AdjacencyType, deltas: Callable[[Floats, float, float], Floats]) -> DensePLDPmf:
+    def pmf(kind: AdjacencyType, deltas: Callable[[Floats, float, float], Floats]) -> StepPmf:
         loss = GaussianPrivacyLoss(sigma, sampling_prob=sampling_rate, adjacency_type=kind)
         ends = loss.connect_dots_bounds()
         assert ends.epsilon_lower is not None and ends.epsilon_upper is not None
@@ -69,7 +70,7 @@ def pld_of_gaussian(
     return PrivacyLossDistribution(removed, pmf(AdjacencyType.ADD, _added))
 
 
-def _connected(lower: int, deltas: Floats, interval: float) -> DensePLDPmf:
+def _connected(lower: int, deltas: Floats, interval: float) -> StepPmf:
     """The masses on the grid whose δ is `deltas` there, and above the truth in between."""
     deltas = np.minimum.accumulate(np.clip(deltas, 0, 1))
     if len(deltas) == 1:
@@ -79,7 +80,7 @@ def _connected(lower: int, deltas: Floats, interval: float) -> DensePLDPmf:
         first = 1 - deltas[0] + drops[0] / growth
         inner = (drops[1:] - drops[:-1] * math.exp(interval)) / growth
         probs = np.concatenate([[first], inner, [drops[-1] / math.expm1(-interval)]])
-    return DensePLDPmf(interval, lower, np.maximum(probs, 0), float(deltas[-1]), True)
+    return StepPmf(lower, np.maximum(probs, 0), float(deltas[-1]), interval=interval)
 
 
 def _log_mixture(x: Floats, sigma: float, rate: float, mean: float) -> Floats:

@@ -147,6 +147,13 @@ def boldest_number(
     return good if good == bad else narrowed(epsilon_at, target, good, bad, _LOG_TOLERANCE)
 
 
+def _along(epsilon_at: Callable[[int], float], target: float, before: int, good: int) -> float:
+    """Where the line through two counts reaches the target: where much was spent before them, ε is
+    about a line, of which its ratio to the target says nothing."""
+    rise = epsilon_at(good) - epsilon_at(before)
+    return good + (good - before) * (target - epsilon_at(good)) / rise if rise > 0 else 0.0
+
+
 def largest_count(ask: Callable[[int], float], target: float, at_most: int, near: int = 1) -> int:
     """The largest n with `epsilon_at(n) <= target`, for an increasing function.
 
@@ -184,17 +191,19 @@ def largest_count(ask: Callable[[int], float], target: float, at_most: int, near
             good = trial
         else:
             bad, trial, stride = trial, min(trial - 1, math.floor(trial / stride)), stride**2
+    before = good
     while good < at_most and bad > at_most:
         # ε grows between √n and n; quadrupling would overshoot the first and crawl on the second.
         step = 2.0 if epsilon_at(good) <= 0 else min(target / epsilon_at(good), 64.0) ** 2
         if epsilon_at(good) <= 0 and good == near:
             trial = good + 1  # no slope leads to where ε leaps up from 0, but `near` may lie there
         else:
-            trial = min(max(good + 1, math.ceil(good * max(step, 1.05))), at_most)
+            further = max(good * max(step, 1.05), _along(epsilon_at, target, before, good))
+            trial = min(max(good + 1, math.ceil(further)), at_most)
         if epsilon_at(trial) > target:
             bad = trial
             break
-        good = trial
+        before, good = good, trial
     rounds = 0
     while bad - good > 1:
         rounds += 1

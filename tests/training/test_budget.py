@@ -1,9 +1,11 @@
 """The budget: not one step beyond ε, and not one step short of it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 from jaxdp.accounting import (
     AccountantName,
@@ -167,6 +169,30 @@ def test_the_accountant_is_not_asked_for_every_step(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Ledger, "steps_left", counted)
     ledger = spend(Budget(2.0, DELTA), lambda t: 1.1, POISSON, ledger=Ledger(), at_most=400)
     assert ledger.steps > 50 and len(asked) <= 2
+
+
+def test_a_schedule_under_pld_composes_a_few_kinds_of_steps_for_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More noise multipliers than are composed exactly; and not a step too many or too few."""
+    composed = 0
+    compose = PrivacyLossDistribution.compose
+
+    def counting(self: Any, *arguments: Any) -> Any:
+        nonlocal composed
+        composed += 1
+        return compose(self, *arguments)
+
+    def sigma(step: int) -> float:
+        return 1.5 + 0.5 * math.sin(step / 10)
+
+    monkeypatch.setattr(PrivacyLossDistribution, "compose", counting)
+    scheme = PoissonSampling(0.03)
+    ledger = spend(Budget(1.2, DELTA), sigma, scheme, ledger=Ledger(), at_most=100)
+    assert composed <= 4 * ledger.steps
+    assert 32 < ledger.steps < 100
+    one_more = ledger.charge(sigma(ledger.steps), scheme)
+    assert ledger.epsilon(DELTA) <= 1.2 < one_more.epsilon(DELTA)
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ class SampledGaussian:
                 'one kind: the rounding errors of as many would show. Use accountant="rdp".'
             )
         step = _pld_of_step(self.sampling.sampling_rate, sigma, relation, interval)
-        # To look for the tails of one step takes far longer than to compose it.
+        # Of one step nothing has to be cut off.
         return step if count == 1 else step.self_compose(count)
 
     def rdp(self, relation: RelationName) -> NDArray[np.float64]:
