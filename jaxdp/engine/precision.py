@@ -75,6 +75,8 @@ def as_operand(array: jax.Array, stored: int, held_in: int | None = None) -> jax
       stored: bits of its significand.
       held_in: bits of those it is multiplied with, if they have more.
     """
+    if array.dtype == jnp.bfloat16 and (held_in or stored) <= BFLOAT16:
+        return array
     wide = widened(array)
     if stored < FLOAT32:
         # Not by a cast alone, which XLA may leave out where the result is widened again.
@@ -98,6 +100,18 @@ def multiplied(subscripts: str, a: jax.Array, b: jax.Array, stored: int) -> jax.
     return jnp.einsum(
         subscripts, a, b, precision=precision_of(stored), preferred_element_type=dtype
     )
+
+
+def multiplied_wide(subscripts: str, a: jax.Array, wide: jax.Array, stored: int) -> jax.Array:
+    """`einsum` of an operand and an array that is none, in float32: as a sum of three operands it
+    takes fewer passes than `Precision.HIGHEST`. 3·(stored + 1) bits hold all of float32."""
+    if stored >= FLOAT32:
+        return multiplied(subscripts, widened(a), wide, FLOAT32)
+    total, rest = jnp.zeros((), jnp.float32), wide
+    for _ in range(3):
+        part = as_operand(rest, stored)
+        total, rest = total + multiplied(subscripts, a, part, stored), rest - widened(part)
+    return total
 
 
 def precision_of(stored: int) -> Precision:

@@ -19,6 +19,7 @@ from jax import lax
 
 import jaxdp
 from jaxdp.engine import precision, walker
+from jaxdp.engine.factors import gram, outer
 from jaxdp.engine.numerics import tracing_for
 from tests.engine.test_norm_attacks import (
     CANCELLING,
@@ -222,6 +223,38 @@ def test_sums_of_half_precision_are_taken_in_single(loss_fn: Any, platform: str)
     np.testing.assert_allclose(found, exact(params), rtol=0, atol=2e-5 * np.abs(found).max())
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("positions", [64, 67, 130])
+def test_panels_of_a_gram_matrix_give_its_norm(
+    positions: int, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gram, "_WORTH_PANELS_ELSEWHERE", 0.0)
+    u, v = random(positions, 8), random(positions, 5, seed=1)
+    bits = STORED[platform]
+    u, v = (rounded(side, bits).astype(np.float32) for side in (u, v))
+    true = np.linalg.norm(np.einsum("btd,btp->bdp", u, v).reshape(ROWS, -1), axis=1)
+    with tracing_for(platform):
+        operands = [precision.as_operand(jnp.asarray(side), bits) for side in (u, v)]
+        panels = gram.grams(*operands, bits)
+        assert len(panels[0].panels) == 4
+        # As if the weight were not rounded, which is another test's.
+        got = np.asarray(gram.gram_norms(*panels, precision.FLOAT32))
+    assert np.all((true <= got) & (got <= 1.01 * true))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_an_array_that_is_no_operand_is_multiplied_whole(platform: str) -> None:
+    a, wide = random(5, 30)[0], random(7, 30, seed=1)[0]
+    wide = wide * np.float32(10.0) ** np.arange(-15, 15, dtype=np.float32)
+    bits = STORED[platform]
+    with tracing_for(platform):
+        operand = precision.as_operand(jnp.asarray(a), bits)
+        got = precision.multiplied_wide("td,sd->ts", operand, jnp.asarray(wide), bits)
+    exact = rounded(a, bits) @ wide.astype(np.float64).T
+    terms = np.abs(rounded(a, bits)) @ np.abs(wide.astype(np.float64)).T
+    assert np.all(np.abs(got - exact) <= 40 * 2.0**-24 * terms)
+
+
 # ---- attacks ------------------------------------------------------------------------------------
 
 
@@ -265,8 +298,6 @@ def test_without_the_roundoff_of_the_weight_it_would_not(
     name: str, platform: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The roundoff of the table is the right one: an attack reaches nine tenths of it."""
-    from jaxdp.engine.factors import gram, outer
-
     for module in (gram, outer):
         monkeypatch.setattr(module, "weight_roundoff", lambda stored: 0.0)
     jax.clear_caches()

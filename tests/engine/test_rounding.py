@@ -113,7 +113,7 @@ def test_inner_products_have_the_roundings_that_they_say(positions: int, length:
     if positions * length > 3_000_000:
         length //= 10
     vectors = jnp.asarray(equal(length)[:1].repeat(positions, axis=0))
-    products, off = gram.inner_products(vectors, FLOAT32)
+    (products,), off = gram.inner_products(vectors, FLOAT32)
     true = float(np.float64(vectors[0, 0]) ** 2 * length)
     error = np.max(np.abs(np.asarray(products, np.float64) - true)) / true
     assert error <= rounding.gamma(off, jnp.float32)

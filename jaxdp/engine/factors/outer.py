@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from jaxdp.engine.boxes import Box, Dim, Target, split_loops
 from jaxdp.engine.factors.base import Factored, factored, static
-from jaxdp.engine.factors.gram import Gram, gram_norms, lengths_of, mass, sum_error
+from jaxdp.engine.factors.gram import gram_norms, grams, lengths_of, mass, sum_error
 from jaxdp.engine.factors.materialized import Materialized
 from jaxdp.engine.numerics import widened
 from jaxdp.engine.precision import (
@@ -188,7 +188,7 @@ class OuterProducts:
             product = (norms(widened(u)) * norms(widened(v)))[..., 0]
             slices = rounded_up(product * (1 + weight_roundoff(self.stored)), 2 + 4)
         else:
-            slices = gram_norms(Gram.of(u, self.stored), Gram.of(v, self.stored), self.stored)
+            slices = gram_norms(*grams(u, v, self.stored), self.stored)
         return joint_norm(slices)
 
     def certified_norms_elsewhere(self) -> jax.Array:

@@ -304,7 +304,7 @@ class Patches:
         """Of one sample, from the Gram matrices."""
         padded = self.window.padded(images)
         pixels = jnp.swapaxes(self._grouped(padded), 1, 2)
-        gram, off = inner_products(pixels, self.stored)
+        (gram,), off = inner_products(pixels, self.stored)
         positions = padded.shape[1:-1]
         gram = gram.reshape(*gram.shape[:2], *positions, *positions)
 
@@ -314,10 +314,10 @@ class Patches:
 
         offsets = self.window.offsets()
         v_gram = Gram.of(jnp.swapaxes(self._grouped(cotangents), 1, 2), self.stored)
-        products = reduce(jnp.add, map(at_both_positions, offsets)).reshape(v_gram.products.shape)
+        products = reduce(jnp.add, map(at_both_positions, offsets)).reshape(v_gram.panels[0].shape)
         # By Cauchy–Schwarz over the offsets, errors relative to pixels are so to patches, too.
         terms = len(offsets) * pixels.shape[-1]
-        u_gram = Gram.of_products(products, terms, off + len(offsets) - 1)
+        u_gram = Gram.of_panels([products], terms, off + len(offsets) - 1)
         return joint_norm(gram_norms(u_gram, v_gram, self.stored).reshape(-1))
 
     def _sum_error(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
