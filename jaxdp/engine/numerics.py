@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxdp.engine.platforms import tracing_for as tracing_for
 from jaxdp.engine.rounding import least_weight, total
 
 

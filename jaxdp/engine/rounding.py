@@ -23,15 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# −log2 u in float32 and float64 for products that ask for `Precision.HIGHEST`, by backend.
+from jaxdp.engine.platforms import platform
+
+# −log2 u in float32 and float64 by platform, for products that ask for `Precision.HIGHEST`, and for
+# operands that one pass multiplies exactly (`engine.precision`).
 # - cpu: IEEE 754, rounded to nearest.
-# - gpu: the same; HIGHEST excludes TF32 (NVIDIA, "CUDA C++ Programming Guide", mathematical
-#   functions: + × and fused ones are correctly rounded).
+# - gpu: a matrix unit multiplies operands of 11 bits exactly, and truncates sums (Fasi, Higham,
+#   Mikaitis, Pranesh 2021, "Numerical Behavior of NVIDIA Tensor Cores"); elsewhere, and in float64,
+#   + × and fused ones are rounded to nearest (NVIDIA, "CUDA C++ Programming Guide").
 # - elsewhere, so on TPUs, HIGHEST splits factors into three bfloat16 and adds six products (Henry,
 #   Tang, Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype for
-#   Higher-Precision Computations"), and sums inside of a unit are truncated (Fasi, Higham,
-#   Mikaitis, Pranesh 2021, "Numerical Behavior of NVIDIA Tensor Cores"); float64 is software.
-_BITS = {"cpu": (24, 53), "gpu": (24, 53)}
+#   Higher-Precision Computations"), and sums are truncated, too; float64 is software.
+_BITS = {"cpu": (24, 53), "gpu": (22, 53)}
 _BITS_ELSEWHERE = (22, 40)
 
 # Roundings that a square root or a quotient counts for. GPUs approximate both within 2 units in
@@ -43,8 +46,8 @@ _BLOCK = 64
 
 
 def unit_roundoff(dtype: Any) -> float:
-    """u of float32 or float64 where this program runs."""
-    single, double = _BITS.get(jax.default_backend(), _BITS_ELSEWHERE)
+    """u of float32 or float64 on the platform that is traced for."""
+    single, double = _BITS.get(platform(), _BITS_ELSEWHERE)
     return 2.0 ** -(double if jnp.finfo(dtype).bits > 32 else single)
 
 
@@ -85,7 +88,7 @@ def _block_sums(terms: jax.Array) -> jax.Array:
     length = terms.shape[-1]
     blocks = -(-length // _BLOCK)
     rest = blocks * _BLOCK - length
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # Here a reduction of reshaped terms writes them down first, ten times slower.
         window = (1,) * (terms.ndim - 1) + (_BLOCK,)
         padding = [(0, 0)] * (terms.ndim - 1) + [(0, rest)]

@@ -33,6 +33,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxdp.engine.numerics import square_sums
+from jaxdp.engine.platforms import platform
 from jaxdp.engine.rounding import roundings, unit_roundoff
 
 UNIT = 2.0**-24
@@ -66,14 +67,14 @@ def product(count: int, precision: Any = jax.lax.Precision.HIGHEST) -> float:
       precision: the precision that the equation names; an unknown algorithm counts as the least
         precise one.
     """
-    platform = jax.default_backend()
+    where = platform()
     error = gamma(count + 1, unit_roundoff(jnp.float32))
     asked = set(precision) if isinstance(precision, tuple) else {precision}
     if not asked <= {None, *jax.lax.Precision}:
         return error + _OPERANDS["tpu"]
-    if asked == {jax.lax.Precision.HIGHEST} or platform == "cpu":
+    if asked == {jax.lax.Precision.HIGHEST} or where == "cpu":
         return error
-    return error + _OPERANDS.get(platform, _OPERANDS["tpu"])
+    return error + _OPERANDS.get(where, _OPERANDS["tpu"])
 
 
 def up(bound: ArrayLike, count: int = 0) -> jax.Array:

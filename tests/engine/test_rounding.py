@@ -10,6 +10,7 @@ import pytest
 from jaxdp.engine import rounding, walker
 from jaxdp.engine.factors import gram
 from jaxdp.engine.numerics import scale_rows
+from jaxdp.engine.precision import FLOAT32
 
 # What is compiled must round as it does for users.
 pytestmark = pytest.mark.optimized
@@ -100,7 +101,7 @@ def test_a_joint_norm_is_finite_if_all_of_its_parts_are(bad: float) -> None:
 def test_a_certificate_is_infinite_where_the_sum_is_not_finite() -> None:
     """A floor under −∞ would be a norm of next to nothing."""
     squared = jnp.array([-jnp.inf, jnp.inf, jnp.nan, -1.0, 0.0])
-    got = gram.certificate(squared, jnp.ones(5), 100, 4)
+    got = gram.certificate(squared, jnp.ones(5), 100, 4, FLOAT32)
     assert np.isfinite(got).tolist() == [False, False, False, True, True]
     assert np.all(np.asarray(got[3:]) >= math.sqrt(100 * U))
 
@@ -112,7 +113,7 @@ def test_inner_products_have_the_roundings_that_they_say(positions: int, length:
     if positions * length > 3_000_000:
         length //= 10
     vectors = jnp.asarray(equal(length)[:1].repeat(positions, axis=0))
-    products, off = gram.inner_products(vectors)
+    (products,), off = gram.inner_products(vectors, FLOAT32)
     true = float(np.float64(vectors[0, 0]) ** 2 * length)
     error = np.max(np.abs(np.asarray(products, np.float64) - true)) / true
     assert error <= rounding.gamma(off, jnp.float32)

@@ -23,13 +23,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 
 from jaxdp.engine.boxes import Box, Dim, Target, split_loops
 from jaxdp.engine.factors.base import Factored, factored, static
-from jaxdp.engine.factors.gram import Gram, gram_norms, lengths_of, mass, sum_error
+from jaxdp.engine.factors.gram import gram_norms, grams, lengths_of, mass, sum_error
 from jaxdp.engine.factors.materialized import Materialized
-from jaxdp.engine.numerics import scale_rows, widened
+from jaxdp.engine.numerics import widened
+from jaxdp.engine.precision import (
+    FLOAT32,
+    as_operand,
+    multiplied,
+    weight_roundoff,
+    weighted_operand,
+)
 from jaxdp.engine.rounding import joint_norm, norms, rounded_up
 from jaxdp.engine.sums import in_blocks
 
@@ -97,6 +103,7 @@ class Product:
       layout: which of their axes belong together.
       window: the box of the kernel that the gradients are with respect to.
       loops: the enclosing scans.
+      stored: bits of the significands that are multiplied (`engine.precision`).
       turned: whether inputs and outputs of the kernel have changed places.
     """
 
@@ -105,10 +112,11 @@ class Product:
     layout: Layout = static()
     window: Box = static()
     loops: tuple[Dim, ...] = static()
+    stored: int = static()
     turned: bool = static()
 
-    def vectors(self) -> tuple[jax.Array, jax.Array]:
-        """u `[B, E, T, d]` and v `[B, E, T, p]`."""
+    def vectors(self, held_in: int) -> tuple[jax.Array, jax.Array]:
+        """u `[B, E, T, d]` and v `[B, E, T, p]`, operands that are held in so many bits."""
         batch, contract, shared, free = self.layout
         u = _arranged(
             self._within(self.activation, [*((k, a) for k, a, _ in batch), *contract]),
@@ -122,7 +130,7 @@ class Product:
             [axis for _, axis in shared],
             [axis for _, axis in free],
         )
-        u, v = widened(u), widened(v)
+        u, v = (as_operand(side, self.stored, held_in) for side in (u, v))
         return (v, u) if self.turned else (u, v)
 
     def _within(self, array: jax.Array, axes: Iterable[tuple[int, int]]) -> jax.Array:
@@ -157,9 +165,15 @@ class OuterProducts:
         u, v = jax.eval_shape(OuterProducts.vectors, self)
         return ProductExtent(u.shape[1], u.shape[2], u.shape[3], v.shape[3])
 
+    @property
+    def stored(self) -> int:
+        """Bits of the significands that are multiplied: the most that one of the products has."""
+        return max(product.stored for product in self.products)
+
     def vectors(self) -> tuple[jax.Array, jax.Array]:
         """u `[B, E, T, d]` and v `[B, E, T, p]` of all products."""
-        inputs, outputs = zip(*(product.vectors() for product in self.products), strict=True)
+        each = [product.vectors(self.stored) for product in self.products]
+        inputs, outputs = zip(*each, strict=True)
         if len(self.products) == 1:
             return inputs[0], outputs[0]
         return jnp.concatenate(inputs, axis=2), jnp.concatenate(outputs, axis=2)
@@ -171,19 +185,20 @@ class OuterProducts:
         u, v = self.vectors()
         if self.form == "outer product":
             # The weight may be cast, and is multiplied into one of the two; one product of these.
-            slices = rounded_up((norms(u) * norms(v))[..., 0], 1 + 4)
+            product = (norms(widened(u)) * norms(widened(v)))[..., 0]
+            slices = rounded_up(product * (1 + weight_roundoff(self.stored)), 2 + 4)
         else:
-            slices = gram_norms(Gram.of(u), Gram.of(v))
+            slices = gram_norms(*grams(u, v, self.stored), self.stored)
         return joint_norm(slices)
 
     def certified_norms_elsewhere(self) -> jax.Array:
         if self.form != "rows":
             return self.certified_norms()
-        # Both the matrices here and the sum there are off by `sum_error`.
+        # Both the matrices here and the sum there are off; weights are rounded there alone.
         u, v = self.vectors()
-        error = sum_error(mass(lengths_of(u), lengths_of(v)), u.shape[2])
-        matrices = self._materialized().certified_norms()
-        return rounded_up(matrices + 2 * joint_norm(error), 2)
+        whole, positions = mass(lengths_of(u), lengths_of(v)), u.shape[2]
+        error = sum_error(whole, positions, FLOAT32) + sum_error(whole, positions, self.stored)
+        return rounded_up(self._materialized().certified_norms() + joint_norm(error), 3)
 
     def rows(self) -> jax.Array:
         return self._materialized().rows()
@@ -192,12 +207,12 @@ class OuterProducts:
         u, v = self.vectors()
         # The weights go to the smaller factor; the sum over samples is part of the product.
         if u.shape[-1] < v.shape[-1]:
-            u = scale_rows(weights, u)
+            u = weighted_operand(weights, u, self.stored)
         else:
-            v = scale_rows(weights, v)
+            v = weighted_operand(weights, v, self.stored)
 
         def contract(u: jax.Array, v: jax.Array) -> jax.Array:
-            return jnp.einsum("betd,betp->edp", u, v, precision=Precision.HIGHEST)
+            return multiplied("betd,betp->edp", u, v, self.stored)
 
         total = in_blocks(contract, u, v)
         return self.target.place(total.reshape([dim.size for dim in self.dims.all]), self.dims.all)
@@ -219,7 +234,7 @@ class OuterProducts:
 
     def _materialized(self) -> Materialized:
         u, v = self.vectors()
-        matrices = jnp.einsum("betd,betp->bedp", u, v, precision=Precision.HIGHEST)
+        matrices = multiplied("betd,betp->bedp", u, v, self.stored)
         values = matrices.reshape(matrices.shape[0], *(dim.size for dim in self.dims.all))
         return Materialized(values, self.dims.all, self.target, "per-sample matrices")
 

@@ -20,12 +20,13 @@ import math
 from collections.abc import Callable
 from functools import partial, reduce
 from itertools import product
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.lax import ConvDimensionNumbers, Precision
 
+from jaxdp.engine import walker
 from jaxdp.engine.boxes import Dim, Target
 from jaxdp.engine.factors.base import Factored, factored, static
 from jaxdp.engine.factors.gram import (
@@ -38,8 +39,17 @@ from jaxdp.engine.factors.gram import (
     sum_error,
 )
 from jaxdp.engine.factors.materialized import Materialized
-from jaxdp.engine.numerics import scale_rows, widened
+from jaxdp.engine.numerics import accumulation_dtype, widened
+from jaxdp.engine.platforms import platform
+from jaxdp.engine.precision import (
+    FLOAT32,
+    as_operand,
+    multiplied,
+    precision_of,
+    weighted_operand,
+)
 from jaxdp.engine.rounding import joint_norm, rounded_up, roundings, total
+from jaxdp.engine.walker import Equation, Path
 
 # How many entries of patches are in memory at once, if that is more than those of one sample: on
 # a CPU what fits the caches.
@@ -120,7 +130,7 @@ class Geometry(NamedTuple):
     kernel: ImageAxes
     output: ImageAxes
 
-    def convolve(self, images: jax.Array, kernel: jax.Array) -> jax.Array:
+    def convolve(self, images: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
         """From images and to outputs `[N, *spatial, features]`."""
         window = self.window
         output = jax.lax.conv_general_dilated(
@@ -134,9 +144,30 @@ class Geometry(NamedTuple):
                 self.image.spec, self.kernel.spec, self.output.spec
             ),
             feature_group_count=self.groups,
-            precision=Precision.HIGHEST,
+            precision=precision,
         )
         return jnp.transpose(output, self.output.to_last)
+
+    def kernel_gradient(
+        self, images: jax.Array, cotangents: jax.Array, sizes: list[int], stored: int
+    ) -> jax.Array:
+        """The gradient with respect to a kernel of these sizes, summed over images `[N, ...]`, in
+        float32 at least; operands store so many bits."""
+        kernel = jax.ShapeDtypeStruct(sizes, images.dtype)
+
+        def transposed(images: jax.Array, cotangents: jax.Array) -> jax.Array:
+            fun = partial(self.convolve, images, precision=precision_of(stored))
+            return cast(Any, jax).linear_transpose(fun, kernel)(cotangents)[0]
+
+        program, _ = walker.trace(transposed, images, cotangents)
+        wide = accumulation_dtype(images.dtype)
+
+        def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
+            # JAX gives the sum of products of bfloat16 as bfloat16.
+            changed = {"preferred_element_type": wide} if eqn.name == "conv_general_dilated" else {}
+            return eqn.bind(values, **changed)
+
+        return walker.evaluate(program, [images, cotangents], rule)[0]
 
 
 class PatchExtent(NamedTuple):
@@ -175,6 +206,7 @@ class Patches:
       geometry: what the convolution does.
       slices: the E axes of the kernel in the leaf.
       dims: the axes of the kernel in the leaf, in its own order.
+      stored: bits of the significands that are multiplied (`engine.precision`).
       target: where they belong.
     """
 
@@ -183,6 +215,7 @@ class Patches:
     geometry: Geometry = static()
     slices: tuple[Dim, ...] = static()
     dims: tuple[Dim, ...] = static()
+    stored: int = static()
     target: Target = static()
 
     @property
@@ -224,16 +257,17 @@ class Patches:
     def certified_norms_elsewhere(self) -> jax.Array:
         if self.form != "rows":
             return self.certified_norms()
-        # Both the kernels here and the sum there are off by `sum_error`.
+        # Both the kernels here and the sum there are off; weights are rounded there alone.
         error = jax.vmap(self._sum_error)(self.images, self.cotangents)
-        return rounded_up(self._materialized().certified_norms() + 2 * error, 2)
+        return rounded_up(self._materialized().certified_norms() + error, 2)
 
     def rows(self) -> jax.Array:
         return self._materialized().rows()
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
-        images, cotangents = widened(self.images), scale_rows(weights, self.cotangents)
-        return self._kernel_gradient(images, cotangents)
+        cotangents = as_operand(self.cotangents, self.stored)
+        cotangents = weighted_operand(weights, cotangents, self.stored)
+        return self._kernel_gradient(as_operand(self.images, self.stored), cotangents)
 
     def join(self, other: Factored) -> Factored | None:
         return None
@@ -251,25 +285,26 @@ class Patches:
 
     def _kernel(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
         """Of one sample: `[E, g, k, c/g, o/g]`."""
-        padded, offsets = self.window.padded(widened(images)), self.window.offsets()
+        images = as_operand(images, self.stored)
+        padded, offsets = self.window.padded(images), self.window.offsets()
         shifts = [self.window.under(offset, padded, first_axis=2) for offset in offsets]
         if self.groups == padded.shape[-1] == cotangents.shape[-1]:
             # Depthwise: as products of one entry each, matrices would be slower.
-            v = widened(cotangents)
+            v = widened(as_operand(cotangents, self.stored))
             positions = tuple(range(1, v.ndim - 1))
-            entries = [jnp.sum(shift * v, axis=positions) for shift in shifts]
+            entries = [jnp.sum(widened(shift) * v, axis=positions) for shift in shifts]
             return jnp.stack(entries, axis=-1)[..., None, None]
         patches = jnp.stack(shifts, axis=-2)
         lead, k = patches.shape[0], len(offsets)
         u = patches.reshape(lead, -1, k, self.groups, patches.shape[-1] // self.groups)
         v = self._grouped(cotangents)
-        return jnp.einsum("etkgc,etgo->egkco", u, v, precision=Precision.HIGHEST)
+        return multiplied("etkgc,etgo->egkco", u, v, self.stored)
 
     def _certified_norm(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
         """Of one sample, from the Gram matrices."""
         padded = self.window.padded(images)
         pixels = jnp.swapaxes(self._grouped(padded), 1, 2)
-        gram, off = inner_products(pixels)
+        (gram,), off = inner_products(pixels, self.stored)
         positions = padded.shape[1:-1]
         gram = gram.reshape(*gram.shape[:2], *positions, *positions)
 
@@ -278,29 +313,31 @@ class Patches:
             return self.window.under(offset, rows, first_axis=3 + len(positions))
 
         offsets = self.window.offsets()
-        v_gram = Gram.of(jnp.swapaxes(self._grouped(cotangents), 1, 2))
-        products = reduce(jnp.add, map(at_both_positions, offsets)).reshape(v_gram.products.shape)
+        v_gram = Gram.of(jnp.swapaxes(self._grouped(cotangents), 1, 2), self.stored)
+        products = reduce(jnp.add, map(at_both_positions, offsets)).reshape(v_gram.panels[0].shape)
         # By Cauchy–Schwarz over the offsets, errors relative to pixels are so to patches, too.
         terms = len(offsets) * pixels.shape[-1]
-        u_gram = Gram.of_products(products, terms, off + len(offsets) - 1)
-        return joint_norm(gram_norms(u_gram, v_gram).reshape(-1))
+        u_gram = Gram.of_panels([products], terms, off + len(offsets) - 1)
+        return joint_norm(gram_norms(u_gram, v_gram, self.stored).reshape(-1))
 
     def _sum_error(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
-        """Of one sample: `gram.sum_error` of the patches and the cotangents."""
+        """Of one sample: `gram.sum_error` of the patches and the cotangents, with and without the
+        rounding of the weight."""
         padded, offsets = self.window.padded(images), self.window.offsets()
         pixels = self._grouped(padded)
-        squares = total(jnp.square(pixels)).reshape(*padded.shape[:-1], self.groups)
+        squares = total(jnp.square(widened(pixels))).reshape(*padded.shape[:-1], self.groups)
         windows = [self.window.under(offset, squares, first_axis=2) for offset in offsets]
         patches = reduce(jnp.add, windows).reshape(images.shape[0], -1, self.groups)
         off = roundings(pixels.shape[-1]) + len(offsets) - 1
         u = lengths_of_squares(patches, off, len(offsets) * pixels.shape[-1])
         v = lengths_of(self._grouped(cotangents))
         whole = mass(jnp.swapaxes(u, 1, 2), jnp.swapaxes(v, 1, 2))
-        return joint_norm(sum_error(whole, u.shape[1]).reshape(-1))
+        error = sum_error(whole, u.shape[1], FLOAT32) + sum_error(whole, u.shape[1], self.stored)
+        return rounded_up(joint_norm(error.reshape(-1)), 1)
 
     def _grouped(self, images: jax.Array) -> jax.Array:
-        """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`."""
-        return widened(images).reshape(
+        """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`, as they are multiplied."""
+        return as_operand(images, self.stored).reshape(
             images.shape[0], -1, self.groups, images.shape[-1] // self.groups
         )
 
@@ -320,11 +357,10 @@ class Patches:
     def _kernel_gradient(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
         """The ordinary gradient with respect to the kernel, summed over the batch."""
 
+        sizes = [dim.size for dim in self.dims]
+
         def gradient(images: jax.Array, cotangents: jax.Array) -> jax.Array:
-            kernel = jnp.zeros([dim.size for dim in self.dims], images.dtype)
-            fun = partial(self.geometry.convolve, images)
-            pull_back = cast(Callable[..., tuple[jax.Array]], jax.vjp(fun, kernel)[1])
-            return pull_back(cotangents)[0]
+            return self.geometry.kernel_gradient(images, cotangents, sizes, self.stored)
 
         def of_pair(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
             return gradient(*pair)
@@ -339,8 +375,8 @@ class Patches:
             kernels = gradient(images[0], cotangents[0])[None]
         else:  # in turns: their batched form is a grouped convolution, an order slower
             kernels = cast(jax.Array, jax.lax.map(of_pair, (images, cotangents)))
-        sizes = [dim.size for dim in self.slices]
-        kernels = kernels.reshape(*sizes, *kernels.shape[1:])
+        slices = [dim.size for dim in self.slices]
+        kernels = kernels.reshape(*slices, *kernels.shape[1:])
         return self.target.place(kernels, (*self.slices, *self.dims))
 
 
@@ -348,7 +384,7 @@ def _map_samples(
     fun: Callable[..., jax.Array], patch_entries: int, *arrays: jax.Array
 ) -> jax.Array:
     """`vmap` over the samples, a few at a time."""
-    limit = _PATCHES_AT_ONCE.get(jax.default_backend(), _PATCHES_ELSEWHERE) // patch_entries
+    limit = _PATCHES_AT_ONCE.get(platform(), _PATCHES_ELSEWHERE) // patch_entries
     # A power of two divides most batches; for a rest XLA compiles everything twice.
     at_once = 2 ** max(0, limit.bit_length() - 1)
     while at_once > 1 and arrays[0].shape[0] % at_once:

@@ -17,13 +17,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 
 from jaxdp.engine.boxes import Dim, Target
 from jaxdp.engine.factors.base import Factored, factored, static
-from jaxdp.engine.factors.gram import Gram, certificate, gram_sum, mass, sum_error
+from jaxdp.engine.factors.gram import certificate, gram_sum, grams, mass, sum_error
 from jaxdp.engine.factors.outer import OuterProducts
 from jaxdp.engine.numerics import scale_rows, widened
+from jaxdp.engine.precision import FLOAT32, multiplied_wide
 from jaxdp.engine.rounding import lost, norms, rounded_up, roundings, total, unit_roundoff
 from jaxdp.engine.sums import BLOCK, Running, as_blocks, row_norms
 from jaxdp.varying import zeros
@@ -64,7 +64,8 @@ class LookedUp:
         # Of one-hot vectors u: both the rows here and the sum there are off by `sum_error`.
         lengths = norms(widened(self.cotangents))
         positions = lengths.shape[1]
-        error = sum_error(rounded_up(total(lengths), roundings(positions)), positions)
+        whole = rounded_up(total(lengths), roundings(positions))
+        error = sum_error(whole, positions, FLOAT32)
         return rounded_up(self.prepared().certified_norms() + 2 * error, 2)
 
     def rows(self) -> jax.Array:
@@ -153,23 +154,26 @@ class Tied:
         Ids are distinct, so that Σ_s |u[t, i_s]| ‖w_s‖ ≤ ‖u_t‖ ‖L‖; the terms of the cross sum are
         2 S ‖L‖ together, and all of them (S + ‖L‖)². Adding up the three takes three roundings.
         """
+        stored = self.products.stored
         u, v = (side[:, 0] for side in self.products.vectors())
         w, ids = widened(self.looked_up.cotangents), self.looked_up.ids
         # [B, T, S]: the vocabulary side of every position at every looked-up id.
-        at_ids = jax.vmap(partial(jnp.take, axis=1))(u, ids)
-        inner = jnp.einsum("btp,bsp->bts", v, w, precision=Precision.HIGHEST)
+        at_ids = jax.vmap(partial(jnp.take, axis=1))(widened(u), ids)
+        # Rows that were added up are no operands of one pass.
+        inner = multiplied_wide("btp,bsp->bts", v, w, stored)
         positions, looked_up = inner.shape[1:]
         cross = total(total(at_ids * inner))
-        crossed = w.shape[-1] + roundings(positions) + roundings(looked_up)
+        # Three more for a sum of three products.
+        crossed = w.shape[-1] + 3 + roundings(positions) + roundings(looked_up)
 
-        u_gram, v_gram = Gram.of(u), Gram.of(v)
+        u_gram, v_gram = grams(u, v, stored)
         alone, off = gram_sum(u_gram, v_gram)
         rows = self._looked_up_norms(w)
         whole = mass(u_gram.lengths, v_gram.lengths) + rows
         squared = alone + rows * rows + 2 * cross
         # As many positions have no fewer roundings, in either sum, nor less to lose.
         count = 2 * max(positions, looked_up)
-        return certificate(squared, rounded_up(whole, 1), max(off, crossed) + 3, count)
+        return certificate(squared, rounded_up(whole, 1), max(off, crossed) + 3, count, stored)
 
     def _looked_up_norms(self, w: jax.Array) -> jax.Array:
         """‖L‖ `[B]`, with √e for each looked-up row, so that the theorem counts underflow; unused

@@ -13,6 +13,7 @@ from jaxdp.engine.boxes import distinct, split_loops
 from jaxdp.engine.factors.outer import Layout, MatrixDims, OuterProducts, Product
 from jaxdp.engine.factors.patches import Geometry, ImageAxes, Patches, Window
 from jaxdp.engine.kinds.base import Record, refuse_repeats
+from jaxdp.engine.precision import stored_bits
 from jaxdp.engine.views import Part, View
 from jaxdp.engine.walker import Equation
 
@@ -52,6 +53,7 @@ class Convolution:
             geometry=geometry,
             slices=distinct(part.loops),
             dims=part.dims,
+            stored=stored_bits(record.eqn, record.operand),
             target=record.target,
         )
         pointwise = math.prod(patches.window.sizes) == 1 and patches.groups == 1
@@ -71,7 +73,7 @@ def _products(patches: Patches, part: Part) -> OuterProducts:
         free=((kernel.batch, channels),),
     )
     cotangents = patches.cotangents[:, 0]
-    product = Product(pixels, cotangents, layout, part.window, (), turned=False)
+    product = Product(pixels, cotangents, layout, part.window, (), patches.stored, turned=False)
     dims = MatrixDims((), (part.dims[kernel.features],), (part.dims[kernel.batch],))
     return OuterProducts((product,), dims, patches.target)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxdp.engine.boxes import distinct
 from jaxdp.engine.factors.outer import Layout, MatrixDims, OuterProducts, Product
 from jaxdp.engine.kinds.base import Record, refuse_repeats
+from jaxdp.engine.precision import stored_bits
 from jaxdp.engine.views import Part, View
 from jaxdp.engine.walker import Equation
 
@@ -40,7 +41,13 @@ class DotGeneral:
         )
         (activation,) = record.captured
         product = Product(
-            activation, record.cotangent, layout, part.window, part.loops, turned=False
+            activation,
+            record.cotangent,
+            layout,
+            part.window,
+            part.loops,
+            stored_bits(record.eqn, record.operand),
+            turned=False,
         )
         return OuterProducts((product,), dims, record.target)
 

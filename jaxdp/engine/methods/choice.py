@@ -20,6 +20,7 @@ from jaxdp.engine.methods import METHODS
 from jaxdp.engine.methods.base import Method, distinct_bytes
 from jaxdp.engine.methods.dense import Dense
 from jaxdp.engine.plan import Plan, TracedLoss, one_example
+from jaxdp.engine.platforms import platform
 from jaxdp.engine.reduction import Batch, LeafLoss
 
 # What "auto" chooses from, the preferred one first.
@@ -151,7 +152,7 @@ def _within(
 
 def _worth_a_loop(plan: Plan) -> float:
     """How many bytes a microbatch must keep for its work to hide the overhead of a loop."""
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return 2.0**26
     # XLA runs convolutions in loops twenty times slower on a CPU.
     slow = any(use.eqn.name == "conv_general_dilated" for use in plan.uses.values())

@@ -37,7 +37,6 @@ from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 
 from jaxdp.engine import instrument
 from jaxdp.engine.assemble import LeafGradients, assemble, joined_norms
@@ -51,6 +50,7 @@ from jaxdp.engine.methods.settle import nothing_seen, settle
 from jaxdp.engine.methods.slots import Slots, with_twins, zero_slots
 from jaxdp.engine.numerics import accumulation_dtype, held
 from jaxdp.engine.plan import Plan, TracedLoss
+from jaxdp.engine.precision import FLOAT32, as_operand, multiplies, precision_of, stored_bits
 from jaxdp.engine.reduction import Batch, Reduction, Rows, stacked
 from jaxdp.engine.rounding import ROOT, lost, rounded_up
 from jaxdp.engine.sums import BLOCK
@@ -248,34 +248,39 @@ def _tap(
     output, *rest = use.eqn.bind(of_sample)
     # The gate is made of the accumulator, which is zero, since that is mapped over the samples.
     closed = jnp.sum(jax.lax.stop_gradient(accumulator))
-    by_parameter, gate = _gated(use.eqn.bind(of_parameter, **_precise(use))[0], closed)
+    stored = stored_bits(use.eqn, use.operand)
+    precise: dict[str, Any] = {}
+    if multiplies(use.eqn):
+        # As wide as before, for an equation that takes no others; its product is of fewer bits.
+        other = 1 - use.operand
+        of_parameter[other] = as_operand(apart[other], stored, held_in=FLOAT32)
+        precise = {"precision": (precision_of(stored),) * 2}
+    by_slot = use.eqn.bind(of_parameter, **precise)[0]
+    by_parameter, gate = _gated(stored, by_slot, closed)
     operands = jax.tree.map(jax.lax.stop_gradient, instrument.captured(use, values))
     output = _watched(use, instrument.attach(output, by_parameter), operands, accumulator)
     return [output, *rest], [gate]
 
 
-def _precise(use: Use) -> dict[str, Any]:
-    """The gradient with respect to the parameter in the precision that its norm is certified for
-    (`engine.rounding`), whatever precision the model asks of its products."""
-    return {"precision": (Precision.HIGHEST,) * 2} if "precision" in use.eqn.params else {}
+def _gated(stored: int, value: jax.Array, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both, unchanged; the cotangent of the value is multiplied by that of the gate, as an operand
+    that stores so many bits."""
 
+    @jax.custom_vjp
+    def gated(value: jax.Array, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return value, gate
 
-@jax.custom_vjp
-def _gated(value: jax.Array, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both, unchanged; the cotangent of the value is multiplied by that of the gate."""
-    return value, gate
+    def forward(value: jax.Array, gate: jax.Array) -> Any:
+        return (value, gate), None
 
+    def backward(_: None, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+        cotangent, weight = cotangents
+        operand = as_operand(cotangent, stored, held_in=FLOAT32)
+        weighted = operand * weight.astype(operand.dtype)
+        return as_operand(weighted, stored, held_in=FLOAT32), None
 
-def _gated_forward(value: jax.Array, gate: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-    return (value, gate), None
-
-
-def _gated_backward(_: None, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    cotangent, weight = cotangents
-    return cotangent * weight.astype(cotangent.dtype), None
-
-
-_gated.defvjp(_gated_forward, _gated_backward)
+    gated.defvjp(forward, backward)
+    return gated(value, gate)
 
 
 def _watched(use: Use, output: jax.Array, operands: list[Any], accumulator: jax.Array) -> jax.Array:

@@ -1,0 +1,143 @@
+"""The models that people train on accelerators: GPT-2 124M and ViT-B/16, losses of ONE example.
+
+    python bench/passes.py --models gpt2 vit_b16
+
+Claim: as users would write them: flax modules, layers stacked and scanned, computed in bfloat16
+from float32 parameters, or in float32. Parameters and batches are shapes alone until `filled`
+gives them values, so that a program can be counted without a device that holds it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from zoo import CLASSES, Case
+
+
+class Block(nn.Module):
+    """A transformer block that normalises first. `[T, d] -> [T, d]`, and nothing for `nn.scan`."""
+
+    heads: int
+    causal: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        width, dtype = x.shape[-1], self.dtype
+        mask = nn.make_causal_mask(x[:, 0], dtype=bool) if self.causal else None
+        y = nn.LayerNorm(dtype=dtype)(x)
+        x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=dtype)(y, mask=mask)
+        y = nn.Dense(4 * width, dtype=dtype)(nn.LayerNorm(dtype=dtype)(x))
+        return x + nn.Dense(width, dtype=dtype)(nn.gelu(y)), None
+
+
+class Blocks(nn.Module):
+    """Scanned blocks, each recomputed in the backward pass where `remat` asks for it."""
+
+    layers: int
+    heads: int
+    causal: bool
+    dtype: Any
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        block: Any = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        scanned = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
+        )
+        return scanned(self.heads, self.causal, self.dtype)(x, None)[0]
+
+
+class GPT2(nn.Module):
+    """124M parameters at the sizes of the paper; the head is the table of tokens."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 50257
+    dtype: Any = jnp.bfloat16
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        table = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)
+        positions = nn.Embed(tokens.shape[0], self.width, dtype=self.dtype)
+        x = table(tokens) + positions(jnp.arange(tokens.shape[0]))
+        x = Blocks(self.layers, self.heads, True, self.dtype, self.remat)(x)
+        return table.attend(nn.LayerNorm(dtype=self.dtype)(x))
+
+
+class ViT(nn.Module):
+    """ViT-B/16 with the mean of its tokens. `[224, 224, 3] -> [1000]`."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    patch: int = 16
+    classes: int = 1000
+    dtype: Any = jnp.bfloat16
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        size = (self.patch, self.patch)
+        x = nn.Conv(self.width, size, size, dtype=self.dtype)(image).reshape(-1, self.width)
+        x = x + nn.Embed(x.shape[0], self.width, dtype=self.dtype)(jnp.arange(x.shape[0]))
+        x = Blocks(self.layers, self.heads, False, self.dtype, self.remat)(x)
+        return nn.Dense(self.classes, dtype=self.dtype)(x.mean(axis=0))
+
+
+def next_token_case(model: GPT2, batch: int, tokens: int) -> Case:
+    """A language model on `[batch, tokens + 1]`."""
+    example = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), example)
+
+    def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
+        logits: Any = model.apply(params, tokens[:-1])
+        logits = logits.astype(jnp.float32)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
+        return losses.mean()
+
+    return Case(loss_fn, params, jax.ShapeDtypeStruct((batch, tokens + 1), jnp.int32))
+
+
+def image_case(model: nn.Module, batch: int, side: int) -> Case:
+    """A classifier on `[batch, side, side, 3]`."""
+    example = jax.ShapeDtypeStruct((side, side, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), example)
+
+    def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
+        image, label = example
+        logits: Any = model.apply(params, image)
+        logits = logits.astype(jnp.float32)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
+
+    images = jax.ShapeDtypeStruct((batch, *example.shape), jnp.float32)
+    return Case(loss_fn, params, (images, jax.ShapeDtypeStruct((batch,), jnp.int32)))
+
+
+def filled(case: Case) -> Case:
+    """The same with parameters of standard deviation 0.02 and random data."""
+
+    def value(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(0), hash(jax.tree_util.keystr(path)) % 2**31)
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jax.random.randint(key, leaf.shape, 0, CLASSES, leaf.dtype)
+        return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    params, batch = jax.tree_util.tree_map_with_path(value, (case.params, case.batch))
+    return Case(case.loss_fn, params, batch)
+
+
+# Name -> a builder that takes a factor of the batch size.
+CASES: dict[str, Callable[[int], Case]] = {
+    "gpt2": lambda scale: next_token_case(GPT2(), 8 * scale, 1024),
+    "gpt2_remat": lambda scale: next_token_case(GPT2(remat=True), 8 * scale, 1024),
+    "gpt2_t256": lambda scale: next_token_case(GPT2(), 32 * scale, 256),
+    "gpt2_float32": lambda scale: next_token_case(GPT2(dtype=jnp.float32), 8 * scale, 1024),
+    "vit_b16": lambda scale: image_case(ViT(), 64 * scale, 224),
+}
