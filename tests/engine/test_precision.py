@@ -20,6 +20,7 @@ from jax import lax
 import jaxdp
 from jaxdp.engine import precision, walker
 from jaxdp.engine.factors import gram, outer
+from jaxdp.engine.kinds.base import multiplies, stored_bits
 from jaxdp.engine.numerics import tracing_for
 from tests.engine.test_norm_attacks import (
     CANCELLING,
@@ -48,8 +49,8 @@ STORED = {"tpu": 7, "gpu": 10}
 def stored(fun: Callable[..., Any], *args: Any, operand: int = 1) -> int:
     """Of the one product of `fun`."""
     program, _ = walker.trace(fun, *args)
-    (eqn,) = [e for e in walker.equations(program) if precision.multiplies(e)]
-    return precision.stored_bits(eqn, operand)
+    (eqn,) = [e for e in walker.equations(program) if multiplies(e)]
+    return stored_bits(eqn, operand)
 
 
 def matmul(dtype: Any, asked: Any = None, result: Any = None) -> int:
