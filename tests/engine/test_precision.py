@@ -208,7 +208,8 @@ def test_sums_of_half_precision_are_taken_in_single(loss_fn: Any, platform: str)
     if loss_fn is half_precision_product:
         batch, params = (random(4, 30), random(4, 40, seed=1)), ones(30, 40)
     else:
-        batch, params = (random(1, 9, 5), random(1, 9, 6, seed=1)), ones(3, 5, 6)
+        # Few positions of many channels: the sum is a convolution, not one of rows.
+        batch, params = (random(1, 4, 30), random(1, 4, 40, seed=1)), ones(3, 30, 40)
     with tracing_for(platform):
 
         @jax.jit
@@ -294,6 +295,19 @@ def test_a_weight_that_is_rounded_up_stays_below_the_threshold(
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("method", ["slots", "taps", "fused"])
+def test_operands_are_rounded_before_they_are_weighed(
+    method: str, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries that are rounded down by themselves, as the norm sees them, and up with a weight."""
+    unit = 2.0 ** -(STORED[platform] + 1)
+    below = same(1, 40) * np.float32(1 + unit * (1 - 2.0**-6))
+    monkeypatch.setitem(ROUNDED_UP, "below", Attack(product, ones(30, 40), (same(1, 30), below)))
+    with tracing_for(platform):
+        assert worst_weight("below", method) <= 1 + TOLERANCE
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("name", list(ROUNDED_UP))
 def test_without_the_roundoff_of_the_weight_it_would_not(
     name: str, platform: str, monkeypatch: pytest.MonkeyPatch
@@ -319,7 +333,7 @@ def test_without_the_roundoff_of_the_weight_it_would_not(
             name,
             method,
             platform,
-            marks=() if (index + shift) % 4 == turn else pytest.mark.slow,
+            marks=() if (index + 2 * shift) % 8 == turn else pytest.mark.slow,
         )
         for index, name in enumerate(CANCELLING)
         for shift, method in enumerate(METHODS)

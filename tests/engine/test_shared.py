@@ -144,13 +144,29 @@ ATTACKS = {
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", pytest.param("gpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_a_penalty_that_cancels_a_gradient_stays_below_the_threshold(
     name: str, platform: str
 ) -> None:
     with tracing_for(platform):
         check_contributions(ATTACKS[name](), "slots")
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(("platform", "stored"), [("tpu", 7), ("gpu", 10)])
+def test_a_penalty_whose_gradient_is_rounded_up(platform: str, stored: int) -> None:
+    """All of its entries are, where a matrix unit multiplies them, so that the inner product with
+    an opposite gradient is too large, and the norm of the two too small."""
+    unit = 2.0 ** -(stored + 1)
+    entry = np.float32(2 * (1 + unit * (1 + 2.0**-6)))
+
+    def loss_fn(w: Any, example: Any) -> jax.Array:
+        return product(w, example) - entry * jnp.sum(w)
+
+    batch = (np.ones((ROWS, 1, 30), np.float32), np.ones((ROWS, 1, 40), np.float32))
+    with tracing_for(platform):
+        check_contributions(Attack(loss_fn, ones(30, 40), batch), "slots")
 
 
 @pytest.mark.optimized
