@@ -15,6 +15,7 @@ from jaxdp.coupling import BatchStatisticsError, refuse_batch_statistics
 from jaxdp.engine import walker
 from jaxdp.engine.batch_of_one import own_statistics
 from jaxdp.engine.effects import ON_ONE_EXAMPLE, hazards
+from jaxdp.engine.uses import find_uses
 from jaxdp.engine.walker import Equation, Program
 from jaxdp.trees import is_float, path_name
 
@@ -88,7 +89,8 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
       they would skip clipping and noise;
     * arrays that the function closes over (scalars aside) and calls of foreign functions. Check
       them: a table is fine, values computed from the training data are not;
-    * leaves that the output does not depend on. Check them: they get noise and no gradient.
+    * leaves that the output does not depend on. Check them: they get noise and no gradient;
+    * in a loss, a penalty on the parameters. Check it: behind the noise it would cost no privacy.
 
     A model without findings may still be trained wrongly: the function sees neither the preparation
     of the data nor the inside of foreign functions.
@@ -162,6 +164,7 @@ def validate(model_fn: Callable[[Any, Any], Any], params: Any, example: Any) -> 
         *_returned(output, program, roots, treedef, params),
         *(finding for each in programs for finding in _closed_over(each)),
         *_unused(roots, paths, leaves),
+        *_penalties(program, leaves),
     ]
     return Validation(tuple(dict.fromkeys(findings)))  # both programs have the forward pass
 
@@ -326,4 +329,19 @@ def _unused(roots: list[frozenset[int]], paths: list[Any], leaves: list[Any]) ->
                 path_name(path),
                 "a parameter without gradient: in training it gets noise alone",
                 "Freeze it: per_sample_grads(..., trainable=...)",
+            )
+
+
+def _penalties(program: Program, leaves: list[Any]) -> Iterator[Finding]:
+    if not program.outputs or not is_float(program.outputs[0]) or program.outputs[0].shape != ():
+        return
+    rest = len(program.outputs) - 1
+    for use in find_uses(program, leaves, [True] + [False] * rest):
+        if use.shared:
+            yield Finding(
+                "check",
+                use.eqn.source,
+                "a penalty on the parameters, which no example reaches",
+                "Add its gradient behind the noise, as optax.add_decayed_weights does: there it "
+                "takes up none of the threshold and costs no privacy",
             )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from tests.oracle import Case
 
@@ -1184,6 +1185,70 @@ def cotangent_clipped_after_a_product(p: Any, x: Any) -> Any:
     return 3 * total(_clip_cotangent(x @ p["w"]))
 
 
+# ---- what real losses contain -------------------------------------------------------------------
+
+
+def squares(params: Any) -> jax.Array:
+    return sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params)), jnp.zeros(()))
+
+
+@program({"b": (2,), "k": (3, 3, 4), "t": (5, 3), "v": (4, 2), "w": (3, 3)}, Integers(5, (6,)))
+def penalty_on_every_kind_of_site(p: Any, ids: Any) -> Any:
+    x = jnp.tanh(p["t"][ids] @ p["w"])
+    numbers = ("NWC", "WIO", "NWC")
+    x = lax.conv_general_dilated(x[None], p["k"], (1,), "SAME", dimension_numbers=numbers)[0]
+    return total(x @ p["v"] + row(p["b"])) + 0.7 * squares(p) / 2
+
+
+@program({"t": (7, 4)}, Integers(7, (3,)))
+def penalty_on_a_tied_table(p: Any, ids: Any) -> Any:
+    return total(jnp.tanh(p["t"][ids]) @ p["t"].T) - 0.4 * squares(p)
+
+
+@program({"u": (3, 3), "w": (2, 3, 3)}, (4, 3))
+def penalties_added_one_by_one(p: Any, x: Any) -> Any:
+    x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])
+    loss = jnp.mean(jnp.sin(x @ p["u"]))
+    for leaf in p.values():
+        loss = loss + 0.3 * jnp.sum(jnp.abs(leaf))
+    return loss * 2
+
+
+@program({"u": (3, 3), "w": (3, 3)}, (4, 3))
+def penalty_that_the_sample_weighs(p: Any, x: Any) -> Any:
+    """Not the same for all samples."""
+    return total(x @ p["w"]) + jnp.sum(x) * squares(p)
+
+
+@program({"w": (3, 3)}, (4, 3))
+def penalty_within_a_jitted_loss(p: Any, x: Any) -> Any:
+    return jax.jit(lambda w: total(x @ w) + 0.5 * squares(w))(p["w"])
+
+
+@program({"unused": (2, 2), "w": (3, 3)}, (4, 3))
+def penalty_on_what_is_used_nowhere_else(p: Any, x: Any) -> Any:
+    return total(x @ p["w"]) + squares(p)
+
+
+@program({"u": (3, 3), "v": (3, 2), "w": (2, 3, 3)}, (4, 3))
+def weights_that_are_scaled_and_named(p: Any, x: Any) -> Any:
+    def layer(x: Any, w: Any) -> Any:
+        return jnp.tanh(x @ (checkpoint_name(w, "w") / 3.0)), None
+
+    x, _ = lax.scan(layer, jnp.tanh(x @ (0.25 * p["u"])), p["w"])
+    return total(x @ -(p["v"] * 2.0).T.T)
+
+
+@program({"u": (3, 2), "w": (4, 2)}, (7,))
+def scaled_leaves_joined(p: Any, x: Any) -> Any:
+    return total(x @ jnp.concatenate([p["u"] * 3.0, -p["w"]]))
+
+
+@program({"w": (3, 3)}, (4, 3), double=False, tolerance=2e-3)
+def weight_of_fewer_bits(p: Any, x: Any) -> Any:
+    return total(x @ lax.reduce_precision(p["w"], 8, 10))
+
+
 # ---- wide and short -----------------------------------------------------------------------------
 
 # Above, most sums over positions are cheaper as matrices. Here products have few positions between
@@ -1195,6 +1260,13 @@ WIDE: list[tuple[Callable[..., Any], Any, Any]] = [
     (einsum_with_a_batch_axis, {"w": (2, 9, 8)}, (2, 9)),
     (einsum_of_experts, {"down": (2, 8, 9), "up": (2, 9, 8)}, (2, 3, 9)),
     (embedding_tied, {"table": (9, 16)}, Integers(9, (3,))),
+    (penalty_on_a_tied_table, {"t": (9, 16)}, Integers(9, (3,))),
+    (
+        penalty_on_every_kind_of_site,
+        {"b": (9,), "k": (3, 12, 12), "t": (5, 12), "v": (12, 9), "w": (12, 12)},
+        Integers(5, (2,)),
+    ),
+    (weights_that_are_scaled_and_named, {"u": (9, 9), "v": (9, 8), "w": (2, 9, 9)}, (2, 9)),
     (slices_apart, {"w": (9, 24)}, (2, 9)),
     (leaves_joined, {"b": (9,), "u": (4, 9), "w": (7, 9)}, (11,)),
     (leaves_stacked, {"u": (9, 8), "w": (9, 8)}, (2, 9)),

@@ -72,6 +72,7 @@ TAPPED = (
     "same_weight_twice",
     "slices_that_overlap",
     "cotangent_clipped_after_a_product",
+    "weights_that_are_scaled_and_named",
 )
 
 

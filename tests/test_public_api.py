@@ -34,8 +34,10 @@ ROOMS = {
     # of programs, kinds of site nothing of where they are looked for.
     "jaxdp.engine.walker": 1,
     "jaxdp.engine.boxes": 1,
+    "jaxdp.engine.platforms": 0,
     "jaxdp.engine.rounding": 1,
     "jaxdp.engine.numerics": 1.2,
+    "jaxdp.engine.precision": 1.3,
     "jaxdp.engine.sums": 1.4,
     "jaxdp.engine.factors": 1.6,
     "jaxdp.engine.views": 1.6,

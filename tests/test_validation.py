@@ -205,6 +205,19 @@ def test_parameters_without_gradient_are_to_be_checked() -> None:
     assert kinds(found) == ["check", "check"] and "trainable" in str(found)
 
 
+def test_a_penalty_in_a_loss_belongs_behind_the_noise() -> None:
+    def loss_fn(p: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(jnp.tanh(p["w"] * x)) + 0.1 * jnp.sum(p["w"] ** 2), x
+
+    (finding,) = jaxdp.validate(loss_fn, W, X).findings
+    assert finding.kind == "check" and "a penalty on the parameters" in finding.what
+    assert "test_validation.py" in finding.where and "add_decayed_weights" in finding.fix
+    weighed = jaxdp.validate(lambda p, x: jnp.sum(p["w"] * x) * jnp.sum(p["w"] ** 2), W, X)
+    assert not weighed.findings
+    assert not jaxdp.validate(lambda p, x: (p["w"] * x, jnp.sum(p["w"] ** 2)), W, X).findings
+    assert jaxdp.validate(lambda p, x: (), {}, X).ok
+
+
 def test_what_training_refuses_is_found_with_its_line() -> None:
     mapped = jax.custom_batching.sequential_vmap(jnp.sin)
 

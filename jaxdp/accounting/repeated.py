@@ -10,7 +10,7 @@ Example:
   >>> from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
   >>> step = StepPmf(-1, np.array([0.4, 0.0, 0.6]), 0.0, interval=math.log(1.5))
   >>> round(PrivacyLossDistribution(step).self_compose(10).get_epsilon_for_delta(1e-5), 3)
-  4.041
+  4.053
 """
 
 # pyright: reportMissingTypeStubs=false

@@ -3,6 +3,10 @@
 A leaf's gradient is the sum over its uses. Uses of boxes without a common entry are orthogonal:
 the squares of their norms add. Uses of the same box are joined into one factor, cross terms
 included. Where neither holds the leaf is materialised: norms of overlapping uses never just add.
+
+A penalty on the parameters, which a loss adds to the loss of an example, has one gradient r for all
+samples, which is kept apart: ‖g_i + r‖² = ‖g_i‖² + 2⟨g_i, r⟩ + ‖r‖², and
+Σ_i w_i (g_i + r) = Σ_i w_i g_i + (Σ_i w_i) r.
 """
 
 # JAX leaves some arguments of its functions without a type.
@@ -19,12 +23,13 @@ import jax.numpy as jnp
 
 from jaxdp.engine import views, walker
 from jaxdp.engine.boxes import Box, Target, disjoint, indices, row_major
-from jaxdp.engine.factors.base import Factored, factored, static
+from jaxdp.engine.factors.base import Factored, Inner, factored, static
 from jaxdp.engine.factors.materialized import Materialized
 from jaxdp.engine.instrument import ByUse, Captures
 from jaxdp.engine.kinds.base import Record
-from jaxdp.engine.numerics import accumulation_dtype, once
-from jaxdp.engine.rounding import joint_norm, rounded_up
+from jaxdp.engine.numerics import accumulation_dtype, once, scale_rows, select_rows
+from jaxdp.engine.rounding import ROOT, gamma, joint_norm, rounded_up
+from jaxdp.engine.sums import row_norms, weighted_sum
 from jaxdp.engine.uses import Use, by_path
 from jaxdp.engine.views import Part
 from jaxdp.engine.walker import Equation, Path, Program
@@ -35,36 +40,71 @@ PullBack = Callable[[list[jax.Array]], tuple[list[jax.Array]]]
 
 @factored
 class LeafGradients:
-    """The gradients of one leaf, in pieces that have no entry in common."""
+    """The gradients of one leaf, in pieces that have no entry in common.
+
+    Attributes:
+      pieces: `[B, ...]` each.
+      shared: a gradient that every sample has besides, of the leaf's shape, or None.
+    """
 
     pieces: tuple[Factored, ...]
+    shared: jax.Array | None
     leaf: jax.ShapeDtypeStruct = static()
 
     def certified_norms(self, batch_size: int) -> jax.Array:
         """`[B]`: what `weighted_sum` adds for one sample of weight w has the norm w times that at
         most (`Factored.certified_norms`)."""
-        dtype = accumulation_dtype(self.leaf.dtype)
-        if not self.pieces:
-            return jnp.zeros(batch_size, dtype)
         pieces = [piece.certified_norms() for piece in self.pieces]
-        return joined_norms(pieces, dtype)
+        norms = joined_norms(pieces, accumulation_dtype(self.leaf.dtype), batch_size)
+        if self.shared is None:
+            return norms
+        shared = row_norms(self.shared[None]).astype(norms.dtype)
+        # Both sums are rounded once more where they are added, and (Σ w) r as a product is.
+        apart = rounded_up(norms + shared, 4)
+        if not self.pieces:
+            return apart
+        inner = reduce(Inner.__add__, [piece.inner(self.shared) for piece in self.pieces])
+        return jnp.minimum(apart, _norms_of_sums(norms, shared, inner))
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
         """Σ_i w_i g_i, of the leaf's shape."""
         zero = jnp.zeros(self.leaf.shape, accumulation_dtype(self.leaf.dtype))
-        sums = [piece.weighted_sum(weights).astype(zero.dtype) for piece in self.pieces]
-        return reduce(jnp.add, sums) if sums else zero
+        sums = [piece.weighted_sum(weights) for piece in self.pieces]
+        if self.shared is not None:
+            count = weighted_sum(weights, jnp.ones_like(weights))[None]
+            # One that is not finite leaves no sample a weight.
+            sums.append(select_rows(count != 0, scale_rows(count, self.shared[None]))[0])
+        return reduce(jnp.add, [each.astype(zero.dtype) for each in sums]) if sums else zero
 
     def rows(self, batch_size: int) -> jax.Array:
         """`[B, *leaf.shape]`, in the leaf's own dtype as `vmap(grad)` gives them."""
         zero = jnp.zeros((batch_size, *self.leaf.shape), self.leaf.dtype)
         rows = [piece.rows().astype(zero.dtype) for piece in self.pieces]
+        if self.shared is not None:
+            rows.append(zero + self.shared.astype(zero.dtype)[None])
         return reduce(jnp.add, rows) if rows else zero
 
 
-def joined_norms(pieces: Sequence[jax.Array], dtype: Any) -> jax.Array:
+def _norms_of_sums(norms: jax.Array, shared: jax.Array, inner: Inner) -> jax.Array:
+    """Certified norms √(‖g‖² + 2⟨g, r⟩ + ‖r‖²) `[B]`; infinite where ⟨g, r⟩ is not known.
+
+    Relative to the larger of ‖g‖ and ‖r‖, each of the three terms is 2 at most, so that their
+    rounding, that of quotients included, is γ_{4·ROOT + 8} · 4 at most. Then √ and two products.
+    """
+    unit = jnp.maximum(norms, shared)
+    unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
+    values, errors = (each.astype(norms.dtype) / unit / unit for each in inner)
+    squares = jnp.square(norms / unit) + 2 * values + jnp.square(shared / unit)
+    error = 2 * rounded_up(errors, 2 * ROOT) + 4 * gamma(4 * ROOT + 8, norms.dtype)
+    whole = rounded_up(unit * jnp.sqrt(jnp.maximum(squares + error, 0)), ROOT + 8)
+    return jnp.where(jnp.isfinite(values) & jnp.isfinite(errors), whole, jnp.inf)
+
+
+def joined_norms(pieces: Sequence[jax.Array], dtype: Any, batch_size: int) -> jax.Array:
     """Certified norms `[B]` of gradients in pieces without a common entry, from those of the
     pieces; in the dtype in which the leaf's sum accumulates, to which either may be cast."""
+    if not pieces:
+        return jnp.zeros(batch_size, dtype)
     widest = jnp.result_type(dtype, *pieces)
     whole = joint_norm(jnp.stack([piece.astype(widest) for piece in pieces], axis=-1))
     return rounded_up(whole.astype(dtype), 2)
@@ -99,16 +139,24 @@ def assemble(
             )
 
     gradients = [
-        LeafGradients(_pieces(factors[source]), leaf) for source, leaf in enumerate(sources)
+        LeafGradients(_pieces(factors[source]), None, leaf)
+        for source, leaf in enumerate(sources)
     ]
     derived = {number: gradients[source] for number, source in owner.items()}
     direct = gradients[: len(leaves)]
-    return _with_derived(program, uses, leaves, direct, derived) if derived else direct
+    shared = {n: cotangents[n] for n in derived if uses[n].shared}
+    derived = {n: each for n, each in derived.items() if n not in shared}
+    if derived:
+        direct = _with_derived(program, uses, leaves, direct, derived)
+    return _with_shared(program, uses, leaves, direct, shared) if shared else direct
 
 
 def _factor(
     use: Use, part: Part, target: Target, captured: list[jax.Array], cotangent: jax.Array
 ) -> Factored:
+    if part.scale != 1:
+        # Once, so that norms and sums see the same rounding.
+        cotangent = once(cotangent * part.scale)
     if use.kind is None:
         values = cotangent[(slice(None), *indices(part.window))]
         return Materialized(values, part.dims, target, "materialized")
@@ -148,17 +196,8 @@ def _with_derived(
 ) -> list[LeafGradients]:
     """Adds the gradients with respect to values computed from parameters, pulled back to these
     sample by sample."""
-    roots = sorted(frozenset[int]().union(*(uses[number].sources for number in derived)))
     batch_size = jax.tree.leaves(list(derived.values()))[0].shape[0]
-
-    def derive(chosen: list[jax.Array]) -> list[jax.Array]:
-        merged = list(leaves)
-        for root, leaf in zip(roots, chosen, strict=True):
-            merged[root] = leaf
-        operands = _operands(program, {number: uses[number] for number in derived}, merged)
-        return [operands[number] for number in derived]
-
-    pull_back = cast(PullBack, jax.vjp(derive, [leaves[root] for root in roots])[1])
+    roots, pull_back = _pull_back(program, {n: uses[n] for n in derived}, leaves)
     rows = [gradients.rows(batch_size) for gradients in derived.values()]
     (pulled,) = jax.vmap(pull_back)(rows)
     total = list(direct)
@@ -166,6 +205,40 @@ def _with_derived(
         others = [piece.rows().astype(rows.dtype) for piece in direct[root].pieces]
         total[root] = replace(direct[root], pieces=(_materialized([rows, *others]),))
     return total
+
+
+def _with_shared(
+    program: Program,
+    uses: Mapping[int, Use],
+    leaves: Sequence[jax.Array],
+    gradients: list[LeafGradients],
+    cotangents: Mapping[int, jax.Array],
+) -> list[LeafGradients]:
+    """Adds what all samples share: of numbers computed from parameters, whose cotangents `[B]` are
+    equal, pulled back to these once."""
+    roots, pull_back = _pull_back(program, {n: uses[n] for n in cotangents}, leaves)
+    (pulled,) = pull_back([cotangent[0] for cotangent in cotangents.values()])
+    total = list(gradients)
+    for root, shared in zip(roots, pulled, strict=True):
+        total[root] = replace(total[root], shared=once(shared))
+    return total
+
+
+def _pull_back(
+    program: Program, uses: Mapping[int, Use], leaves: Sequence[jax.Array]
+) -> tuple[list[int], PullBack]:
+    """The leaves from which the operands of these uses are computed, and what takes the cotangents
+    of the operands to those of the leaves."""
+    roots = sorted(frozenset[int]().union(*(use.sources for use in uses.values())))
+
+    def derive(chosen: list[jax.Array]) -> list[jax.Array]:
+        merged = list(leaves)
+        for root, leaf in zip(roots, chosen, strict=True):
+            merged[root] = leaf
+        operands = _operands(program, uses, merged)
+        return [operands[number] for number in uses]
+
+    return roots, cast(PullBack, jax.vjp(derive, [leaves[root] for root in roots])[1])
 
 
 def _operands(

@@ -55,6 +55,16 @@ class Target(NamedTuple):
         return jnp.pad(rows, [(0, 0)] * lead + edges)
 
 
+    def shown(self, leaf: jax.Array, dims: Sequence[Dim]) -> jax.Array:
+        """`[*dims]`: the entries of an array of the leaf's shape that the dims show."""
+        kept = [k for k, dim in enumerate(dims) if dim.stride != 0]
+        order = sorted(kept, key=lambda k: -dims[k].stride)
+        box = leaf[indices(self.at)].reshape([dims[k].size for k in order])
+        box = jnp.transpose(box, [order.index(k) for k in kept])
+        repeated = [k for k, dim in enumerate(dims) if dim.stride == 0]
+        return jnp.broadcast_to(jnp.expand_dims(box, repeated), [dim.size for dim in dims])
+
+
 def row_major(shape: Sequence[int]) -> tuple[Dim, ...]:
     """The axes of a leaf of this shape."""
     return tuple(Dim(size, math.prod(shape[k + 1 :])) for k, size in enumerate(shape))

@@ -44,7 +44,10 @@ def explain_leaf(
       tapped: whether its factors are not kept (`methods.taps`).
     """
     pieces = gradients.pieces
-    forms = list(dict.fromkeys(piece.form for piece in pieces)) or ["unused"]
+    forms = list(dict.fromkeys(piece.form for piece in pieces))
+    if gradients.shared is not None:
+        forms.append("one gradient for all samples")
+    forms = forms or ["unused"]
     arrays = [] if tapped else jax.tree.leaves(pieces)
     form = ", ".join(forms)
     return LeafExplanation(

@@ -23,6 +23,7 @@ performance on Cloud TPUs" (7 stored bits).
 # JAX leaves some arguments of its functions without a type.
 # pyright: reportUnknownMemberType=false
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import jax
@@ -31,7 +32,6 @@ from jax.lax import Precision
 
 from jaxdp.engine.numerics import accumulation_dtype, scale_rows, widened
 from jaxdp.engine.platforms import platform
-from jaxdp.engine.walker import Equation
 
 # Bits of a significand that bfloat16 and float32 store.
 BFLOAT16, FLOAT32 = 7, 23
@@ -41,30 +41,22 @@ _DEFAULT: Any = (None, (Precision.DEFAULT, Precision.DEFAULT))
 _ONE_PASS = {"tpu": _DEFAULT, "gpu": (*_DEFAULT, (Precision.HIGH, Precision.HIGH))}
 
 
-def multiplies(eqn: Equation) -> bool:
-    """Whether the equation multiplies operands in a precision that it names."""
-    return "precision" in eqn.params
-
-
-def stored_bits(eqn: Equation, operand: int) -> int:
-    """How many bits of their significands the operands of the gradient with respect to `operand`
-    store: the other operand of this product or convolution, and the cotangent of its output.
+def stored_bits(dtypes: Iterable[Any], precision: Any) -> int:
+    """How many bits of their significands the operands of a product store.
 
     What is not known to be read in one pass stays as wide as it is, in float32 at least.
+
+    Args:
+      dtypes: of its operands.
+      precision: that the product names, as JAX writes it.
     """
-    stored = _stored_by(eqn.outputs[0].dtype)
-    if multiplies(eqn):
-        stored = max(stored, _stored_by(eqn.operands[1 - operand].dtype))
+    stored = max(cast(int, jnp.finfo(dtype).nmant) for dtype in dtypes)
     where = platform()
-    if not multiplies(eqn) or where not in _READ or stored > FLOAT32:
+    if where not in _READ or stored > FLOAT32:
         return max(FLOAT32, stored)
     if stored <= BFLOAT16:
         return BFLOAT16
-    return _READ[where] if eqn.params["precision"] in _ONE_PASS[where] else FLOAT32
-
-
-def _stored_by(dtype: Any) -> int:
-    return cast(int, jnp.finfo(dtype).nmant)
+    return _READ[where] if precision in _ONE_PASS[where] else FLOAT32
 
 
 def as_operand(array: jax.Array, stored: int, held_in: int | None = None) -> jax.Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxdp.engine import views, walker
 from jaxdp.engine.boxes import Box
+from jaxdp.engine.constant import constant_cotangents
 from jaxdp.engine.kinds import KINDS, Kind
 from jaxdp.engine.liveness import live_paths
 from jaxdp.engine.twins import cotangent_classes
@@ -44,6 +45,8 @@ class Use(NamedTuple):
       in_remat: whether a rematerialised block encloses it.
       reason: why it is promoted, for `explain`.
       twin: the path of an earlier factored use whose output has the same cotangent, if any.
+      shared: whether the operand is a number whose cotangent is the same for every sample, as that
+        of a penalty on the parameters is: all samples then share one gradient by this use.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class Use(NamedTuple):
     in_remat: bool
     reason: str
     twin: Path | None = None
+    shared: bool = False
 
     @property
     def aval(self) -> Any:
@@ -121,7 +125,13 @@ def find_uses(program: Program, leaves: Sequence[Any], needed: Sequence[bool]) -
     ]
     sample = [_SAMPLE] * (len(program.inputs) - len(leaves))
     block = _Block(tuple(tuple(leaf.shape) for leaf in leaves))
-    return _walk(program, [*parameters, *sample], needed, block).uses
+    uses = _walk(program, [*parameters, *sample], needed, block).uses
+    constant = constant_cotangents(program, needed)
+
+    def shared(use: Use) -> bool:
+        return use.view is None and use.aval.shape == () and use.path in constant
+
+    return [use._replace(shared=shared(use)) for use in uses]
 
 
 def by_path(uses: Mapping[int, Use]) -> dict[Path, list[int]]:

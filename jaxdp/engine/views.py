@@ -7,9 +7,10 @@ does, one `Part` for each rectangular piece:
 
     V[start + i] = parameter.ravel()[offset + Σ_k i_k · dims[k].stride + Σ_l t_l · loops[l].stride]
 
-where t_l counts the iterations of the l-th enclosing `lax.scan`. A stride of 0 repeats an
-entry: an axis that was broadcast, or a loop that shares the parameter. An operation that is no
-view of this kind gives None, and its result is treated as an array of its own.
+where t_l counts the iterations of the l-th enclosing `lax.scan`, and a number may stand before it
+all (LoRA's α/r, the multipliers of μP). A stride of 0 repeats an entry: an axis that was broadcast,
+or a loop that shares the parameter. An operation that is no view of this kind gives None, and its
+result is treated as an array of its own.
 """
 
 # JAX leaves some arguments of its functions without a type.
@@ -34,6 +35,7 @@ class Part(NamedTuple):
       dims: the axes of V within the box.
       loops: the enclosing scans, the outermost first: how many steps, and the stride between them.
       half: whether V was cast to less than 32 bits on the way.
+      scale: what the entries were multiplied by.
     """
 
     source: int
@@ -42,6 +44,7 @@ class Part(NamedTuple):
     dims: tuple[Dim, ...]
     loops: tuple[Dim, ...] = ()
     half: bool = False
+    scale: float = 1.0
 
     @property
     def repeats(self) -> bool:
@@ -103,6 +106,26 @@ def _cast(eqn: Equation, views: list[View]) -> list[View | None]:
         return [None]
     half = cast(int, jnp.finfo(dtype).bits) < 32
     return [tuple(part._replace(half=part.half or half) for part in views[0])]
+
+
+def _rounded(eqn: Equation, views: list[View]) -> list[View | None]:
+    half = eqn.params["mantissa_bits"] < 23
+    return [tuple(part._replace(half=part.half or half) for part in views[0])]
+
+
+def _scaled(eqn: Equation, views: list[View]) -> list[View | None]:
+    """Minus a view, or a view times or by a number of the program itself."""
+    if eqn.name == "neg":
+        return [_times(views[0], -1.0)]
+    numbers, shown = eqn.literals, [view for view in views if view]
+    if len(numbers) != 1 or len(shown) != 1 or (eqn.name == "div" and not views[0]):
+        return [None]
+    number = float(numbers[0])
+    return [_times(shown[0], 1 / number if eqn.name == "div" else number)] if number else [None]
+
+
+def _times(view: View, number: float) -> View:
+    return tuple(part._replace(scale=number * part.scale) for part in view)
 
 
 def _transpose(eqn: Equation, views: list[View]) -> list[View | None]:
@@ -245,6 +268,11 @@ _RULES: dict[str, Callable[[Equation, list[View]], list[View | None]]] = {
     "stack": _stack,
     "unstack": _unstack,
     "convert_element_type": _cast,
+    "reduce_precision": _rounded,
+    "neg": _scaled,
+    "mul": _scaled,
+    "div": _scaled,
+    "name": _same,  # `jax.ad_checkpoint.checkpoint_name`
     "copy": _same,
     "copy_p": _same,
     "optimization_barrier": _same,

@@ -1,7 +1,7 @@
 """What every factor gives: certified norms, rows, and the weighted sum."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
 
 import jax
 
@@ -19,6 +19,22 @@ def static() -> Any:
 def factored(cls: type[T]) -> type[T]:
     """A frozen dataclass and a pytree whose leaves are arrays `[B, ...]`."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+
+
+class Inner(NamedTuple):
+    """Inner products of per-sample gradients with one array.
+
+    Attributes:
+      values: ⟨g_i, r⟩ `[B]`.
+      errors: `[B]`: by how much they are off at most from ⟨g̃_i, r⟩, with what a sum adds for the
+        sample at a weight of one, g̃_i.
+    """
+
+    values: jax.Array
+    errors: jax.Array
+
+    def __add__(self, other: Any) -> "Inner":
+        return Inner(self.values + other.values, self.errors + other.errors)
 
 
 class Factored(Protocol):
@@ -54,6 +70,10 @@ class Factored(Protocol):
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
         """Σ_i w_i g_i, of the leaf's shape."""
+        ...
+
+    def inner(self, direction: jax.Array) -> "Inner":
+        """Of prepared factors, with an array r of the leaf's shape."""
         ...
 
     def join(self, other: "Factored") -> "Factored | None":

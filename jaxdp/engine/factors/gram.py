@@ -59,6 +59,7 @@ from jaxdp.engine.numerics import widened
 from jaxdp.engine.platforms import platform
 from jaxdp.engine.precision import multiplied, weight_roundoff
 from jaxdp.engine.rounding import ROOT, gamma, lost, rounded_up, roundings, total, unit_roundoff
+from jaxdp.engine.sums import row_norms
 
 # Inner products are taken in as many blocks as it takes for their roundings times T to stay below
 # this; then they raise the norm of positions at random, S² = T ‖G‖², by 0.4% at most.
@@ -213,6 +214,28 @@ def certificate(
     norm = jnp.sqrt(jnp.maximum(squared, 0) + error) + sum_error(mass, positions, stored)
     norm = rounded_up(norm, ROOT + 4)
     return jnp.where(jnp.isfinite(squared), norm, jnp.inf)
+
+
+def inner_error(
+    mass: jax.Array, direction: jax.Array, positions: int, off: int, stored: int
+) -> jax.Array:
+    """By how much ⟨Σ_t u_t v_tᵀ, R⟩ is off at most, computed as Σ_t ⟨u_tᵀ R, v_t⟩.
+
+    R is rounded to operands that store so many bits, and each term `off` times:
+    Σ_t |u_t|ᵀ|R||v_t| ≤ S ‖R‖ (Cauchy–Schwarz). And the sum that is released is off from
+    Σ_t u_t v_tᵀ by `sum_error`, times ‖R‖.
+
+    Args:
+      mass: S `[...]`.
+      direction: R.
+      positions: T.
+      off: roundings.
+      stored: bits of R and of the weighted operand.
+    """
+    rounding = gamma(off, mass.dtype) + 2 * weight_roundoff(stored)
+    size = row_norms(direction[None])[0]
+    lengths = size * (rounding * mass + sum_error(mass, positions, stored))
+    return rounded_up(lengths, 6) + lost(4 * direction.size * positions, mass.dtype)
 
 
 def sum_error(mass: jax.Array, positions: int, stored: int) -> jax.Array:

@@ -1,13 +1,15 @@
 """Per-sample gradients that are formed, one array for every sample."""
 
+import math
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.boxes import Dim, Target
-from jaxdp.engine.factors.base import Factored, factored, static
+from jaxdp.engine.factors.base import Factored, Inner, factored, static
 from jaxdp.engine.numerics import widened
+from jaxdp.engine.rounding import gamma, lost, rounded_up, roundings, total
 from jaxdp.engine.sums import row_norms, weighted_sum
 
 
@@ -42,6 +44,16 @@ class Materialized:
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
         return self.target.place(weighted_sum(weights, self.values), self.dims)
+
+    def inner(self, direction: jax.Array) -> Inner:
+        values = widened(self.values)
+        shown = self.target.shown(widened(direction), self.dims).astype(values.dtype)
+        count = math.prod(values.shape[1:])
+        terms = values.reshape(-1, count) * shown.reshape(1, count)
+        size = rounded_up(row_norms(values) * row_norms(shown[None]), 1)
+        # Four more for the weight and the sum.
+        error = rounded_up(gamma(roundings(count) + 4, values.dtype) * size, 2)
+        return Inner(total(terms), error + lost(2 * count, values.dtype))
 
     def join(self, other: Factored) -> Factored | None:
         if isinstance(other, Materialized) and self.dims == other.dims:

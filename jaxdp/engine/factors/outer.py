@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.boxes import Box, Dim, Target, split_loops
-from jaxdp.engine.factors.base import Factored, factored, static
-from jaxdp.engine.factors.gram import gram_norms, grams, lengths_of, mass, sum_error
+from jaxdp.engine.factors.base import Factored, Inner, factored, static
+from jaxdp.engine.factors.gram import gram_norms, grams, inner_error, lengths_of, mass, sum_error
 from jaxdp.engine.factors.materialized import Materialized
 from jaxdp.engine.numerics import widened
 from jaxdp.engine.precision import (
@@ -36,7 +36,7 @@ from jaxdp.engine.precision import (
     weight_roundoff,
     weighted_operand,
 )
-from jaxdp.engine.rounding import joint_norm, norms, rounded_up
+from jaxdp.engine.rounding import joint_norm, norms, rounded_up, roundings, total
 from jaxdp.engine.sums import in_blocks
 
 
@@ -214,8 +214,19 @@ class OuterProducts:
         def contract(u: jax.Array, v: jax.Array) -> jax.Array:
             return multiplied("betd,betp->edp", u, v, self.stored)
 
-        total = in_blocks(contract, u, v)
-        return self.target.place(total.reshape([dim.size for dim in self.dims.all]), self.dims.all)
+        matrices = in_blocks(contract, u, v).reshape([dim.size for dim in self.dims.all])
+        return self.target.place(matrices, self.dims.all)
+
+    def inner(self, direction: jax.Array) -> Inner:
+        u, v = self.vectors()
+        slices, positions, inputs, outputs = self._extent()
+        shown = self.target.shown(direction, self.dims.all).reshape(slices, inputs, outputs)
+        operand = as_operand(shown, self.stored)
+        along = multiplied("betd,edp->betp", u, operand, self.stored)
+        values = total(total(total(along * widened(v))))
+        whole = joint_norm(mass(lengths_of(u), lengths_of(v)))
+        off = inputs + roundings(outputs) + roundings(positions) + roundings(slices)
+        return Inner(values, inner_error(whole, direction, positions, off, self.stored))
 
     def join(self, other: Factored) -> Factored | None:
         if not isinstance(other, OuterProducts) or self.dims.slices != other.dims.slices:

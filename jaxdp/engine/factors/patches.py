@@ -18,20 +18,19 @@ Convolutional Neural Networks with Differential Privacy" (Gram matrices of patch
 
 import math
 from collections.abc import Callable
-from functools import partial, reduce
-from itertools import product
-from typing import Any, NamedTuple, cast
+from functools import reduce
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.lax import ConvDimensionNumbers, Precision
 
-from jaxdp.engine import walker
 from jaxdp.engine.boxes import Dim, Target
-from jaxdp.engine.factors.base import Factored, factored, static
+from jaxdp.engine.factors.base import Factored, Inner, factored, static
+from jaxdp.engine.factors.geometry import Geometry, Window
 from jaxdp.engine.factors.gram import (
     Gram,
     gram_norms,
+    inner_error,
     inner_products,
     lengths_of,
     lengths_of_squares,
@@ -39,7 +38,7 @@ from jaxdp.engine.factors.gram import (
     sum_error,
 )
 from jaxdp.engine.factors.materialized import Materialized
-from jaxdp.engine.numerics import accumulation_dtype, widened
+from jaxdp.engine.numerics import widened
 from jaxdp.engine.platforms import platform
 from jaxdp.engine.precision import (
     FLOAT32,
@@ -49,125 +48,11 @@ from jaxdp.engine.precision import (
     weighted_operand,
 )
 from jaxdp.engine.rounding import joint_norm, rounded_up, roundings, total
-from jaxdp.engine.walker import Equation, Path
 
 # How many entries of patches are in memory at once, if that is more than those of one sample: on
 # a CPU what fits the caches.
 _PATCHES_AT_ONCE = {"cpu": 2**19}
 _PATCHES_ELSEWHERE = 2**24
-
-
-class Window(NamedTuple):
-    """How a convolution reads images `[..., *spatial, channels]`."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    image_dilation: tuple[int, ...]
-    window_dilation: tuple[int, ...]
-    outputs: tuple[int, ...]  # number of positions along each spatial axis
-
-    def padded(self, images: jax.Array) -> jax.Array:
-        """The images as the window runs over them; negative padding cuts."""
-        edges = zip(self.padding, self.image_dilation, strict=True)
-        config = [(low, high, step - 1) for (low, high), step in edges]
-        lead = images.ndim - len(config) - 1
-        config = [(0, 0, 0)] * lead + config + [(0, 0, 0)]
-        return jax.lax.pad(images, jnp.zeros((), images.dtype), config)
-
-    def offsets(self) -> list[tuple[int, ...]]:
-        """Of the entries of the window from its first one, in pixels."""
-        steps = zip(self.sizes, self.window_dilation, strict=True)
-        return list(product(*(range(0, size * step, step) for size, step in steps)))
-
-    def under(self, offset: tuple[int, ...], images: jax.Array, *, first_axis: int) -> jax.Array:
-        """What of padded images (spatial axes from `first_axis`) lies under one entry of the
-        window at the output positions."""
-        starts, limits, strides = [0] * images.ndim, list(images.shape), [1] * images.ndim
-        for k, (start, count) in enumerate(zip(offset, self.outputs, strict=True)):
-            axis = first_axis + k
-            starts[axis], strides[axis] = start, self.strides[k]
-            limits[axis] = start + (count - 1) * self.strides[k] + 1
-        return jax.lax.slice(images, starts, limits, strides)
-
-
-class ImageAxes(NamedTuple):
-    """Where one array of a convolution has its axes; for a kernel these are outputs and inputs."""
-
-    batch: int
-    features: int
-    spatial: tuple[int, ...]
-
-    @property
-    def to_last(self) -> tuple[int, ...]:
-        """Transposes into (batch, *spatial, features)."""
-        return (self.batch, *self.spatial, self.features)
-
-    @property
-    def from_last(self) -> tuple[int, ...]:
-        """Transposes back."""
-        order = self.to_last
-        return tuple(order.index(axis) for axis in range(len(order)))
-
-    @property
-    def spec(self) -> tuple[int, ...]:
-        """As JAX writes it."""
-        return (self.batch, self.features, *self.spatial)
-
-
-class Geometry(NamedTuple):
-    """What a convolution does.
-
-    Attributes:
-      window: how it reads the images.
-      groups: number of groups of features that do not mix.
-      image, kernel, output: their axes.
-    """
-
-    window: Window
-    groups: int
-    image: ImageAxes
-    kernel: ImageAxes
-    output: ImageAxes
-
-    def convolve(self, images: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
-        """From images and to outputs `[N, *spatial, features]`."""
-        window = self.window
-        output = jax.lax.conv_general_dilated(
-            jnp.transpose(images, self.image.from_last),
-            kernel,
-            window_strides=window.strides,
-            padding=window.padding,
-            lhs_dilation=window.image_dilation,
-            rhs_dilation=window.window_dilation,
-            dimension_numbers=ConvDimensionNumbers(
-                self.image.spec, self.kernel.spec, self.output.spec
-            ),
-            feature_group_count=self.groups,
-            precision=precision,
-        )
-        return jnp.transpose(output, self.output.to_last)
-
-    def kernel_gradient(
-        self, images: jax.Array, cotangents: jax.Array, sizes: list[int], stored: int
-    ) -> jax.Array:
-        """The gradient with respect to a kernel of these sizes, summed over images `[N, ...]`, in
-        float32 at least; operands store so many bits."""
-        kernel = jax.ShapeDtypeStruct(sizes, images.dtype)
-
-        def transposed(images: jax.Array, cotangents: jax.Array) -> jax.Array:
-            fun = partial(self.convolve, images, precision=precision_of(stored))
-            return cast(Any, jax).linear_transpose(fun, kernel)(cotangents)[0]
-
-        program, _ = walker.trace(transposed, images, cotangents)
-        wide = accumulation_dtype(images.dtype)
-
-        def rule(path: Path, eqn: Equation, values: list[Any]) -> list[Any]:
-            # JAX gives the sum of products of bfloat16 as bfloat16.
-            changed = {"preferred_element_type": wide} if eqn.name == "conv_general_dilated" else {}
-            return eqn.bind(values, **changed)
-
-        return walker.evaluate(program, [images, cotangents], rule)[0]
 
 
 class PatchExtent(NamedTuple):
@@ -258,8 +143,9 @@ class Patches:
         if self.form != "rows":
             return self.certified_norms()
         # Both the kernels here and the sum there are off; weights are rounded there alone.
-        error = jax.vmap(self._sum_error)(self.images, self.cotangents)
-        return rounded_up(self._materialized().certified_norms() + error, 2)
+        whole, positions = jax.vmap(self._mass)(self.images, self.cotangents), self._extent()[1]
+        error = sum_error(whole, positions, FLOAT32) + sum_error(whole, positions, self.stored)
+        return rounded_up(self._materialized().certified_norms() + error, 3)
 
     def rows(self) -> jax.Array:
         return self._materialized().rows()
@@ -268,6 +154,27 @@ class Patches:
         cotangents = as_operand(self.cotangents, self.stored)
         cotangents = weighted_operand(weights, cotangents, self.stored)
         return self._kernel_gradient(as_operand(self.images, self.stored), cotangents)
+
+    def inner(self, direction: jax.Array) -> Inner:
+        shown = self.target.shown(direction, (*self.slices, *self.dims))
+        sizes = [dim.size for dim in self.dims]
+        kernels = as_operand(shown, self.stored).reshape(-1, *sizes)
+        images = as_operand(self.images, self.stored)
+        batch, slices, count = images.shape[:3]
+        precision = precision_of(self.stored)
+        along = [
+            self.geometry.convolve(images[:, k].reshape(-1, *images.shape[3:]), kernel, precision)
+            for k, kernel in enumerate(kernels)
+        ]
+        cotangents = widened(as_operand(self.cotangents, self.stored))
+        outputs = jnp.stack([widened(each) for each in along], axis=1)
+        outputs = outputs.reshape(batch, count, slices, *cotangents.shape[3:])
+        terms = (jnp.swapaxes(outputs, 1, 2) * cotangents).reshape(batch, -1)
+        extent = self._extent()
+        whole = jax.vmap(self._mass)(self.images, self.cotangents)
+        off = extent.window * extent.inputs + roundings(terms.shape[1])
+        error = inner_error(whole, direction, extent.positions, off, self.stored)
+        return Inner(total(terms), error)
 
     def join(self, other: Factored) -> Factored | None:
         return None
@@ -320,9 +227,8 @@ class Patches:
         u_gram = Gram.of_panels([products], terms, off + len(offsets) - 1)
         return joint_norm(gram_norms(u_gram, v_gram, self.stored).reshape(-1))
 
-    def _sum_error(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
-        """Of one sample: `gram.sum_error` of the patches and the cotangents, with and without the
-        rounding of the weight."""
+    def _mass(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """Of one sample: S of the patches and the cotangents, of all slices and groups."""
         padded, offsets = self.window.padded(images), self.window.offsets()
         pixels = self._grouped(padded)
         squares = total(jnp.square(widened(pixels))).reshape(*padded.shape[:-1], self.groups)
@@ -331,9 +237,7 @@ class Patches:
         off = roundings(pixels.shape[-1]) + len(offsets) - 1
         u = lengths_of_squares(patches, off, len(offsets) * pixels.shape[-1])
         v = lengths_of(self._grouped(cotangents))
-        whole = mass(jnp.swapaxes(u, 1, 2), jnp.swapaxes(v, 1, 2))
-        error = sum_error(whole, u.shape[1], FLOAT32) + sum_error(whole, u.shape[1], self.stored)
-        return rounded_up(joint_norm(error.reshape(-1)), 1)
+        return joint_norm(mass(jnp.swapaxes(u, 1, 2), jnp.swapaxes(v, 1, 2)).reshape(-1))
 
     def _grouped(self, images: jax.Array) -> jax.Array:
         """`[E, N, *spatial, c] -> [E, N · positions, g, c/g]`, as they are multiplied."""
@@ -357,10 +261,8 @@ class Patches:
     def _kernel_gradient(self, images: jax.Array, cotangents: jax.Array) -> jax.Array:
         """The ordinary gradient with respect to the kernel, summed over the batch."""
 
-        sizes = [dim.size for dim in self.dims]
-
         def gradient(images: jax.Array, cotangents: jax.Array) -> jax.Array:
-            return self.geometry.kernel_gradient(images, cotangents, sizes, self.stored)
+            return self.geometry.kernel_gradient(images, cotangents, self.stored)
 
         def of_pair(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
             return gradient(*pair)

@@ -19,12 +19,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.boxes import Dim, Target
-from jaxdp.engine.factors.base import Factored, factored, static
+from jaxdp.engine.factors.base import Factored, Inner, factored, static
 from jaxdp.engine.factors.gram import certificate, gram_sum, grams, mass, sum_error
 from jaxdp.engine.factors.outer import OuterProducts
 from jaxdp.engine.numerics import scale_rows, widened
 from jaxdp.engine.precision import FLOAT32, multiplied_wide
-from jaxdp.engine.rounding import lost, norms, rounded_up, roundings, total, unit_roundoff
+from jaxdp.engine.rounding import (
+    gamma,
+    lost,
+    norms,
+    rounded_up,
+    roundings,
+    total,
+    unit_roundoff,
+)
 from jaxdp.engine.sums import BLOCK, Running, as_blocks, row_norms
 from jaxdp.varying import zeros
 
@@ -73,6 +81,19 @@ class LookedUp:
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
         return self._placed(self._summed(self.ids, scale_rows(weights, self.cotangents)))
+
+    def inner(self, direction: jax.Array) -> Inner:
+        cotangents, dims = widened(self.cotangents), (self.row, *self.features)
+        table = self.target.shown(widened(direction), dims).astype(cotangents.dtype)
+        shown = table.reshape(self.row.size, -1)[self.ids]
+        values = total(total(shown * cotangents))
+        # Ids are distinct: the rows that are looked up have the norm of the table at most.
+        positions, width = cotangents.shape[1:]
+        size = rounded_up(row_norms(cotangents) * row_norms(table[None]), 1)
+        # Four more for the weight and the sum.
+        off = roundings(width) + roundings(positions) + 4
+        error = rounded_up(gamma(off, cotangents.dtype) * size, 2)
+        return Inner(values, error + lost(2 * positions * width, cotangents.dtype))
 
     def join(self, other: Factored) -> Factored | None:
         if isinstance(other, OuterProducts):
@@ -186,6 +207,9 @@ class Tied:
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
         return self.looked_up.weighted_sum(weights) + self.products.weighted_sum(weights)
+
+    def inner(self, direction: jax.Array) -> Inner:
+        return self.looked_up.inner(direction) + self.products.inner(direction)
 
     def join(self, other: Factored) -> Factored | None:
         if isinstance(other, LookedUp):

@@ -4,6 +4,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 
+from jaxdp.engine import precision
 from jaxdp.engine.boxes import Target
 from jaxdp.engine.factors.base import Factored
 from jaxdp.engine.views import Part, View
@@ -51,6 +52,22 @@ class Kind(Protocol):
     def factor(self, record: Record) -> Factored:
         """The gradients with respect to one part of the operand."""
         ...
+
+
+def stored_bits(eqn: Equation, operand: int) -> int:
+    """How many bits of their significands the operands of the gradient with respect to `operand`
+    store (`engine.precision`): the other operand of a product or convolution, and the cotangent of
+    its output. Another equation multiplies nothing."""
+    output = eqn.outputs[0].dtype
+    if not multiplies(eqn):
+        return precision.stored_bits([output], jax.lax.Precision.HIGHEST)
+    other = eqn.operands[1 - operand].dtype
+    return precision.stored_bits([other, output], eqn.params["precision"])
+
+
+def multiplies(eqn: Equation) -> bool:
+    """Whether the equation multiplies operands in a precision that it names."""
+    return "precision" in eqn.params
 
 
 def refuse_repeats(view: View | None) -> str:

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.boxes import distinct, split_loops
+from jaxdp.engine.factors.geometry import Geometry, ImageAxes, Window
 from jaxdp.engine.factors.outer import Layout, MatrixDims, OuterProducts, Product
-from jaxdp.engine.factors.patches import Geometry, ImageAxes, Patches, Window
-from jaxdp.engine.kinds.base import Record, refuse_repeats
-from jaxdp.engine.precision import stored_bits
+from jaxdp.engine.factors.patches import Patches
+from jaxdp.engine.kinds.base import Record, refuse_repeats, stored_bits
 from jaxdp.engine.views import Part, View
 from jaxdp.engine.walker import Equation
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from jaxdp.engine.boxes import distinct
 from jaxdp.engine.factors.outer import Layout, MatrixDims, OuterProducts, Product
-from jaxdp.engine.kinds.base import Record, refuse_repeats
-from jaxdp.engine.precision import stored_bits
+from jaxdp.engine.kinds.base import Record, refuse_repeats, stored_bits
 from jaxdp.engine.views import Part, View
 from jaxdp.engine.walker import Equation
 

@@ -15,7 +15,7 @@ Source: Bu et al. 2023, "Differentially Private Optimization on Large Model at S
 # pyright: reportUnknownVariableType=false
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -59,7 +59,8 @@ class Slots:
         sums = []
         if weighting is not None:
             weights = weighting.weights(counted, batch)
-            gradients = without(jnp.all(weights == 0, axis=1), gradients)
+            pieces = without(jnp.all(weights == 0, axis=1), [leaf.pieces for leaf in gradients])
+            gradients = [replace(leaf, pieces=p) for leaf, p in zip(gradients, pieces, strict=True)]
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
         return Reduction(sums, counted, select_rows(batch.mask, losses), aux)
 
@@ -142,10 +143,10 @@ def with_twins(uses: Mapping[int, Use], cotangents: instrument.ByUse) -> instrum
     }
 
 
-def without(dropped: jax.Array, gradients: Any) -> Any:
+def without(dropped: jax.Array, factors: Any) -> Any:
     """The factors with zeros for the dropped samples: one that is not finite would poison the
     products that sum over samples, whatever its weight."""
-    arrays, structure = jax.tree.flatten(gradients)
+    arrays, structure = jax.tree.flatten(factors)
     each_once = {id(array): array for array in arrays}
     kept = {key: select_rows(~dropped, array) for key, array in each_once.items()}
     return jax.tree.unflatten(structure, [kept[id(array)] for array in arrays])

@@ -45,12 +45,12 @@ from jaxdp.engine.effects import Excuse
 from jaxdp.engine.explanation import LeafExplanation
 from jaxdp.engine.factors.base import Addends
 from jaxdp.engine.instrument import Replacement
-from jaxdp.engine.kinds.base import Record
+from jaxdp.engine.kinds.base import Record, multiplies, stored_bits
 from jaxdp.engine.methods.settle import nothing_seen, settle
 from jaxdp.engine.methods.slots import Slots, with_twins, zero_slots
 from jaxdp.engine.numerics import accumulation_dtype, held
 from jaxdp.engine.plan import Plan, TracedLoss
-from jaxdp.engine.precision import FLOAT32, as_operand, multiplies, precision_of, stored_bits
+from jaxdp.engine.precision import FLOAT32, as_operand, precision_of
 from jaxdp.engine.reduction import Batch, Reduction, Rows, stacked
 from jaxdp.engine.rounding import ROOT, lost, rounded_up
 from jaxdp.engine.sums import BLOCK
@@ -175,16 +175,17 @@ def _can_be_tapped(use: Use, leaves: list[Any], one_weight: bool) -> bool:
     """Whether one weight and one norm do for a use by itself.
 
     The second pass sums over the batch in the precision of the use, and of whatever lies between
-    that and the leaf: it must be single at least.
+    that and the leaf: it must be single at least, and nothing be multiplied on the way.
     """
     if use.kind is None or not use.kind.tapped or not use.view:
         return False
     shared = any(loop.size > 1 and not loop.stride for part in use.view for loop in part.loops)
+    scaled = any(part.scale != 1 for part in use.view)
     dtypes = [use.eqn.outputs[0].dtype, *(leaves[part.source].dtype for part in use.view)]
     half = any(part.half for part in use.view) or min(jnp.finfo(d).bits for d in dtypes) < 32
     # Leaves with weights of their own need uses of their own.
     several = len(use.view) > 1 and not one_weight
-    return not (shared or half or several)
+    return not (shared or half or several or scaled)
 
 
 def _certified_norms(
@@ -205,7 +206,7 @@ def _certified_norms(
             norms = rounded_up(jnp.sqrt(seen[number][:, column]), steps // 2 + 1 + ROOT)
             columns[part.source].append(norms)
     return [
-        joined_norms(pieces, column.dtype) if pieces else column
+        joined_norms(pieces, column.dtype, count) if pieces else column
         for pieces, column in zip(columns, slotted, strict=True)
     ]
 
