@@ -203,6 +203,6 @@ def _operations(eqn: Equation) -> int:
 
 
 def _size(aval: Any) -> int:
-    if not hasattr(aval, "shape") or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+    if not hasattr(aval, "shape") or jnp.issubdtype(aval.dtype, jax.dtypes.extended):
         return 8
     return math.prod(aval.shape) * aval.dtype.itemsize
