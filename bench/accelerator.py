@@ -156,7 +156,9 @@ class Bench:
         print(line, flush=True)
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(plain(self.results), indent=2, allow_nan=False) + "\n")
+            part = self.out.with_suffix(".part")
+            part.write_text(json.dumps(plain(self.results), indent=2, allow_nan=False) + "\n")
+            part.replace(self.out)
 
     @property
     def over(self) -> str:
@@ -193,17 +195,18 @@ class Bench:
         longest = 0.0
         for contestant in ("non_private", *contestants):
             start = time.monotonic()
-            late = self.clock.left < longest  # it would take about as long as the others did
-            run, reason = (None, self.over)
-            if not late:
+            run, reason = None, self.over
+            if contestant != "non_private" and "non_private" not in runs:
+                reason = "there is no non-private step to compare it with"
+            elif self.clock.left > longest:  # it will take about as long as the others did
                 run, reason = attempt(lambda who=contestant: self._ready(name, who, workload))
             if run is None:
-                model[contestant] = {"not_run": reason}
+                model.setdefault(contestant, {"not_run": reason})
                 self.say(f"{name} {contestant}: not run, {reason}")
             else:
                 runs[contestant] = run
             longest = max(longest, time.monotonic() - start)
-        if "non_private" in runs:
+        if runs:
             self._time(name, workload, runs)
 
     def _ready(self, name: str, contestant: str, workload: workloads.Workload) -> timing.Run:
@@ -247,7 +250,7 @@ class Bench:
         model = self.results["models"][name]
         if seconds is None:
             for contestant in runs:
-                model[contestant] = {"not_run": error}
+                model.setdefault(contestant, {"not_run": error})
             self.say(f"{name}: not measured, {error}")
             return
         base = self.built[name, "non_private"].record

@@ -20,6 +20,7 @@ import workloads
 from jax import lax
 
 import jaxdp
+from jaxdp.engine.platforms import platform
 
 METHODS = ("slots", "taps", "fused", "dense")
 # Bits of a significand that a product reads of float32, by platform; a model in bfloat16 has 7.
@@ -51,7 +52,7 @@ def flat(tree: Any) -> np.ndarray:
 
 def roundoff(name: str) -> float:
     """Unit roundoff of the operands of a model's products on this platform."""
-    bits = 7 if name in workloads.IN_SINGLE else READ[jax.default_backend()]
+    bits = 7 if name in workloads.IN_SINGLE else READ[platform()]
     return 2.0 ** -(bits + 1)
 
 
