@@ -66,8 +66,8 @@ def build(loss_fn: LossFn, batch_size: int, method: str | None) -> dict[str, Con
 
     per_layer = _jaxdp(loss_fn, jaxdp.clip_per_layer(CLIP_NORM), options)
     contestants = {
-        "non_private": Contestant("none", {"": _non_private(loss_fn)}),
-        "naive": Contestant("flat", {"": _naive(loss_fn)}),
+        "non_private": Contestant("none", {"": non_private(loss_fn)}),
+        "naive": Contestant("flat", {"": naive(loss_fn)}),
         "jaxdp_flat": Contestant("flat", {"": flat(None)}),
         "jaxdp_per_layer": Contestant("per_layer", {"": per_layer}),
         "jaxdp_tuned": Contestant("flat", _tuned(flat, batch_size)),
@@ -110,7 +110,7 @@ def _clipped(leaf: jax.Array, norm: jax.Array) -> jax.Array:
     return leaf * jnp.minimum(1, CLIP_NORM / norm)
 
 
-def _non_private(loss_fn: LossFn) -> Step:
+def non_private(loss_fn: LossFn) -> Step:
     """The yardstick: the gradient of the mean loss over the batch."""
 
     def mean_loss(params: Any, batch: Any) -> jax.Array:
@@ -119,7 +119,7 @@ def _non_private(loss_fn: LossFn) -> Step:
     return jax.grad(mean_loss)
 
 
-def _naive(loss_fn: LossFn) -> Step:
+def naive(loss_fn: LossFn) -> Step:
     """What one writes without a library, with the weighted sum in its fast form, a contraction."""
 
     def step(params: Any, batch: Any) -> Any:

@@ -7,12 +7,14 @@ from float32 parameters, or in float32. Parameters and batches are shapes alone 
 gives them values, so that a program can be counted without a device that holds it.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from zoo import CLASSES, Case
 
@@ -120,14 +122,18 @@ def image_case(model: nn.Module, batch: int, side: int) -> Case:
     return Case(loss_fn, params, (images, jax.ShapeDtypeStruct((batch,), jnp.int32)))
 
 
-def filled(case: Case) -> Case:
-    """The same with parameters of standard deviation 0.02 and random data."""
+def filled(case: Case, most: int = CLASSES) -> Case:
+    """The same with normal parameters of standard deviation 0.02, about one for the scales of
+    normalisations, and random data, whose integers are below `most`."""
 
     def value(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(0), hash(jax.tree_util.keystr(path)) % 2**31)
+        name = jax.tree_util.keystr(path)
+        random = np.random.default_rng(zlib.crc32(name.encode()))  # on the host: nothing compiles
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return jax.random.randint(key, leaf.shape, 0, CLASSES, leaf.dtype)
-        return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+            return jnp.asarray(random.integers(most, size=leaf.shape), leaf.dtype)
+        mean = 1.0 if "scale" in name else 0.0
+        drawn = random.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(np.float32(mean) + np.float32(0.02) * drawn, leaf.dtype)
 
     params, batch = jax.tree_util.tree_map_with_path(value, (case.params, case.batch))
     return Case(case.loss_fn, params, batch)

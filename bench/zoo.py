@@ -42,6 +42,10 @@ class Case(NamedTuple):
         """B."""
         return jax.tree.leaves(self.batch)[0].shape[0]
 
+    def example(self, index: Any) -> Any:
+        """One of the batch."""
+        return jax.tree.map(lambda leaf: leaf[index], self.batch)
+
 
 class MLP(nn.Module):
     """784-512-512-10."""
@@ -85,10 +89,12 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-16-4, GroupNorm in the place of BatchNorm, which mixes samples."""
 
+    stages: tuple[int, ...] = (64, 128, 256)
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.Conv(16, (3, 3), use_bias=False)(x)
-        for stage, channels in enumerate((64, 128, 256)):
+        for stage, channels in enumerate(self.stages):
             for block in range(2):
                 x = WideBlock(channels, stride=2 if stage > 0 and block == 0 else 1)(x)
         x = nn.relu(_group_norm()(x))
@@ -156,26 +162,26 @@ class BagOfWords(nn.Module):
 
 
 def _mlp(scale: int) -> Case:
-    return _classifier(MLP(), _images((256 * scale, 784)))
+    return classifier(MLP(), images((256 * scale, 784)))
 
 
 def _mnist_cnn(scale: int) -> Case:
-    images, labels = _images((256 * scale, 28, 28, 1))
-    model = models.build("tanh-cnn", images.shape[1:], CLASSES)
+    batch = images((256 * scale, 28, 28, 1))
+    model = models.build("tanh-cnn", batch[0].shape[1:], CLASSES)
     loss_fn = _classification_loss(model.apply)
-    return Case(loss_fn, model.init(jax.random.key(0)), (images, labels))
+    return Case(loss_fn, model.init(jax.random.key(0)), batch)
 
 
 def _cifar_cnn(scale: int) -> Case:
-    return _classifier(CifarCNN(), _images((64 * scale, 32, 32, 3)))
+    return classifier(CifarCNN(), images((64 * scale, 32, 32, 3)))
 
 
 def _wrn_16_4(scale: int) -> Case:
-    return _classifier(WideResNet(), _images((16 * scale, 32, 32, 3)))
+    return classifier(WideResNet(), images((16 * scale, 32, 32, 3)))
 
 
 def _lstm(scale: int) -> Case:
-    return _classifier(LSTM(), _documents((256 * scale, TOKENS), VOCABULARY))
+    return classifier(LSTM(), documents((256 * scale, TOKENS), VOCABULARY))
 
 
 def _transformer(scale: int) -> Case:
@@ -222,7 +228,7 @@ def _gpt2_block(scale: int) -> Case:
 
 
 def _embedding_1m(scale: int) -> Case:
-    return _classifier(BagOfWords(), _documents((256 * scale, 20), 1_000_000))
+    return classifier(BagOfWords(), documents((256 * scale, 20), 1_000_000))
 
 
 # Name -> a builder that takes a factor of the batch size.
@@ -239,7 +245,8 @@ CASES: dict[str, Callable[[int], Case]] = {
 }
 
 
-def _classifier(module: nn.Module, batch: tuple[jax.Array, jax.Array]) -> Case:
+def classifier(module: nn.Module, batch: tuple[jax.Array, jax.Array]) -> Case:
+    """With its parameters drawn, and the cross entropy of its logits."""
     params = module.init(jax.random.key(0), batch[0][0])
     return Case(_classification_loss(module.apply), params, batch)
 
@@ -275,9 +282,11 @@ def _integers(shape: tuple[int, ...], high: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).integers(high, size=shape), jnp.int32)
 
 
-def _images(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def images(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Normal pixels `[B, ...]` and labels."""
     return _normal(shape), _integers(shape[:1], CLASSES)
 
 
-def _documents(shape: tuple[int, ...], vocabulary: int) -> tuple[jax.Array, jax.Array]:
+def documents(shape: tuple[int, ...], vocabulary: int) -> tuple[jax.Array, jax.Array]:
+    """Token ids `[B, T]` and labels."""
     return _integers(shape, vocabulary), _integers(shape[:1], CLASSES)
