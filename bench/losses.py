@@ -95,7 +95,7 @@ def measure(case: zoo.Case, rounds: int) -> dict[str, float]:
         return jax.grad(lambda p: jnp.mean(jax.vmap(case.loss_fn, (None, 0))(p, batch)))(params)
 
     def clipped(params: Any, batch: Any) -> Any:
-        clip = jaxdp.clip_flat(1.0)
+        clip: Any = jaxdp.clip_flat(1.0)
         grads = jaxdp.per_sample_grads(case.loss_fn)(params, batch)
         return clip.update(grads, clip.init(params))[0].value
 
