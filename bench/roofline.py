@@ -94,6 +94,8 @@ def cost(fun: Callable[..., Any], args: Sequence[Any], machine: Machine) -> Cost
 
 
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
+# The same bytes in the same order; a sum is one over axes of size one, if it makes nothing smaller.
+_RESHAPES = {"reshape", "squeeze", "reduce_sum"}
 # What reads a part of an operand alone, as large as its result.
 _LOOK_UPS = {"gather", "dynamic_slice"}
 _UPDATES = {"scatter": 2, "scatter-add": 2, "scatter_add": 2, "dynamic_update_slice": 1}
@@ -132,6 +134,8 @@ class _Meter:
             for value in values:
                 self._write(value)
             return values
+        if eqn.name in _RESHAPES and sizes == [values[0].size]:
+            return values
         if eqn.name in _PRODUCTS:
             for value in values:
                 self._write(value)
@@ -151,9 +155,7 @@ class _Meter:
             sources = frozenset(Value(min(v.size, sizes[0]), written=True) for v in values[0].read)
             return [Value(sizes[0], sources)]
         sources = frozenset[Value]().union(*(value.read for value in values))
-        # A sum over an axis of size one is a reshape.
-        moved = eqn.name.startswith(_NOT_FUSED) and eqn.name != "reduce_precision"
-        if moved and not (eqn.name == "reduce_sum" and sizes[0] == _size(eqn.operands[0])):
+        if eqn.name.startswith(_NOT_FUSED) and eqn.name != "reduce_precision":
             self._spend(0, 0, sum(value.size for value in sources) + sum(sizes))
             return [Value(size, written=True) for size in sizes]
         return [Value(size, sources) for size in sizes]
