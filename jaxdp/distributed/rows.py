@@ -115,7 +115,7 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     Example:
       >>> state = spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)
       >>> tuple(state["w"].sharding.spec)
-      ()
+      (None,)
     """
     check_instance("mesh", mesh, Mesh, advice="Pass data_parallel().mesh, or jax.make_mesh(...).")
     for leaf in jax.tree.leaves(state):
@@ -127,7 +127,103 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
         # device_put would take NaN on two processes for different values.
         host = np.asarray(leaf)
-        spread = NamedSharding(mesh, P())
+        # Named as a step names it: what a layout is called is part of what is compiled for it.
+        spread = NamedSharding(mesh, P(*[None] * host.ndim))
+        return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])
+
+    def placed(leaf: Any) -> jax.Array:
+        local = np.asarray(leaf)
+        if local.shape[:1] != own.shape:
+            raise ValueError(
+                f"rows_of must return one row for each of {len(own)} indices, got "
+                f"{shown(local)}. Index the first axis of every array."
+            )
+        shape = (count, *local.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, local, shape)
+
+    return jax.tree.map(placed, rows_of(own))
+
+
+def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The same state on all devices of a mesh.
+
+    Args:
+      state: pytree of JAX's arrays, keys included. An array that lies on the mesh already, as a
+        parameter that is spread over it, stays as it is.
+      mesh: the devices, as in `data_parallel().mesh`; an abstract mesh names none, and is refused.
+
+    Returns:
+      The state, with every other array copied to all devices of the mesh.
+
+    Raises:
+      TypeError: `mesh` is no mesh of devices, or a leaf is no array of JAX.
+
+    Example:
+      >>> state = spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)
+      >>> tuple(state["w"].sharding.spec)
+      (None,)
+    """
+    check_instance("mesh", mesh, Mesh, advice="Pass data_parallel().mesh, or jax.make_mesh(...).")
+    for leaf in jax.tree.leaves(state):
+        check_instance("state", leaf, jax.Array, advice="Convert its leaves with jnp.asarray.")
+
+    def everywhere(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            words = held(jax.random.key_data(leaf), P())
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        return held(leaf, P(*[None] * leaf.ndim))
+
+    # Named as a step names it: what a layout is called is part of what a program is compiled for.
+    def held(leaf: jax.Array, spec: P) -> jax.Array:
+        # device_put would take NaN on two processes for different values.
+        host = np.asarray(leaf)
+        spread = NamedSharding(mesh, spec)
+        return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])
+
+    def placed(leaf: Any) -> jax.Array:
+        local = np.asarray(leaf)
+        if local.shape[:1] != own.shape:
+            raise ValueError(
+                f"rows_of must return one row for each of {len(own)} indices, got "
+                f"{shown(local)}. Index the first axis of every array."
+            )
+        shape = (count, *local.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, local, shape)
+
+    return jax.tree.map(placed, rows_of(own))
+
+
+def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The same state on all devices of a mesh.
+
+    Args:
+      state: pytree of JAX's arrays, keys included. An array that lies on the mesh already, as a
+        parameter that is spread over it, stays as it is.
+      mesh: the devices, as in `data_parallel().mesh`; an abstract mesh names none, and is refused.
+
+    Returns:
+      The state, with every other array copied to all devices of the mesh.
+
+    Raises:
+      TypeError: `mesh` is no mesh of devices, or a leaf is no array of JAX.
+
+    Example:
+      >>> state = spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)
+      >>> tuple(state["w"].sharding.spec)
+      (None,)
+    """
+    check_instance("mesh", mesh, Mesh, advice="Pass data_parallel().mesh, or jax.make_mesh(...).")
+    for leaf in jax.tree.leaves(state):
+        check_instance("state", leaf, jax.Array, advice="Convert its leaves with jnp.asarray.")
+
+    def everywhere(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            words = everywhere(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        # device_put would take NaN on two processes for different values.
+        host = np.asarray(leaf)
+        # As a step returns it: the name of a layout is part of what a program is compiled for.
+        spread = NamedSharding(mesh, P(*[None] * host.ndim))
         return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])
 
     def placed(leaf: jax.Array) -> jax.Array:

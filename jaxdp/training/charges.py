@@ -1,5 +1,6 @@
 """What each step is charged with before it runs, and whether it has released that."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -86,7 +87,8 @@ class Charges:
         ahead = self.step.ahead
         # Of a step of the user's, which may do anything to the state, it knows nothing.
         known = ahead is not None and ahead.run is self.step.run
-        self._foresees = known and not jax.config.jax_disable_jit
+        # Operation by operation, the step is not the program that it looked at.
+        self._foresees = known and not jax.config.values["jax_disable_jit"]
 
     def coming(self, state: TrainState, batch: Any, number: int) -> Charge:
         """That of the coming step.
@@ -128,8 +130,8 @@ def released_otherwise(charge: Charge, executed: Sequence[float]) -> bool:
       executed: the noise multipliers that its state tells of afterwards.
     """
     charged = charge.noise_multipliers
-    return len(charged) != len(executed) or not np.allclose(
-        executed, charged, rtol=_ROUNDING, atol=0.0
+    return len(charged) != len(executed) or not all(
+        map(lambda one, two: math.isclose(one, two, rel_tol=_ROUNDING), charged, executed)
     )
 
 

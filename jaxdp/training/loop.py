@@ -16,7 +16,7 @@ from jaxdp.distributed.lost import every_process_needed
 from jaxdp.sampling import Sampler
 from jaxdp.training.arguments import Plan, check_objects, check_plan
 from jaxdp.training.bar import Bar, progress_bar
-from jaxdp.training.charges import Charge, Charges
+from jaxdp.training.charges import Charges
 from jaxdp.training.checkpoints import Checkpoints
 from jaxdp.training.identity import check_charged
 from jaxdp.training.loading import Data, LoadedBatch, check_overflow, data_digest, loader
@@ -217,13 +217,14 @@ def _executed(run: Progress, loop: _Loop, watch: Watch) -> str:
     stopped_by = "steps"
     while run.done < plan.steps:
         charge = charges.coming(run.whole, batches[0].batch, run.done)
-        if limit is not None and not limit.allows(run.ledger, *charge):
+        charged = charge.added(run.ledger)
+        if limit is not None and not limit.allows(run.ledger, *charge, charged):
             stopped_by = "budget"
             break
         if run.done == begun:
             _compile(loop.step, run.whole, batches[0])
         with interrupts_wait():
-            metrics = _advance(run, loop.step, batches, charge)
+            metrics = _advance(run, loop.step, batches, charged)
             watch.add(charge, metrics)
         if run.done < plan.steps:
             batches = loop.load(run.done)  # on the host, while the device computes the present ones
@@ -245,7 +246,7 @@ def _compile(step: Step, state: TrainState, loaded: LoadedBatch) -> None:
 
 
 def _advance(
-    run: Progress, step: Step, batches: Sequence[LoadedBatch], charge: Charge
+    run: Progress, step: Step, batches: Sequence[LoadedBatch], charged: Ledger
 ) -> list[StepMetrics]:
     """Executes one logical step, charged before anything of it can be released.
 
@@ -254,13 +255,13 @@ def _advance(
         step raises.
       step: what is executed.
       batches: the physical batches of the logical step.
-      charge: what the ledger is charged with.
+      charged: the ledger with this step.
 
     Returns:
       What each physical batch looked like.
     """
-    state, before, metrics = run.whole, run.ledger, []
-    run.ledger = charge.added(before)
+    state, metrics = run.whole, []
+    run.ledger = charged
     # From here on nobody can tell how much of it has run, whatever it raises: a state that is still
     # there may be a copy. So the charge stays, and there is no state to draw the same noise again.
     run.state = None
@@ -309,8 +310,8 @@ def _saved_in_the_end(run: Progress, loop: _Loop, watch: Watch) -> Iterator[None
     try:
         yield
     except BaseException as error:
-        if can_be_read(run.state) and (otherwise := settled(watch)) is not None:
-            error.add_note(f"jaxdp: {otherwise}")
+        if can_be_read(run.state) and (problem := settled(watch)):
+            error.add_note(f"jaxdp: {problem}")
         if can_be_read(run.state) and jax.process_count() == 1:
             try:
                 _save(run, loop)

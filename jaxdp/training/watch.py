@@ -2,7 +2,6 @@
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ IN_FLIGHT = 2
 while the host prepares the next; each more holds a batch in its memory, and is one more that a
 failure leaves charged."""
 
-# The most steps that are not looked at: their metrics are small, and kept on the device.
+# The most steps that are not looked at: their metrics are small.
 _MOST = 256
 
 
@@ -41,7 +40,7 @@ class Watch:
         """One more step, with what its physical batches return. Waits for an earlier one."""
         self._steps.append((charge, metrics))
         if len(self._steps) > IN_FLIGHT:
-            jax.block_until_ready(self._steps[-1 - IN_FLIGHT][1][-1])
+            jax.block_until_ready(self._steps[-1 - IN_FLIGHT][1][-1].samples)
 
     @property
     def is_full(self) -> bool:
@@ -56,10 +55,15 @@ class Watch:
           ValueError: one has released other noise than it was charged with.
         """
         count = max(len(self._steps) - keep, 0)
-        for charge, metrics in jax.device_get([self._steps[index] for index in range(count)]):
+        for leaf in jax.tree.leaves([self._steps[index][1] for index in range(count)]):
+            if isinstance(leaf, jax.Array):  # all are on their way before one is waited for
+                leaf.copy_to_host_async()
+        for _ in range(count):
+            charge, metrics = self._steps[0]
+            read: list[StepMetrics] = [jax.tree.map(np.asarray, batch) for batch in metrics]
             self._steps.popleft()
-            self._check(charge, metrics[-1])
-            self.totals = self.totals.add(metrics)
+            self._check(charge, read[-1])
+            self.totals = self.totals.add(read)
         return count
 
     def _check(self, charge: Charge, last: StepMetrics) -> None:
@@ -72,18 +76,15 @@ class Watch:
         self.run.state = None
         raise ValueError(
             "a step must release the noise that it was charged with, got noise multipliers "
-            f"{executed} for {charge.noise_multipliers}. Both are charged now, and the run has "
-            "ended; let the noise depend on nothing that changes from one question to the next."
+            f"{executed} for {charge.noise_multipliers}. Both are charged now. Let the noise "
+            "multiplier follow from the step, or from what earlier steps have left in the state."
         )
 
 
-def settled(watch: Watch) -> Any:
-    """Looks at everything behind an exception, as far as that can be read; None, or the
-    `ValueError` of a step that did other than it was charged with."""
+def settled(watch: Watch) -> str:
+    """Looks at everything behind an exception, as far as it can be read; what is wrong, or ""."""
     try:
         watch.look()
-    except jax.errors.JaxRuntimeError:
-        return None
-    except ValueError as error:
-        return error
-    return None
+    except (ValueError, jax.errors.JaxRuntimeError) as problem:
+        return str(problem)
+    return ""
