@@ -71,7 +71,13 @@ class Ahead:
 
     @classmethod
     def of(cls, run: Callable[..., Any], after: After) -> "Ahead":
-        """Of a step, and of what its chain makes of its state."""
+        """Tells of a step.
+
+        Args:
+          run: the step.
+          after: what its chain makes of its state: `(state, batch, mask, values of is_last) -> the
+            states of the chain behind the batch`.
+        """
 
         def foresee(state: Any, batch: Any, first: Any, count: Any) -> Foreseen | None:
             chain = _Chain.of(after, state, batch)

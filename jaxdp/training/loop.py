@@ -54,7 +54,9 @@ def fit(
     it draws, with the scheme of the sampler that drew the batch, and with the random numbers of
     both (`Ledger.draws`). Two runs on one ledger with the same noise key or the same sampler seed
     are refused; a run that goes on from its state and ledger draws new ones. The first step is
-    compiled ahead of its charge; once a step is charged, whatever it raises, it stays charged.
+    compiled ahead of its charge; once a step is charged, whatever it raises, it stays charged. Up
+    to two steps are charged and begun while one is under way; what was executed is held against
+    what was charged at reports and in the end, and a run whose noise is other ends.
 
     With `checkpoints`, the run is saved at every report, and begins where the newest checkpoint
     ended: killed at any moment and started again, it executes the same steps with the same noise
@@ -110,7 +112,7 @@ def fit(
         `jaxdp.accumulate`; the chain draws no noise; the accountant cannot account for the
         sampler's scheme; rows that do not divide among devices or parts of the data; processes
         that differ in state, sampler, arguments, step (its clip, noise or optimizer), or in what
-        they have reached at a report.
+        they have reached at a report; a step released other noise than it was charged with.
       ProcessLost: another process of the job has ended.
 
     Example:
