@@ -31,7 +31,7 @@ GOAL = 1.05
 EXAMPLES, BATCH, CLASSES, FEATURES = 20_000, 256, 10, 64
 # Name -> hidden width.
 SIZES = {"0.5 ms": 64, "1 ms": 192}
-STEPS = 200
+STEPS = 400
 
 
 def job(width: int) -> tuple[training.Step, training.TrainState, Any, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdp.checks import (
@@ -128,7 +128,8 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
         # device_put would take NaN on two processes for different values.
         host = np.asarray(leaf)
         # Named as a step names it: what a layout is called is part of what is compiled for it.
-        spread = NamedSharding(mesh, P(*[None] * host.ndim))
+        named = AxisType.Explicit in mesh.axis_types
+        spread = NamedSharding(mesh, P(*[None] * host.ndim) if named else P())
         return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])
 
     def placed(leaf: jax.Array) -> jax.Array:

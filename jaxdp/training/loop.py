@@ -116,7 +116,7 @@ def fit(
       ProcessLost: another process of the job has ended.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, jaxdp
+      >>> import jax, jax.numpy as jnp, numpy as np, optax, jaxdp
       >>> from jaxdp.training import init, make_step
       >>> loss_fn = lambda params, example: (params @ example) ** 2
       >>> sampler = jaxdp.PoissonSampler(100, expected_batch_size=10, seed=0)
