@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from jaxdp.accounting import Draws, Ledger, SamplingScheme
-from jaxdp.accounting.draws import check_draws
 from jaxdp.released import noise_draws
 from jaxdp.sampling import Sampler
 from jaxdp.training.foresight import LANES
@@ -102,10 +101,11 @@ class Charges:
             self._block = self._asked_ahead(state, batch, number)
         scheme = self.sampler.scheme
         if self._block is None:
-            asked = _as_typed(np.asarray(self.step.noise_multipliers(state, batch)))
-            return Charge(asked, scheme, step_draws(state, self.sampler, number))
-        multipliers, noise = self._block.noise(number)
-        return Charge(multipliers, scheme, check_draws((*noise, *self.sampler.draws(number))))
+            multipliers = _as_typed(np.asarray(self.step.noise_multipliers(state, batch)))
+            noise = noise_draws(state.opt_state)
+        else:
+            multipliers, noise = self._block.noise(number)
+        return Charge(multipliers, scheme, step_draws(noise, self.sampler, number))
 
     def _asked_ahead(self, state: TrainState, batch: Any, number: int) -> _Block | None:
         if not self._foresees or self.step.ahead is None:
