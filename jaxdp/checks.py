@@ -76,6 +76,9 @@ def shown(value: object) -> str:
 
 def _without_axes(value: object) -> object:
     """The number that an array of no axes holds; anything else as it is."""
+    # What most callers pass is known by its type: a charge has forty checks, at every step.
+    if type(value) in (int, float, tuple):
+        return value
     if isinstance(value, np.generic) or getattr(value, "ndim", None) != 0:
         return value
     try:
@@ -85,6 +88,8 @@ def _without_axes(value: object) -> object:
 
 
 def _is_number(value: object, kind: type) -> bool:
+    if type(value) is int:
+        return True
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -306,6 +311,8 @@ def check_sequence(name: str, value: object, *, minimum: int = 0, advice: str) -
       >>> check_sequence("layers", [1, 2], advice="Pass the layers in their order.")
       (1, 2)
     """
+    if type(value) is tuple and len(value) >= minimum:
+        return value
     is_array = isinstance(getattr(value, "ndim", None), int) and getattr(value, "ndim", 0) > 0
     if not (is_array or isinstance(value, Sequence)) or isinstance(value, str | bytes | bytearray):
         raise TypeError(f"{name} must be a sequence, got {shown(value)}. {advice}")

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdp.checks import (
@@ -115,7 +115,7 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     Example:
       >>> state = spread_state({"w": jnp.ones(2)}, data_parallel(1).mesh)
       >>> tuple(state["w"].sharding.spec)
-      ()
+      (None,)
     """
     check_instance("mesh", mesh, Mesh, advice="Pass data_parallel().mesh, or jax.make_mesh(...).")
     for leaf in jax.tree.leaves(state):
@@ -127,7 +127,9 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
         # device_put would take NaN on two processes for different values.
         host = np.asarray(leaf)
-        spread = NamedSharding(mesh, P())
+        # Named as a step names it: what a layout is called is part of what is compiled for it.
+        named = AxisType.Explicit in mesh.axis_types
+        spread = NamedSharding(mesh, P(*[None] * host.ndim) if named else P())
         return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])
 
     def placed(leaf: jax.Array) -> jax.Array:

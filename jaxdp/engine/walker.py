@@ -225,6 +225,11 @@ class Equation:
         return Program.of(self.params["call_jaxpr"]) if self.name == "custom_vjp_call" else None
 
     @property
+    def custom_vmap(self) -> Program | None:
+        """The function, if it is one of `jax.custom_batching.custom_vmap`."""
+        return self.bodies[0] if self.name == "custom_vmap_call" else None
+
+    @property
     def own_derivative(self) -> bool:
         """Whether it may bring a rule of differentiation of its own, which is no part of the
         program until that is differentiated."""

@@ -1,5 +1,6 @@
 """The progress bar of a run, drawn by rich: for the operator's eyes, as what is raw in it says."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+# As often as rich draws it.
+_SECONDS = 0.1
+
 
 class Bar:
     """A bar that shows steps and ε spent, and, marked as not private, loss and throughput."""
@@ -19,11 +23,18 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID):
         self._progress = progress
         self._task = task
+        self._moved = time.perf_counter()
 
-    def advance(self, *, loss: float, samples_per_second: float) -> None:
-        """One step further, with the mean loss and the samples per second since the report."""
+    @property
+    def is_due(self) -> bool:
+        """Whether somebody who watches would like it to move."""
+        return not self._progress.disable and time.perf_counter() - self._moved > _SECONDS
+
+    def advance(self, steps: int = 1, *, loss: float, samples_per_second: float) -> None:
+        """Steps further, with the mean loss and the samples per second since the report."""
+        self._moved = time.perf_counter()
         self._progress.update(
-            self._task, advance=1, loss=f"{loss:.3f}", rate=f"{samples_per_second:,.0f}"
+            self._task, advance=steps, loss=f"{loss:.3f}", rate=f"{samples_per_second:,.0f}"
         )
 
     def show(self, *, epsilon: float) -> None:

@@ -169,6 +169,7 @@ class Budget:
         noise_multipliers: list[float],
         sampling: SamplingScheme,
         draws: Sequence[Draws] = (),
+        after: Ledger | None = None,
     ) -> bool:
         """Whether one more step with these releases fits.
 
@@ -177,6 +178,7 @@ class Budget:
           noise_multipliers: of the Gaussians that the coming step releases.
           sampling: the scheme that draws its batch.
           draws: what the coming step will be charged with beside.
+          after: that ledger charged with all this, where it is at hand.
 
         Returns:
           Whether the ledger stays within the budget with the coming step.
@@ -191,7 +193,8 @@ class Budget:
             grant = self._surely(*coming) or self._exactly(*coming)
             self._least = math.inf
         self._least = min(self._least, sigma)
-        after = ledger.charge(noise_multipliers, sampling, draws=drawn)
+        if after is None:
+            after = ledger.charge(noise_multipliers, sampling, draws=drawn)
         self._grant = grant.used(sigma, after, drawn)
         return grant.steps > 0
 

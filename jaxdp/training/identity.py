@@ -1,5 +1,7 @@
 """Which random numbers a step is made of, and whether a ledger knows those of a state."""
 
+from collections.abc import Sequence
+
 from jaxdp.accounting import Draws, Ledger, LedgerEntry
 from jaxdp.accounting.draws import check_draws
 from jaxdp.released import noise_draws
@@ -7,21 +9,23 @@ from jaxdp.sampling import Sampler
 from jaxdp.training.step import TrainState
 
 
-def step_draws(state: TrainState, sampler: Sampler, step: int) -> tuple[Draws, ...]:
+def step_draws(
+    noise: Sequence[tuple[str, str, int]], sampler: Sampler, step: int
+) -> tuple[Draws, ...]:
     """The draws of the coming step: of every noised release, by its own counter, and of its batch.
 
     A run that goes on never repeats one. An optimizer that is initialised anew does, and so do two
     runs with one chain, or with one sampler: their ledger refuses it.
 
     Args:
-      state: before the step.
+      noise: purpose, fingerprint and step of every noised release, as `noise_draws` tells them.
       sampler: draws the batch.
       step: logical step.
 
     Returns:
       What `Ledger.charge` takes.
     """
-    return check_draws((*noise_draws(state.opt_state), *sampler.draws(step)))
+    return check_draws((*noise, *sampler.draws(step)))
 
 
 def check_charged(state: TrainState, ledger: Ledger) -> None:

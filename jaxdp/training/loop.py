@@ -5,18 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.stages import Wrapped
 
-from jaxdp.accounting import (
-    AccountantName,
-    Draws,
-    Guarantee,
-    Ledger,
-    RelationName,
-    SamplingScheme,
-)
+from jaxdp.accounting import AccountantName, Guarantee, Ledger, RelationName
 from jaxdp.accounting.guarantee import as_guarantee
 from jaxdp.distributed import check_agreement, spread_state
 from jaxdp.distributed.agreement import program_digest
@@ -24,14 +16,16 @@ from jaxdp.distributed.lost import every_process_needed
 from jaxdp.sampling import Sampler
 from jaxdp.training.arguments import Plan, check_objects, check_plan
 from jaxdp.training.bar import Bar, progress_bar
+from jaxdp.training.charges import Charges
 from jaxdp.training.checkpoints import Checkpoints
-from jaxdp.training.identity import step_draws
+from jaxdp.training.identity import check_charged
 from jaxdp.training.loading import Data, LoadedBatch, check_overflow, data_digest, loader
 from jaxdp.training.logs import LogFn, log_function
 from jaxdp.training.reports import Evaluate, Totals, report_row
 from jaxdp.training.resume import begin
 from jaxdp.training.run import Progress, Run, can_be_read, interrupts_wait, kept
 from jaxdp.training.step import Step, StepMetrics, TrainState
+from jaxdp.training.watch import IN_FLIGHT, Watch, settled
 
 
 def fit(
@@ -60,7 +54,9 @@ def fit(
     it draws, with the scheme of the sampler that drew the batch, and with the random numbers of
     both (`Ledger.draws`). Two runs on one ledger with the same noise key or the same sampler seed
     are refused; a run that goes on from its state and ledger draws new ones. The first step is
-    compiled ahead of its charge; once a step is charged, whatever it raises, it stays charged.
+    compiled ahead of its charge; once a step is charged, whatever it raises, it stays charged. Up
+    to two steps are charged and begun while one is under way; what was executed is held against
+    what was charged at reports and in the end, and a run whose noise is other ends.
 
     With `checkpoints`, the run is saved at every report, and begins where the newest checkpoint
     ended: killed at any moment and started again, it executes the same steps with the same noise
@@ -116,11 +112,11 @@ def fit(
         `jaxdp.accumulate`; the chain draws no noise; the accountant cannot account for the
         sampler's scheme; rows that do not divide among devices or parts of the data; processes
         that differ in state, sampler, arguments, step (its clip, noise or optimizer), or in what
-        they have reached at a report.
+        they have reached at a report; a step released other noise than it was charged with.
       ProcessLost: another process of the job has ended.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, jaxdp
+      >>> import jax, jax.numpy as jnp, numpy as np, optax, jaxdp
       >>> from jaxdp.training import init, make_step
       >>> loss_fn = lambda params, example: (params @ example) ** 2
       >>> sampler = jaxdp.PoissonSampler(100, expected_batch_size=10, seed=0)
@@ -169,8 +165,9 @@ def fit(
         progress_bar(is_shown, total=plan.steps, done=run.done, budget=plan.budget) as bar,
     ):
         loop = _Loop(step, sampler, plan, load, checkpoints, of_data, evaluate, log, bar)
-        with _saved_in_the_end(run, loop):
-            stopped_by = _executed(run, loop)
+        watch = Watch(run)
+        with _saved_in_the_end(run, loop, watch):
+            stopped_by = _executed(run, loop, watch)
     return Run(run.whole, run.ledger, run.history, stopped_by)
 
 
@@ -195,20 +192,6 @@ class _Loop(NamedTuple):
     bar: Bar
 
 
-class _Charge(NamedTuple):
-    """What a step is charged with.
-
-    Attributes:
-      noise_multipliers: of the Gaussians that it releases.
-      sampling: the scheme that draws its batch.
-      draws: the random numbers of both.
-    """
-
-    noise_multipliers: list[float]
-    sampling: SamplingScheme
-    draws: tuple[Draws, ...]
-
-
 def _check_same_everywhere(
     state: TrainState,
     sampler: Sampler,
@@ -225,40 +208,36 @@ def _check_same_everywhere(
     )
 
 
-def _executed(run: Progress, loop: _Loop) -> str:
+def _executed(run: Progress, loop: _Loop, watch: Watch) -> str:
     """Executes the steps that are left; why it has stopped, "steps" or "budget"."""
     plan, limit = loop.plan, loop.plan.limit()
     begun = reported = run.done
-    totals = Totals.begin()
+    charges = Charges(loop.step, loop.sampler, plan.steps)
     batches = loop.load(begun)
     if jax.process_count() > 1:
         check_agreement(step=_program(loop.step, run.whole, batches[0]))
     stopped_by = "steps"
     while run.done < plan.steps:
-        charge = _coming_charge(run, loop, batches[0])
-        if limit is not None and not limit.allows(run.ledger, *charge):
+        charge = charges.coming(run.whole, batches[0].batch, run.done)
+        charged = charge.added(run.ledger)
+        if limit is not None and not limit.allows(run.ledger, *charge, charged):
             stopped_by = "budget"
             break
         if run.done == begun:
             _compile(loop.step, run.whole, batches[0])
         with interrupts_wait():
-            metrics = _advance(run, loop.step, batches, charge)
+            metrics = _advance(run, loop.step, batches, charged)
+            watch.add(charge, metrics)
         if run.done < plan.steps:
             batches = loop.load(run.done)  # on the host, while the device computes the present ones
-        totals = totals.add(jax.device_get(metrics))
-        loop.bar.advance(loss=totals.loss, samples_per_second=totals.samples_per_second)
         if run.done % plan.report_every == 0:
-            _report(run, loop, totals)
-            reported, totals = run.done, Totals.begin()
+            _report(run, loop, watch)
+            reported = run.done
+        elif watch.is_full or loop.bar.is_due:
+            _show(loop.bar, watch, keep=IN_FLIGHT)
     if run.done > reported:
-        _report(run, loop, totals)
+        _report(run, loop, watch)
     return stopped_by
-
-
-def _coming_charge(run: Progress, loop: _Loop, batch: LoadedBatch) -> _Charge:
-    drawn = loop.step.noise_multipliers(run.whole, batch.batch)
-    draws = step_draws(run.whole, loop.sampler, run.done)
-    return _Charge(_as_typed(drawn), loop.sampler.scheme, draws)
 
 
 def _compile(step: Step, state: TrainState, loaded: LoadedBatch) -> None:
@@ -269,7 +248,7 @@ def _compile(step: Step, state: TrainState, loaded: LoadedBatch) -> None:
 
 
 def _advance(
-    run: Progress, step: Step, batches: Sequence[LoadedBatch], charge: _Charge
+    run: Progress, step: Step, batches: Sequence[LoadedBatch], charged: Ledger
 ) -> list[StepMetrics]:
     """Executes one logical step, charged before anything of it can be released.
 
@@ -278,13 +257,13 @@ def _advance(
         step raises.
       step: what is executed.
       batches: the physical batches of the logical step.
-      charge: what the ledger is charged with.
+      charged: the ledger with this step.
 
     Returns:
       What each physical batch looked like.
     """
-    state, before, metrics = run.whole, run.ledger, []
-    run.ledger = before.charge(charge.noise_multipliers, charge.sampling, draws=charge.draws)
+    state, metrics = run.whole, []
+    run.ledger = charged
     # From here on nobody can tell how much of it has run, whatever it raises: a state that is still
     # there may be a copy. So the charge stays, and there is no state to draw the same noise again.
     run.state = None
@@ -296,15 +275,25 @@ def _advance(
     return metrics
 
 
-def _report(run: Progress, loop: _Loop, totals: Totals) -> None:
+def _report(run: Progress, loop: _Loop, watch: Watch) -> None:
     """Adds to the history, saves, and tells whoever listens."""
     if jax.process_count() > 1:
         check_agreement(parameters=run.whole.params, charges=run.ledger.to_json())
-    row = report_row(run.whole, run.ledger, loop.sampler, loop.plan, totals, loop.evaluate)
+    _show(loop.bar, watch)
+    check_charged(run.whole, run.ledger)
+    row = report_row(run.whole, run.ledger, loop.sampler, loop.plan, watch.totals, loop.evaluate)
+    watch.totals = Totals.begin()
     run.history.append(row)
     _save(run, loop)
     loop.log(dict(row))
     loop.bar.show(epsilon=row["epsilon"])
+
+
+def _show(bar: Bar, watch: Watch, keep: int = 0) -> None:
+    """What all steps did but the last `keep`."""
+    count = watch.look(keep)
+    totals = watch.totals
+    bar.advance(count, loss=totals.loss, samples_per_second=totals.samples_per_second)
 
 
 def _save(run: Progress, loop: _Loop) -> None:
@@ -316,13 +305,15 @@ def _save(run: Progress, loop: _Loop) -> None:
 
 
 @contextlib.contextmanager
-def _saved_in_the_end(run: Progress, loop: _Loop) -> Iterator[None]:
+def _saved_in_the_end(run: Progress, loop: _Loop, watch: Watch) -> Iterator[None]:
     """After an exception no step is lost, Ctrl-C included. Its parameters may have been seen: to
     execute it once more, with the same noise and another chain, would show what the noise hides.
     Processes save together, so one of them alone cannot."""
     try:
         yield
     except BaseException as error:
+        if can_be_read(run.state) and (problem := settled(watch)):
+            error.add_note(f"jaxdp: {problem}")
         if can_be_read(run.state) and jax.process_count() == 1:
             try:
                 _save(run, loop)
@@ -343,8 +334,3 @@ def _how_to_resume(checkpoints: Checkpoints | None) -> str:
         "start any number of them again, to resume from the newest checkpoint in "
         f"{checkpoints.directory}"
     )
-
-
-def _as_typed(noise_multipliers: jax.Array) -> list[float]:
-    """float32 on the device -> the decimal the user typed: 1.1, not 1.10000002384."""
-    return [float(str(value)) for value in np.asarray(noise_multipliers)]

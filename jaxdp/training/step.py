@@ -18,6 +18,7 @@ from jaxdp.engine.walker import Equation, Path
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.problem import check_arrays, merged_tree, with_gradient
 from jaxdp.released import Released, check_whole, executed_noise_multipliers, initial_state
+from jaxdp.training.foresight import Ahead
 from jaxdp.trees import path_name
 
 
@@ -50,10 +51,13 @@ class StepMetrics(NamedTuple):
       loss_sum: Σ of the losses of its samples, float scalar.
       samples: how many rows held a sample, int32 scalar. The realised batch size is a secret.
       nonfinite: how many samples counted for nothing, their gradient not being finite, int32.
+      noise_multipliers: of the Gaussians that the last logical step released, float32 [R], read
+        from the state behind this batch: what a ledger must hold. Public.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> metrics = StepMetrics(jnp.float32(3), samples=jnp.int32(2), nonfinite=jnp.int32(0))
+      >>> counts = {"samples": jnp.int32(2), "nonfinite": jnp.int32(0)}
+      >>> metrics = StepMetrics(jnp.float32(3), **counts, noise_multipliers=jnp.ones(1))
       >>> print(metrics.loss_sum, metrics.samples)
       3.0 2
     """
@@ -61,6 +65,7 @@ class StepMetrics(NamedTuple):
     loss_sum: jax.Array
     samples: jax.Array
     nonfinite: jax.Array
+    noise_multipliers: jax.Array
 
 
 class Step(NamedTuple):
@@ -74,6 +79,7 @@ class Step(NamedTuple):
         the shapes matter. Callbacks and prints in the chain are not executed for it, unless they
         stand in a loop, a branch or a block with the noise itself; those see other noise, and no
         sum.
+      ahead: tells the noise of many coming steps at once; None where nobody can.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxdp
@@ -87,6 +93,7 @@ class Step(NamedTuple):
 
     run: Callable[[TrainState, Any, ArrayLike, ArrayLike], tuple[TrainState, StepMetrics]]
     noise_multipliers: Callable[[TrainState, Any], jax.Array]
+    ahead: Ahead | None = None
 
 
 _CHAIN = "Pass the optax chain: a clip, jaxdp.add_noise, an optimizer."
@@ -185,33 +192,58 @@ def make_step(
             updates, opt_state = chain.update(grads, state.opt_state, state.params, is_last=is_last)
         params = _updated(state.params, updates, grads.groups)
         losses, nonfinite = _losses(returned, mask)
-        metrics = StepMetrics(jnp.sum(losses), jnp.sum(mask, dtype=jnp.int32), nonfinite)
+        executed = jnp.concatenate([jnp.ravel(each) for each in _multipliers(opt_state)])
+        metrics = StepMetrics(
+            jnp.sum(losses), jnp.sum(mask, dtype=jnp.int32), nonfinite, executed
+        )
         step = state.step + jnp.asarray(is_last, jnp.int32)
         return TrainState(step, params, opt_state, key), metrics
 
+    def after(
+        state: TrainState, batch: Any, mask: jax.Array, endings: Sequence[bool]
+    ) -> list[optax.OptState]:
+        """The state of the chain behind a physical batch, for each value of `is_last`. The chain
+        itself says what it is about to release: a second definition could disagree with it."""
+        returned = grads_fn(state.params, with_keys(batch, state.key), mask)
+        states: list[optax.OptState] = []
+        for is_last in endings:
+            with taken_whole():
+                _, opt_state = chain.update(
+                    _grads(returned), state.opt_state, state.params, is_last=is_last
+                )
+            check_whole(tx.init, state.params, state.opt_state, opt_state)
+            _multipliers(opt_state)
+            states.append(opt_state)
+        return states
+
     def coming(state: TrainState, batch: Any) -> jax.Array:
-        # The chain itself, on an empty batch, says what it is about to release: a second
-        # definition could disagree with the noise. What it may do besides must not see the coming
-        # noise alone, and later with the sum: nothing raw goes in, and other noise is drawn.
-        empty = jax.tree.map(jnp.zeros_like, with_keys(batch, state.key))
-        nobody = jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], bool)
-        returned = grads_fn(state.params, empty, nobody)
-        opt_state = _rehearsed(state.opt_state)
-        with taken_whole():
-            _, opt_state = chain.update(_grads(returned), opt_state, state.params, is_last=True)
-        check_whole(tx.init, state.params, state.opt_state, opt_state)
-        released = executed_noise_multipliers(opt_state)
-        if not released:
-            raise ValueError(
-                "the chain must draw noise to be private, got neither jaxdp.add_noise nor another "
-                "noised release. Put jaxdp.add_noise(...) behind the clip."
-            )
-        return jnp.stack(released)
+        # What the chain may do besides must not see the coming noise alone, and later with the
+        # sum: nothing raw goes in, and other noise is drawn.
+        empty, key = jax.tree.map(jnp.zeros_like, (batch, state.key))
+        asked = state._replace(opt_state=_rehearsed(state.opt_state), key=key)
+        [opt_state] = after(asked, empty, nobody(batch), [True])
+        return jnp.stack(_multipliers(opt_state))
 
     def noise_multipliers(state: TrainState, batch: Any) -> jax.Array:
         return _quietly(coming, state, batch)
 
-    return Step(jax.jit(run, donate_argnums=0), jax.jit(noise_multipliers))
+    jitted = jax.jit(run, donate_argnums=0)
+    return Step(jitted, jax.jit(noise_multipliers), Ahead.of(jitted, after))
+
+
+def nobody(batch: Any) -> jax.Array:
+    """The mask of a batch without samples."""
+    return jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], bool)
+
+
+def _multipliers(opt_state: optax.OptState) -> list[jax.Array]:
+    released = executed_noise_multipliers(opt_state)
+    if not released:
+        raise ValueError(
+            "the chain must draw noise to be private, got neither jaxdp.add_noise nor another "
+            "noised release. Put jaxdp.add_noise(...) behind the clip."
+        )
+    return released
 
 
 def _quietly(fun: Callable[..., Any], *arguments: Any) -> Any:

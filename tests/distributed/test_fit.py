@@ -14,6 +14,7 @@ import jaxdp
 from jaxdp.distributed import check_agreement, data_parallel, join, spread_rows, spread_state
 from tests import helpers
 from tests.distributed import job
+from tests.training import small
 
 # The job itself is plain; promotion is no matter of this file.
 pytestmark = pytest.mark.usefixtures("plain_promotion")
@@ -44,6 +45,17 @@ def test_a_run_on_four_devices_is_that_of_one(types: AxisType, parts: int) -> No
     for leaf in jax.tree.leaves(got.state.params):
         replicas = {np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards}
         assert len(leaf.addressable_shards) == 4 and len(replicas) == 1
+
+
+@pytest.mark.anew
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="JAX 0.10 compiles keys once more")
+def test_a_state_that_is_spread_is_compiled_for_once() -> None:
+    tx = small.chain(3)
+    step: Any = jaxdp.training.make_step(jaxdp.per_sample_grads(small.loss_fn), tx)
+    sampler = small.poisson(physical_batch_size=8)
+    small.fit(tx, sampler, step=step, sharding=data_parallel(4), steps=4)
+    assert step.run._cache_size() == 1
+    assert step.ahead.foresee._cache_size() == 1
 
 
 def test_an_adaptive_clip_is_the_same_on_four_devices() -> None:

@@ -471,7 +471,9 @@ def test_it_compiles_once() -> None:
     step = step_of(tx)
     fit(tx, poisson(physical_batch_size=4), steps=8, report_every=2)
     assert step.run._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
-    assert step.noise_multipliers._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert step.ahead is not None
+    assert step.ahead.foresee._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert step.noise_multipliers._cache_size() == 0  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def test_the_same_run_twice_is_the_same() -> None:
