@@ -25,6 +25,7 @@ from jaxdp.engine import views, walker
 from jaxdp.engine.boxes import Box, Target, disjoint, indices, row_major
 from jaxdp.engine.factors.base import Factored, Inner, factored, static
 from jaxdp.engine.factors.materialized import Materialized
+from jaxdp.engine.factors.scaled import Scaled
 from jaxdp.engine.instrument import ByUse, Captures
 from jaxdp.engine.kinds.base import Record
 from jaxdp.engine.numerics import accumulation_dtype, once, scale_rows, select_rows
@@ -154,13 +155,12 @@ def assemble(
 def _factor(
     use: Use, part: Part, target: Target, captured: list[jax.Array], cotangent: jax.Array
 ) -> Factored:
-    if part.scale != 1:
-        # Once, so that norms and sums see the same rounding.
-        cotangent = once(cotangent * part.scale)
     if use.kind is None:
         values = cotangent[(slice(None), *indices(part.window))]
-        return Materialized(values, part.dims, target, "materialized")
-    return use.kind.factor(Record(use.eqn, use.operand, part, target, captured, cotangent))
+        factor = Materialized(values, part.dims, target, "materialized")
+    else:
+        factor = use.kind.factor(Record(use.eqn, use.operand, part, target, captured, cotangent))
+    return factor if part.scale == 1 else Scaled(factor, part.scale)
 
 
 def _pieces(factors: list[Factored]) -> tuple[Factored, ...]:

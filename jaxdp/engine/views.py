@@ -121,11 +121,19 @@ def _scaled(eqn: Equation, views: list[View]) -> list[View | None]:
     if len(numbers) != 1 or len(shown) != 1 or (eqn.name == "div" and not views[0]):
         return [None]
     number = float(numbers[0])
-    return [_times(shown[0], 1 / number if eqn.name == "div" else number)] if number else [None]
+    if eqn.name == "div":
+        return [_times(shown[0], 1 / number) if number else None]
+    return [_times(shown[0], number)]
 
 
-def _times(view: View, number: float) -> View:
-    return tuple(part._replace(scale=number * part.scale) for part in view)
+# Of a larger or a smaller number times a gradient it is not known that nothing over- or underflows.
+_LARGEST_SCALE = 2.0**24
+
+
+def _times(view: View, number: float) -> View | None:
+    parts = tuple(part._replace(scale=number * part.scale) for part in view)
+    known = all(1 / _LARGEST_SCALE <= abs(part.scale) <= _LARGEST_SCALE for part in parts)
+    return parts if known else None
 
 
 def _transpose(eqn: Equation, views: list[View]) -> list[View | None]:

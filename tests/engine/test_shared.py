@@ -180,3 +180,66 @@ def test_a_norm_with_a_penalty_is_that_of_both(name: str) -> None:
     known = true > 0.3 * true.max()
     assert np.all(found[known] >= true[known] * (1 - 1e-5))
     assert np.all(found[known] <= true[known] * 1.01)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("method", ["slots", "fused"])
+@pytest.mark.parametrize("count", [16384, pytest.param(65536, marks=pytest.mark.slow)])
+def test_a_sample_changes_the_sum_by_its_own_contribution_beside_a_penalty(
+    count: int, method: str
+) -> None:
+    """The sum of what all share is large, and the sum of the rest nearly its opposite."""
+
+    def loss_fn(w: jax.Array, x: jax.Array) -> jax.Array:
+        return x[0] * w[0] + 0.5 * jnp.sum(w**2)
+
+    w, worst = jnp.ones(1), 0.0
+    grads_fn = jaxdp.per_sample_grads(loss_fn, method=method)
+
+    @jax.jit
+    def total(x: jax.Array, mask: jax.Array, threshold: jax.Array) -> Any:
+        clip = jaxdp.clip_flat(threshold)
+        return clip.update(grads_fn(w, x, mask), clip.init(w))[0].value
+
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        size = 0.01 * rng.uniform(0.8, 1.2)
+        x = jnp.asarray(-1 + size * rng.uniform(0.5, 2, size=(count, 1)), jnp.float32)
+        threshold = jnp.float32(size * rng.uniform(0.4, 0.7))
+        whole = float(total(x, jnp.ones(count, bool), threshold)[0])
+        for row in rng.integers(0, count, 5):
+            part = float(total(x, jnp.ones(count, bool).at[row].set(False), threshold)[0])
+            worst = max(worst, abs(whole - part) / float(threshold))
+    assert worst <= 1.03
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor", "dtype"),
+    [
+        (70000.0, 1e-2, jnp.float16),
+        (1e-4, 1e-2, jnp.float16),
+        (0.3, 1.0, jnp.bfloat16),
+        (1e30, 1e-30, jnp.float32),
+    ],
+)
+@pytest.mark.parametrize("method", ["slots", "taps"])
+def test_a_scale_in_single_precision_of_a_product_in_half(
+    scale: float, factor: float, dtype: Any, method: str
+) -> None:
+    def loss_fn(w: jax.Array, x: jax.Array) -> jax.Array:
+        return factor * jnp.sum((x.astype(dtype) @ (w * scale).astype(dtype)).astype(jnp.float32))
+
+    w, x = jnp.full((8, 6), 1e-2), random(8)[:3]
+    want = np.asarray(jax.vmap(jax.grad(loss_fn), (None, 0))(w, x), np.float64)
+    grads = jaxdp.per_sample_grads(loss_fn, method=method)
+
+    @jax.jit
+    def clipped(w: jax.Array, x: jax.Array) -> Any:
+        found, clip = grads(w, x), jaxdp.clip_flat(1e9)
+        return found.norms(), clip.update(found, clip.init(w))[0].value
+
+    got, total = clipped(w, x)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-3 if dtype == jnp.float16 else 2e-2
+    largest = np.abs(want).sum(0).max()
+    np.testing.assert_allclose(total, want.sum(0), rtol=0, atol=tolerance * largest)
+    np.testing.assert_allclose(got, np.linalg.norm(want.reshape(3, -1), axis=1), rtol=tolerance)

@@ -349,12 +349,24 @@ def test_what_is_no_box_is_not_taken_for_one(name: str) -> None:
 
 NO_VIEW = {
     "sum": lambda a, b: a + b,
-    "scaled": lambda a, b: 2.0 * a,
+    "scaled by another": lambda a, b: a * b,
+    "scaled by next to nothing": lambda a, b: 1e-30 * a,
+    "divided into": lambda a, b: 2.0 / a,
     "padded with itself": lambda a, b: jnp.pad(a, ((0, 1), (0, 0)), mode="edge") * a[:1],
     "reversed": lambda a, b: a[::-1],
     "rounded to integers": lambda a, b: a.astype(jnp.int32),
     "a copy": lambda a, b: a.T.reshape(-1),
 }
+
+
+def test_a_number_stands_before_the_entries() -> None:
+    for fun, scale in (
+        (lambda a: 2.0 * a, 2.0),
+        (lambda a: -(a / 4.0), -0.25),
+        (lambda a: (3.0 * (2.0 * a)).T, 6.0),
+    ):
+        (part,) = parts_of(fun, [(2, 3)])
+        assert part.scale == scale
 
 
 @pytest.mark.parametrize("name", list(NO_VIEW))
