@@ -50,6 +50,7 @@ collect_ignore = ["golden/make.py"]
 ONCE = (
     "jaxdp/",
     "tests/accounting",
+    "tests/bench",
     "tests/distributed/test_fit",
     "tests/distributed/test_processes",
     "tests/recipes",
@@ -71,6 +72,8 @@ HALVED = (
     "tests/distributed",
     "tests/engine/test_certificates",
     "tests/engine/test_norm_attacks",
+    "tests/engine/test_precision",
+    "tests/engine/test_shared",
     "tests/lipschitz",
     "tests/test_accounting",
     "tests/test_contracts",

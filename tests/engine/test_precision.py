@@ -37,7 +37,8 @@ from tests.engine.test_norm_attacks import (
     random,
 )
 
-pytestmark = pytest.mark.optimized
+# One half with the oldest JAX, the other half with newer ones (tests/conftest.py).
+pytestmark = [pytest.mark.sweep, pytest.mark.optimized]
 
 # Stored bits of float32 at its default precision.
 STORED = {"tpu": 7, "gpu": 10}

@@ -28,6 +28,9 @@ from tests.engine.test_norm_attacks import (
     tied,
 )
 
+# One half with the oldest JAX, the other half with newer ones (tests/conftest.py).
+pytestmark = pytest.mark.sweep
+
 W = jnp.full((3, 3), 0.5)
 X = jnp.ones((4, 3))
 
