@@ -173,8 +173,7 @@ def _pieces(factors: list[Factored]) -> tuple[Factored, ...]:
         elif (first := by_box[at]) is not None:
             by_box[at] = first.join(factor) or factor.join(first)
     overlap = any(not disjoint(a, b) for a, b in combinations(by_box, 2))
-    prepared = [factor.prepared() for factor in by_box.values() if factor is not None]
-    joined = tuple(once(each) if isinstance(each, Materialized) else each for each in prepared)
+    joined = tuple(factor.prepared() for factor in by_box.values() if factor is not None)
     if overlap or len(joined) < len(by_box):
         return (_materialized([factor.rows() for factor in factors]),)
     return joined

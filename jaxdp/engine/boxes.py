@@ -54,7 +54,6 @@ class Target(NamedTuple):
             return rows
         return jnp.pad(rows, [(0, 0)] * lead + edges)
 
-
     def shown(self, leaf: jax.Array, dims: Sequence[Dim]) -> jax.Array:
         """`[*dims]`: the entries of an array of the leaf's shape that the dims show."""
         kept = [k for k, dim in enumerate(dims) if dim.stride != 0]

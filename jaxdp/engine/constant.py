@@ -40,7 +40,7 @@ def _walk(
         varies = [key in varying for key in eqn.writes]
         if (call := eqn.call) is not None:
             returned = {key for key, does in zip(call.returns, varies, strict=True) if does}
-            inside, inputs = _walk(call, set(returned), live, place)
+            inside, inputs = _walk(call, returned, live, place)
             found |= inside
         else:
             inputs = [any(varies) or not _constant_factor(eqn)] * len(eqn.operands)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxdp.engine import walker
 from jaxdp.engine.reduction import LeafLoss
+from jaxdp.engine.sums import BLOCK
 from jaxdp.engine.uses import Use, find_uses
 from jaxdp.engine.walker import Program
 from jaxdp.varying import zeros
@@ -29,6 +30,15 @@ class Plan(NamedTuple):
     program: Program
     structure: Any
     uses: dict[int, Use]
+
+    @property
+    def most_at_once(self) -> int | None:
+        """How many samples may be added up in one sum, if not any number.
+
+        Of what all samples share, the sum over many is large, and the sum of all else nearly its
+        opposite where the two cancel: each is rounded, by more than what is left of one sample.
+        """
+        return BLOCK if any(use.shared for use in self.uses.values()) else None
 
     def arguments(self, leaves: list[Any], example: Any) -> list[Any]:
         """The inputs of the program."""

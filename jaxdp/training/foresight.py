@@ -108,15 +108,13 @@ class _Chain:
         """Of a chain, or None where what it releases depends on anything else."""
         # Without it, a logical batch has one part.
         endings = [True, False] if _nodes(state.opt_state, AccumulateState) else [True]
-        nobody = jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], bool)
-
         def behind(opt_state: Any, others: Any) -> list[Any]:
             params, key, batch, mask = others
             asked = state._replace(params=params, opt_state=opt_state, key=key)
             return after(asked, batch, mask, endings)
 
         leaves, structure = jax.tree.flatten(state.opt_state)
-        others = state.params, state.key, batch, nobody
+        others = state.params, state.key, batch, nobody(batch)
         program, _ = walker.trace(behind, state.opt_state, others)
         if [_form(each) for each in program.outputs] != [
             _form(leaf) for _ in endings for leaf in leaves
@@ -144,6 +142,11 @@ class _Chain:
         starts = [part * count for part in range(self.states)]
         outputs = _evaluated(self.program, args, {s + place for s in starts for place in self.held})
         return [[outputs[start + place] for place in self.held] for start in starts]
+
+
+def nobody(batch: Any) -> jax.Array:
+    """The mask of a batch without samples."""
+    return jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], bool)
 
 
 def _form(leaf: Any) -> tuple[Any, Any]:

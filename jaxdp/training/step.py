@@ -18,7 +18,7 @@ from jaxdp.engine.walker import Equation, Path
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.problem import check_arrays, merged_tree, with_gradient
 from jaxdp.released import Released, check_whole, executed_noise_multipliers, initial_state
-from jaxdp.training.foresight import Ahead
+from jaxdp.training.foresight import Ahead, nobody
 from jaxdp.trees import path_name
 
 
@@ -229,11 +229,6 @@ def make_step(
 
     jitted = jax.jit(run, donate_argnums=0)
     return Step(jitted, jax.jit(noise_multipliers), Ahead.of(jitted, after))
-
-
-def nobody(batch: Any) -> jax.Array:
-    """The mask of a batch without samples."""
-    return jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], bool)
 
 
 def _multipliers(opt_state: optax.OptState) -> list[jax.Array]:

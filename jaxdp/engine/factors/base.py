@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
 import jax
 
 from jaxdp.engine.boxes import Target
+from jaxdp.engine.rounding import gamma, lost, rounded_up, roundings, total
+from jaxdp.engine.sums import row_norms
 
 T = TypeVar("T")
 
@@ -37,6 +39,21 @@ class Inner(NamedTuple):
         return Inner(self.values + other.values, self.errors + other.errors)
 
 
+def inner_of_rows(rows: jax.Array, along: jax.Array, direction: jax.Array) -> Inner:
+    """Of gradients that are formed.
+
+    Args:
+      rows: `[B, n]`, in float32 at least; a sum adds them with their weights.
+      along: what of r stands beside them, `[B, n]` or `[1, n]`: no entry of r twice but beside 0.
+      direction: r.
+    """
+    count, dtype = rows.shape[1], rows.dtype
+    size = rounded_up(row_norms(rows) * row_norms(direction[None]).astype(dtype), 1)
+    # Four more for the weight and the sum.
+    error = rounded_up(gamma(roundings(count) + 4, dtype) * size, 2)
+    return Inner(total(rows * along.astype(dtype)), error + lost(2 * count, dtype))
+
+
 class Factored(Protocol):
     """Per-sample gradients of one box of a leaf, kept as factors: a pytree of `[B, ...]`."""
 
@@ -55,7 +72,7 @@ class Factored(Protocol):
 
     def prepared(self) -> "Factored":
         """The same gradients, in the form that both the norms and the sum start from; what is
-        joined is joined before."""
+        joined is joined before, and what is formed is computed once (`engine.numerics.once`)."""
         ...
 
     def certified_norms(self) -> jax.Array:

@@ -232,6 +232,7 @@ def inner_error(
       off: roundings.
       stored: bits of R and of the weighted operand.
     """
+    # (1 + γ)(1 + u_s) − 1 <= γ + 2 u_s, where γ <= 1.
     rounding = gamma(off, mass.dtype) + 2 * weight_roundoff(stored)
     size = row_norms(direction[None])[0]
     lengths = size * (rounding * mass + sum_error(mass, positions, stored))

@@ -1,15 +1,13 @@
 """Per-sample gradients that are formed, one array for every sample."""
 
-import math
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.boxes import Dim, Target
-from jaxdp.engine.factors.base import Factored, Inner, factored, static
-from jaxdp.engine.numerics import widened
-from jaxdp.engine.rounding import gamma, lost, rounded_up, roundings, total
+from jaxdp.engine.factors.base import Factored, Inner, factored, inner_of_rows, static
+from jaxdp.engine.numerics import once, widened
 from jaxdp.engine.sums import row_norms, weighted_sum
 
 
@@ -31,10 +29,10 @@ class Materialized:
         # Repeated entries are added up once, so that norms and sums see the same rounding errors.
         repeated = [1 + axis for axis, dim in enumerate(self.dims) if dim.stride == 0]
         if all(self.values.shape[axis] == 1 for axis in repeated):
-            return self
+            return once(self)
         values = jnp.sum(widened(self.values), axis=tuple(repeated), keepdims=True)
         dims = tuple(dim if dim.stride else Dim(1, 0) for dim in self.dims)
-        return replace(self, values=values, dims=dims)
+        return once(replace(self, values=values, dims=dims))
 
     def certified_norms(self) -> jax.Array:
         return row_norms(self.values)
@@ -46,14 +44,9 @@ class Materialized:
         return self.target.place(weighted_sum(weights, self.values), self.dims)
 
     def inner(self, direction: jax.Array) -> Inner:
-        values = widened(self.values)
-        shown = self.target.shown(widened(direction), self.dims).astype(values.dtype)
-        count = math.prod(values.shape[1:])
-        terms = values.reshape(-1, count) * shown.reshape(1, count)
-        size = rounded_up(row_norms(values) * row_norms(shown[None]), 1)
-        # Four more for the weight and the sum.
-        error = rounded_up(gamma(roundings(count) + 4, values.dtype) * size, 2)
-        return Inner(total(terms), error + lost(2 * count, values.dtype))
+        shown = self.target.shown(widened(direction), self.dims)
+        rows = widened(self.values).reshape(self.values.shape[0], -1)
+        return inner_of_rows(rows, shown.reshape(1, -1), direction)
 
     def join(self, other: Factored) -> Factored | None:
         if isinstance(other, Materialized) and self.dims == other.dims:

@@ -28,7 +28,7 @@ from jaxdp.engine.boxes import Box, Dim, Target, split_loops
 from jaxdp.engine.factors.base import Factored, Inner, factored, static
 from jaxdp.engine.factors.gram import gram_norms, grams, inner_error, lengths_of, mass, sum_error
 from jaxdp.engine.factors.materialized import Materialized
-from jaxdp.engine.numerics import widened
+from jaxdp.engine.numerics import once, widened
 from jaxdp.engine.precision import (
     FLOAT32,
     as_operand,
@@ -179,7 +179,7 @@ class OuterProducts:
         return jnp.concatenate(inputs, axis=2), jnp.concatenate(outputs, axis=2)
 
     def prepared(self) -> Factored:
-        return self._materialized() if self.form == "rows" else self
+        return once(self._materialized()) if self.form == "rows" else self
 
     def certified_norms(self) -> jax.Array:
         u, v = self.vectors()

@@ -38,7 +38,7 @@ from jaxdp.engine.factors.gram import (
     sum_error,
 )
 from jaxdp.engine.factors.materialized import Materialized
-from jaxdp.engine.numerics import widened
+from jaxdp.engine.numerics import once, widened
 from jaxdp.engine.platforms import platform
 from jaxdp.engine.precision import (
     FLOAT32,
@@ -134,7 +134,7 @@ class Patches:
         )
 
     def prepared(self) -> Factored:
-        return self._materialized() if self.form == "rows" else self
+        return once(self._materialized()) if self.form == "rows" else self
 
     def certified_norms(self) -> jax.Array:
         return self._map(self._certified_norm)
@@ -143,7 +143,8 @@ class Patches:
         if self.form != "rows":
             return self.certified_norms()
         # Both the kernels here and the sum there are off; weights are rounded there alone.
-        whole, positions = jax.vmap(self._mass)(self.images, self.cotangents), self._extent()[1]
+        whole = jax.vmap(self._mass)(self.images, self.cotangents)
+        positions = self._extent().positions
         error = sum_error(whole, positions, FLOAT32) + sum_error(whole, positions, self.stored)
         return rounded_up(self._materialized().certified_norms() + error, 3)
 

@@ -19,13 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.boxes import Dim, Target
-from jaxdp.engine.factors.base import Factored, Inner, factored, static
+from jaxdp.engine.factors.base import Factored, Inner, factored, inner_of_rows, static
 from jaxdp.engine.factors.gram import certificate, gram_sum, grams, mass, sum_error
 from jaxdp.engine.factors.outer import OuterProducts
 from jaxdp.engine.numerics import scale_rows, widened
 from jaxdp.engine.precision import FLOAT32, multiplied_wide
 from jaxdp.engine.rounding import (
-    gamma,
     lost,
     norms,
     rounded_up,
@@ -83,17 +82,12 @@ class LookedUp:
         return self._placed(self._summed(self.ids, scale_rows(weights, self.cotangents)))
 
     def inner(self, direction: jax.Array) -> Inner:
-        cotangents, dims = widened(self.cotangents), (self.row, *self.features)
-        table = self.target.shown(widened(direction), dims).astype(cotangents.dtype)
-        shown = table.reshape(self.row.size, -1)[self.ids]
-        values = total(total(shown * cotangents))
-        # Ids are distinct: the rows that are looked up have the norm of the table at most.
-        positions, width = cotangents.shape[1:]
-        size = rounded_up(row_norms(cotangents) * row_norms(table[None]), 1)
-        # Four more for the weight and the sum.
-        off = roundings(width) + roundings(positions) + 4
-        error = rounded_up(gamma(off, cotangents.dtype) * size, 2)
-        return Inner(values, error + lost(2 * positions * width, cotangents.dtype))
+        table = self.target.shown(widened(direction), (self.row, *self.features))
+        # Ids are distinct, but for those of rows that are zero.
+        along = table.reshape(self.row.size, -1)[self.ids]
+        rows = widened(self.cotangents)
+        count = rows.shape[0]
+        return inner_of_rows(rows.reshape(count, -1), along.reshape(count, -1), direction)
 
     def join(self, other: Factored) -> Factored | None:
         if isinstance(other, OuterProducts):

@@ -6,8 +6,7 @@ import jax
 
 from jaxdp.engine.boxes import Target
 from jaxdp.engine.factors.base import Factored, Inner, factored, static
-from jaxdp.engine.factors.materialized import Materialized
-from jaxdp.engine.numerics import once, widened
+from jaxdp.engine.numerics import widened
 from jaxdp.engine.rounding import rounded_up
 
 
@@ -39,8 +38,7 @@ class Scaled:
         return self.factor.flops
 
     def prepared(self) -> Factored:
-        factor = self.factor.prepared()
-        return replace(self, factor=once(factor) if isinstance(factor, Materialized) else factor)
+        return replace(self, factor=self.factor.prepared())
 
     def certified_norms(self) -> jax.Array:
         return rounded_up(abs(self.scale) * self.factor.certified_norms(), 3)

@@ -45,7 +45,9 @@ class Method(Reducer, Protocol):
     """
 
     excuses: ClassVar[frozenset[Excuse]]
-    most_at_once: ClassVar[int | None]
+
+    @property
+    def most_at_once(self) -> int | None: ...
 
     @classmethod
     def of(cls, traced: TracedLoss) -> Self:

@@ -22,7 +22,6 @@ from jaxdp.engine.methods.dense import Dense
 from jaxdp.engine.plan import Plan, TracedLoss, one_example
 from jaxdp.engine.platforms import platform
 from jaxdp.engine.reduction import Batch, LeafLoss
-from jaxdp.engine.sums import BLOCK
 
 # What "auto" chooses from, the preferred one first.
 _AUTO = ("slots", "taps")
@@ -88,8 +87,7 @@ def choose(
             choice = Choice("taps", candidates["taps"], microbatch_size, reason)
     else:
         choice = Choice("slots", candidates["slots"], microbatch_size, "the fastest")
-    shares = any(use.shared for use in traced.plan.uses.values()) if count > BLOCK else False
-    return _in_blocks(choice, count, BLOCK if shares else choice.method.most_at_once)
+    return _in_blocks(choice, count)
 
 
 def _check(traced: TracedLoss, batch: Batch, names: tuple[str, ...], *, alone: bool) -> None:
@@ -102,12 +100,9 @@ def _check(traced: TracedLoss, batch: Batch, names: tuple[str, ...], *, alone: b
             raise BatchStatisticsError.at(statistic.eqn.source)
 
 
-def _in_blocks(choice: Choice, count: int, most: int | None) -> Choice:
-    """The same with no more samples at a time than may be added up in one sum.
-
-    Of what all samples share, the sum over many is large, and the sum of all else nearly its
-    opposite where the two cancel: each is rounded, by more than what is left of one sample.
-    """
+def _in_blocks(choice: Choice, count: int) -> Choice:
+    """The same with no more samples at a time than the method may add up in one sum."""
+    most = choice.method.most_at_once
     if most is None or min(choice.microbatch_size or count, count) <= most:
         return choice
     return choice._replace(microbatch_size=most, reason=f"{choice.reason}; sums in blocks")

@@ -67,7 +67,11 @@ class Dense:
 
     # JAX runs the loss itself.
     excuses: ClassVar[frozenset[Excuse]] = frozenset({"dense"})
-    most_at_once: ClassVar[int | None] = None
+
+    @property
+    def most_at_once(self) -> int | None:
+        """Any number: its sums are in blocks."""
+        return None
 
     @classmethod
     def of(cls, traced: TracedLoss) -> "Dense":

@@ -34,7 +34,11 @@ class Fused:
     leaves: list[jax.Array]
 
     excuses: ClassVar[frozenset[Excuse]] = frozenset()
-    most_at_once: ClassVar[int | None] = None
+
+    @property
+    def most_at_once(self) -> int | None:
+        """As the plan says."""
+        return self.plan.most_at_once
 
     @classmethod
     def of(cls, traced: TracedLoss) -> "Fused":

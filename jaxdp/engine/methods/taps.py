@@ -67,8 +67,11 @@ class Taps:
     leaves: list[jax.Array]
 
     excuses: ClassVar[frozenset[Excuse]] = frozenset()
-    # Their sum over samples is XLA's, which may be one running total.
-    most_at_once: ClassVar[int | None] = BLOCK
+
+    @property
+    def most_at_once(self) -> int | None:
+        """A block: the sum over samples is XLA's, which may be one running total."""
+        return BLOCK
 
     @classmethod
     def of(cls, traced: TracedLoss) -> "Taps":
