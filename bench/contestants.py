@@ -62,9 +62,9 @@ def build(loss_fn: LossFn, batch_size: int, method: str | None) -> dict[str, Con
 
     def flat(microbatch_size: int | None) -> Step:
         more = {"microbatch_size": microbatch_size}
-        return _jaxdp(loss_fn, jaxdp.clip_flat(CLIP_NORM), options | more)
+        return clipped(loss_fn, jaxdp.clip_flat(CLIP_NORM), **options, **more)
 
-    per_layer = _jaxdp(loss_fn, jaxdp.clip_per_layer(CLIP_NORM), options)
+    per_layer = clipped(loss_fn, jaxdp.clip_per_layer(CLIP_NORM), **options)
     contestants = {
         "non_private": Contestant("none", {"": non_private(loss_fn)}),
         "naive": Contestant("flat", {"": naive(loss_fn)}),
@@ -132,7 +132,8 @@ def naive(loss_fn: LossFn) -> Step:
     return step
 
 
-def _jaxdp(loss_fn: LossFn, clip: Any, options: dict[str, Any]) -> Step:
+def clipped(loss_fn: LossFn, clip: Any, **options: Any) -> Step:
+    """The sum of clipped gradients by jaxdp, with the options of `jaxdp.per_sample_grads`."""
     grads_fn = jaxdp.per_sample_grads(loss_fn, **options)
 
     def step(params: Any, batch: Any) -> Any:

@@ -15,8 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from zoo import CLASSES, Case
+from zoo import CLASSES, Case, classification_loss, next_token_loss
 
 
 class Block(nn.Module):
@@ -95,31 +94,31 @@ class ViT(nn.Module):
 
 def next_token_case(model: GPT2, batch: int, tokens: int) -> Case:
     """A language model on `[batch, tokens + 1]`."""
-    example = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), example)
-
-    def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
-        logits: Any = model.apply(params, tokens[:-1])
-        logits = logits.astype(jnp.float32)
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
-        return losses.mean()
-
-    return Case(loss_fn, params, jax.ShapeDtypeStruct((batch, tokens + 1), jnp.int32))
+    params = _params(model, jax.ShapeDtypeStruct((tokens,), jnp.int32))
+    texts = jax.ShapeDtypeStruct((batch, tokens + 1), jnp.int32)
+    return Case(next_token_loss(_in_single(model)), params, texts)
 
 
 def image_case(model: nn.Module, batch: int, side: int) -> Case:
     """A classifier on `[batch, side, side, 3]`."""
-    example = jax.ShapeDtypeStruct((side, side, 3), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), example)
+    params = _params(model, jax.ShapeDtypeStruct((side, side, 3), jnp.float32))
+    images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return Case(classification_loss(_in_single(model)), params, (images, labels))
 
-    def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
-        image, label = example
-        logits: Any = model.apply(params, image)
-        logits = logits.astype(jnp.float32)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
 
-    images = jax.ShapeDtypeStruct((batch, *example.shape), jnp.float32)
-    return Case(loss_fn, params, (images, jax.ShapeDtypeStruct((batch,), jnp.int32)))
+def _params(model: nn.Module, example: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0), example)
+
+
+def _in_single(model: nn.Module) -> Callable[..., jax.Array]:
+    """The logits of the model, in float32 whatever it computes in."""
+
+    def apply(params: Any, example: jax.Array) -> jax.Array:
+        logits: Any = model.apply(params, example)
+        return logits.astype(jnp.float32)
+
+    return apply
 
 
 def filled(case: Case, most: int = CLASSES) -> Case:

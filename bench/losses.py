@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import contestants
 import jax
 import jax.numpy as jnp
 import optax
@@ -91,18 +92,12 @@ CASES: dict[str, Callable[[], zoo.Case]] = {
 def measure(case: zoo.Case, rounds: int) -> dict[str, float]:
     """Ratios of a clipped step to the ordinary gradient: time and memory."""
 
-    def ordinary(params: Any, batch: Any) -> Any:
-        return jax.grad(lambda p: jnp.mean(jax.vmap(case.loss_fn, (None, 0))(p, batch)))(params)
-
-    def clipped(params: Any, batch: Any) -> Any:
-        clip: Any = jaxdp.clip_flat(1.0)
-        grads = jaxdp.per_sample_grads(case.loss_fn)(params, batch)
-        return clip.update(grads, clip.init(params))[0].value
-
     def compiled(fun: Callable[..., Any]) -> Any:
         return jax.jit(fun).lower(case.params, case.batch).compile()
 
-    steps = {"private": compiled(clipped), "ordinary": compiled(ordinary)}
+    private = contestants.clipped(case.loss_fn, jaxdp.clip_flat(1.0))
+    ordinary = contestants.non_private(case.loss_fn)
+    steps = {"private": compiled(private), "ordinary": compiled(ordinary)}
     turns = {
         name: timing.waiting(step, case.params, case.batch) for name, step in steps.items()
     }

@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import contestants
 import jax
 import large
 import roofline
@@ -30,10 +31,7 @@ FIGURES = ("flops", "passes", "bytes", "seconds")
 
 def ordinary(case: zoo.Case, machine: roofline.Machine) -> roofline.Cost:
     """Of the gradient of the mean loss."""
-
-    def gradient(params: Any, batch: Any) -> Any:
-        return jax.grad(lambda p: jax.vmap(case.loss_fn, (None, 0))(p, batch).mean())(params)
-
+    gradient = contestants.non_private(case.loss_fn)
     with tracing_for(machine.platform):
         return roofline.cost(gradient, (case.params, case.batch), machine)
 
@@ -42,12 +40,7 @@ def clipped(
     case: zoo.Case, clip_name: str, machine: roofline.Machine, method: str = "auto"
 ) -> roofline.Cost:
     """Of the sum of clipped gradients."""
-
-    def step(params: Any, batch: Any) -> Any:
-        clip = CLIPS[clip_name](1.0)
-        grads = jaxdp.per_sample_grads(case.loss_fn, method=method)(params, batch)
-        return clip.update(grads, clip.init(params))[0].value
-
+    step = contestants.clipped(case.loss_fn, CLIPS[clip_name](1.0), method=method)
     with tracing_for(machine.platform):
         return roofline.cost(step, (case.params, case.batch), machine)
 

@@ -118,13 +118,8 @@ def step_of(
     if contestant == "vmap_grad":
         return _in_microbatches(contestants.naive(loss_fn), workload)
     make_clip, method = CLIPPED[contestant]
-    clip: Any = make_clip(clip_norm)
-    grads_fn = jaxdp.per_sample_grads(loss_fn, method=method, microbatch_size=workload.microbatch)
-
-    def step(params: Any, batch: Any) -> Any:
-        return clip.update(grads_fn(params, batch), clip.init(params))[0].value
-
-    return step
+    options = {"method": method, "microbatch_size": workload.microbatch}
+    return contestants.clipped(loss_fn, make_clip(clip_norm), **options)
 
 
 def _in_microbatches(step: contestants.Step, workload: Workload) -> contestants.Step:

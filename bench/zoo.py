@@ -168,7 +168,7 @@ def _mlp(scale: int) -> Case:
 def _mnist_cnn(scale: int) -> Case:
     batch = images((256 * scale, 28, 28, 1))
     model = models.build("tanh-cnn", batch[0].shape[1:], CLASSES)
-    loss_fn = _classification_loss(model.apply)
+    loss_fn = classification_loss(model.apply)
     return Case(loss_fn, model.init(jax.random.key(0)), batch)
 
 
@@ -188,7 +188,7 @@ def _transformer(scale: int) -> Case:
     model = Transformer()
     tokens = _integers((32 * scale, TOKENS + 1), VOCABULARY)
     params = model.init(jax.random.key(0), tokens[0, 1:])
-    return Case(_next_token_loss(model.apply), params, tokens)
+    return Case(next_token_loss(model.apply), params, tokens)
 
 
 def _scanned_remat_transformer(scale: int) -> Case:
@@ -212,7 +212,7 @@ def _scanned_remat_transformer(scale: int) -> Case:
         x, _ = jax.lax.scan(body, x, params["blocks"])
         return head.apply(params["head"], x)
 
-    return Case(_next_token_loss(apply), params, tokens)
+    return Case(next_token_loss(apply), params, tokens)
 
 
 def _gpt2_block(scale: int) -> Case:
@@ -248,10 +248,12 @@ CASES: dict[str, Callable[[int], Case]] = {
 def classifier(module: nn.Module, batch: tuple[jax.Array, jax.Array]) -> Case:
     """With its parameters drawn, and the cross entropy of its logits."""
     params = module.init(jax.random.key(0), batch[0][0])
-    return Case(_classification_loss(module.apply), params, batch)
+    return Case(classification_loss(module.apply), params, batch)
 
 
-def _classification_loss(apply: Callable[..., Any]) -> Callable[[Any, Any], jax.Array]:
+def classification_loss(apply: Callable[..., Any]) -> Callable[[Any, Any], jax.Array]:
+    """The cross entropy of the logits of one example and its label."""
+
     def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, label = example
         return optax.losses.softmax_cross_entropy_with_integer_labels(apply(params, x), label)
@@ -259,7 +261,9 @@ def _classification_loss(apply: Callable[..., Any]) -> Callable[[Any, Any], jax.
     return loss_fn
 
 
-def _next_token_loss(apply: Callable[..., Any]) -> Callable[[Any, Any], jax.Array]:
+def next_token_loss(apply: Callable[..., Any]) -> Callable[[Any, Any], jax.Array]:
+    """The mean cross entropy of the tokens of one text, each from those before it."""
+
     def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
         logits = apply(params, tokens[:-1])
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
