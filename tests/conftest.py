@@ -54,7 +54,6 @@ ONCE = (
     "tests/distributed/test_fit",
     "tests/distributed/test_processes",
     "tests/recipes",
-    "tests/test_accounting",
     "tests/test_arguments",
     "tests/test_checks",
     "tests/test_cli",
@@ -69,13 +68,13 @@ ONCE = (
 # Sweeps of which each end runs a half: what searches for data that breaks a bound, what states ε,
 # and the contracts of transformations.
 HALVED = (
+    "tests/accounting",
     "tests/distributed",
     "tests/engine/test_certificates",
     "tests/engine/test_norm_attacks",
     "tests/engine/test_precision",
     "tests/engine/test_shared",
     "tests/lipschitz",
-    "tests/test_accounting",
     "tests/test_contracts",
 )
 
