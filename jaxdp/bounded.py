@@ -14,11 +14,14 @@ transformation that turns one into plain arrays:
 # pyright: reportPrivateUsage=false
 
 import contextlib
-from collections.abc import Generator, Iterable
+import weakref
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.random import define_prng_impl
 from jax.typing import ArrayLike
 
@@ -37,10 +40,12 @@ _TAG = "jaxdp.Bounded: needs jaxdp.add_noise first"
 
 # Bounded must be a pytree to cross jit, scan and shard_map, yet a transformation that maps over
 # its leaves (a norm clip, a learned scale) would change the value behind the sensitivity's back.
-# So every Bounded carries one leaf of a dtype that no arithmetic accepts: such a map fails while
-# it is traced, and JAX's message names this tag.
+# So beside every leaf of the value stands a seal of the same path, shape and size, of no bytes, in
+# a dtype that no arithmetic accepts: whichever leaves such a map picks by these, it fails while it
+# is traced, and JAX's message names this tag. One that picks by dtype leaves the seals as they
+# are, which `_unflatten` sees.
 _SEAL = define_prng_impl(
-    key_shape=(1,),
+    key_shape=(0,),
     seed=None,  # pyright: ignore[reportArgumentType]
     split=None,  # pyright: ignore[reportArgumentType]
     random_bits=None,  # pyright: ignore[reportArgumentType]
@@ -48,6 +53,11 @@ _SEAL = define_prng_impl(
     name="jaxdp_bounded",
     tag=_TAG,
 )
+
+
+def _seal(leaf: jax.Array) -> jax.Array:
+    nothing = jnp.zeros((*leaf.shape, 0), jnp.uint32)
+    return jax.random.wrap_key_data(nothing, impl=_SEAL)  # pyright: ignore[reportArgumentType]
 
 
 class _SpeakingType(type):
@@ -92,13 +102,13 @@ class Bounded(metaclass=_SpeakingType):
       TypeError: cannot combine ArrayImpl with Bounded: ... put jaxdp.add_noise(...) between ...
     """
 
-    __slots__ = ("value", "sensitivity", "groups", "unsummed", "_seal")
+    __slots__ = ("value", "sensitivity", "groups", "unsummed", "_seals")
 
     value: Any
     sensitivity: jax.Array
     groups: Groups
     unsummed: frozenset[str]
-    _seal: jax.Array
+    _seals: Any
 
     def __init__(
         self,
@@ -126,7 +136,7 @@ class Bounded(metaclass=_SpeakingType):
             unsummed = sample_axes(self.moving_leaves())
         self.unsummed = unsummed
         self.check_groups()
-        self._seal = jax.random.wrap_key_data(jnp.zeros((1,), jnp.uint32), impl=_SEAL)  # pyright: ignore[reportArgumentType]
+        self._seals = jax.tree.map(_seal, value)
 
     @property
     def total_sensitivity(self) -> jax.Array:
@@ -273,29 +283,49 @@ def is_zero(number: jax.Array) -> jax.Array:
     return bits == 0
 
 
-_Static = tuple[Groups, frozenset[str]]
+@dataclass(frozen=True)
+class _Static:
+    """What a pytree of a `Bounded` holds beside its leaves.
+
+    Attributes:
+      groups, unsummed: of the Bounded.
+      leaves: those it was made of, for `_unflatten`; references that keep nothing alive. Trees of
+        others are alike.
+    """
+
+    groups: Groups
+    unsummed: frozenset[str]
+    leaves: tuple[Callable[[], Any], ...] = field(compare=False)
 
 
 def _flatten(bounded: Bounded) -> tuple[tuple[Any, ...], _Static]:
-    static = bounded.groups, bounded.unsummed
-    return (bounded.value, bounded.sensitivity, bounded._seal), static
+    children = bounded.value, bounded.sensitivity, bounded._seals
+    try:
+        leaves = tuple(map(weakref.ref, jax.tree.leaves(children)))
+    except TypeError:  # placeholders of JAX
+        leaves = ()
+    return children, _Static(bounded.groups, bounded.unsummed, leaves)
 
 
 def _flatten_with_keys(bounded: Bounded) -> tuple[tuple[Any, ...], _Static]:
     children, static = _flatten(bounded)
-    names = map(jax.tree_util.GetAttrKey, ("value", "sensitivity", "seal"))
+    names = map(jax.tree_util.GetAttrKey, ("value", "sensitivity", "seals"))
     return tuple(zip(names, children, strict=True)), static
 
 
 def _unflatten(static: _Static, children: Iterable[Any]) -> Bounded:
     # JAX also unflattens with placeholders, which no validation would pass: skip __init__.
     bounded = object.__new__(Bounded)
-    bounded.value, bounded.sensitivity, bounded._seal = children
+    bounded.value, bounded.sensitivity, bounded._seals = children = tuple(children)
+    bounded.groups, bounded.unsummed = static.groups, static.unsummed
     # optax.masked and optax.partition make a tree of flags or labels to pick leaves by, and so
-    # would reach the value past the seal.
-    if any(isinstance(leaf, bool | str) for leaf in jax.tree.leaves(bounded.value)):
+    # would reach the value past the seals.
+    if any(isinstance(leaf, bool | np.bool | str) for leaf in jax.tree.leaves(bounded.value)):
         raise TypeError(f"cannot pick leaves of a Bounded: {_NEXT_STEP}.")
-    bounded.groups, bounded.unsummed = static
+    # What crosses jit, scan or shard_map has all leaves anew; what a map has left out is the same.
+    kept = [a() is b for a, b in zip(static.leaves, jax.tree.leaves(children), strict=False)]
+    if any(kept) and not all(kept):
+        raise TypeError(f"cannot change some leaves of a Bounded and not others: {_NEXT_STEP}.")
     return bounded
 
 

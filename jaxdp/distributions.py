@@ -50,6 +50,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jax.sharding import NamedSharding, PartitionSpec
 
 _WORD = 2.0**-32
@@ -68,7 +69,7 @@ def normal(
     """Independent standard normal numbers with tails to 8.5 standard deviations.
 
     Args:
-      key: a JAX key of any implementation.
+      key: a JAX key of any implementation. Each member of a `vmap` gets the numbers of its own key.
       shape: of the result.
       dtype: float32 or float64.
       out_sharding: where the axes of a mesh are explicit, how the result lies on it. The numbers
@@ -112,7 +113,7 @@ def laplace(key: jax.Array, shape: Sequence[int]) -> jax.Array:
     is 2⁻⁶³. They are ±E(1 + ε) with |ε| ≤ 11·2⁻²⁴, E as in the lemma of the module.
 
     Args:
-      key: a JAX key of any implementation.
+      key: a JAX key of any implementation. Each member of a `vmap` gets the numbers of its own key.
       shape: of the result.
 
     Returns:
@@ -189,12 +190,27 @@ def _words(
     fit a CPU's cache, and take twice the time."""
     if count * math.prod(shape) <= _FEW_WORDS:
         at = sharding and NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-        return list(jax.random.bits(key, (count, *shape), jnp.uint32, out_sharding=at))
+        return list(_bits_of(key, (count, *shape), at))
 
     def draw(each: jax.Array) -> jax.Array:
-        return jax.random.bits(each, shape, jnp.uint32, out_sharding=sharding)
+        return _bits_of(each, shape, sharding)
 
     return list(jax.lax.map(draw, jax.random.split(key, count)))
+
+
+def _bits_of(key: jax.Array, shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+    """Uniform words that are a function of this key, also among those of other members of a `vmap`.
+
+    The generator "rbg" draws for all members at once, from the key of the first: what another one
+    gets then says nothing of its own key and step, and repeats while the first stands still.
+    """
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.bits(key, shape, jnp.uint32, out_sharding=sharding)
+
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return draw(key)
+    return sequential_vmap(draw)(key)
 
 
 def _series(x: jax.Array, coefficients: Sequence[float]) -> jax.Array:

@@ -159,22 +159,29 @@ def drawn_alone(key: jax.Array, released: Any) -> jax.Array:
     """
     arrays = [leaf for leaf in jax.tree.leaves(released) if hasattr(leaf, "dtype")]
     # Nothing flows from here into a derivative.
-    return _alone(key, [jax.lax.stop_gradient(array) for array in arrays])
+    [alone] = _alone(_words(key)[None], [jax.lax.stop_gradient(array) for array in arrays])
+    return alone
 
 
 # That a `vmap` stands around is not seen where a `jit` stands between; a batching rule is called
 # there, too.
 @custom_vmap
-def _alone(key: jax.Array, released: list[jax.Array]) -> jax.Array:
-    return jnp.ones((), bool)
+def _alone(words: jax.Array, released: list[jax.Array]) -> jax.Array:
+    """Which keys, of words `[keys, words]`, are like no other of them."""
+    del released
+    order = jnp.lexsort(list(words.T))
+    repeats = jnp.all(words[order[1:]] == words[order[:-1]], axis=1)
+    none = jnp.zeros(1, bool)
+    repeated = jnp.concatenate([none, repeats]) | jnp.concatenate([repeats, none])
+    return jnp.zeros(len(words), bool).at[order].set(~repeated)
 
 
 @_alone.def_vmap
 def _alone_among(
-    size: int, mapped: Any, keys: jax.Array, released: list[jax.Array]
+    size: int, mapped: Any, words: jax.Array, released: list[jax.Array]
 ) -> tuple[jax.Array, bool]:
-    key_mapped, released_mapped = mapped
-    if not key_mapped:
+    words_mapped, released_mapped = mapped
+    if not words_mapped:
         if any(released_mapped):
             raise ValueError(
                 "every member of a vmap must have a noise key of its own, got one key for all "
@@ -183,15 +190,11 @@ def _alone_among(
                 "make_tx(key).init(params))(jax.random.split(key, members), params), then "
                 "jax.vmap(make_tx(key).update)(grads, states, params)."
             )
-        return _alone(keys, released), False
-    # Once more, for a `vmap` around this one.
-    outer = _alone(keys, released)
-    words = _words(keys).reshape(size, -1)
-    order = jnp.lexsort(list(words.T))
-    repeats = jnp.all(words[order[1:]] == words[order[:-1]], axis=1)
-    none = jnp.zeros(1, bool)
-    repeated = jnp.concatenate([none, repeats]) | jnp.concatenate([repeats, none])
-    return jnp.zeros(size, bool).at[order].set(~repeated) & outer, True
+        return _alone(words, released), False
+    # The keys of all members are compared at once, also where one `vmap` stands around another:
+    # two members may differ in both.
+    every = _alone(words.reshape(-1, words.shape[-1]), released)
+    return every.reshape(words.shape[:-1]), True
 
 
 def _folded(key: jax.Array, name: str) -> jax.Array:

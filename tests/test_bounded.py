@@ -5,6 +5,7 @@
 # pyright: reportOperatorIssue=false
 # pyright: reportUnusedExpression=false
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -139,6 +140,24 @@ def test_other_arithmetic_says_what_is_missing(operation: str) -> None:
         REFUSED[operation](bounded())
 
 
+# How a transformation picks the leaves that it changes.
+PICKED: dict[str, Callable[[Any, Any], bool]] = {
+    "path": lambda path, _: "'b'" in jax.tree_util.keystr(path),
+    "number of axes": lambda _, leaf: leaf.ndim > 0,
+    "size": lambda _, leaf: leaf.size > 1,
+    "large size": lambda _, leaf: leaf.size > 5,
+    "shape": lambda _, leaf: leaf.shape == (3, 2),
+    "dtype": lambda _, leaf: jnp.issubdtype(leaf.dtype, jnp.floating),
+    "dtype and shape": lambda _, leaf: helpers.is_float(leaf) and leaf.ndim > 0,
+}
+
+
+def _scale_some(b: Bounded, picked: Callable[[Any, Any], bool]) -> Bounded:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 10 if picked(path, leaf) else leaf, b
+    )
+
+
 MAPS: dict[str, Callable[[Bounded], Any]] = {
     "scale": lambda b: jax.tree.map(lambda leaf: leaf * 2, b),
     "scale under jit": jax.jit(lambda b: jax.tree.map(lambda leaf: leaf * 2, b)),
@@ -146,13 +165,22 @@ MAPS: dict[str, Callable[[Bounded], Any]] = {
     "norm": lambda b: jnp.sqrt(sum(jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(b))),
     "psum": lambda b: jax.vmap(lambda _: jax.lax.psum(b, "i"), axis_name="i")(jnp.arange(2)),
     "grad": lambda b: jax.grad(lambda x: jnp.sum(x.value["a"]))(b),
+    **{
+        f"scale by {name}": functools.partial(_scale_some, picked=picked)
+        for name, picked in PICKED.items()
+    },
+    "scale by path under jit": jax.jit(functools.partial(_scale_some, picked=PICKED["path"])),
+    "factor by path": lambda b: jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * (10 if PICKED["path"](path, leaf) else 1), b
+    ),
+    "flags of numpy": lambda b: jax.tree.map(lambda leaf: np.prod(leaf.shape) > 1, b),
 }
 
 
 @pytest.mark.parametrize("name", list(MAPS))
 def test_a_map_over_its_leaves_cannot_change_the_value_behind_the_sensitivity(name: str) -> None:
     with pytest.raises((TypeError, NotImplementedError)):
-        MAPS[name](Bounded({"a": jnp.ones(2), "b": jnp.ones(())}, 1.0))
+        MAPS[name](Bounded({"a": jnp.ones((3, 2)), "b": jnp.ones(())}, 1.0))
 
 
 def test_a_bounded_is_no_array() -> None:
@@ -187,9 +215,7 @@ def test_its_repr_says_that_noise_is_missing() -> None:
     assert "put jaxdp.add_noise(...)" in repr(bounded())
 
 
-@pytest.mark.parametrize(
-    "params", [helpers.PARAMS, jnp.ones(3)], ids=["tree", "single_array"]
-)
+@pytest.mark.parametrize("params", [helpers.PARAMS, jnp.ones(3)], ids=["tree", "single_array"])
 @pytest.mark.parametrize(
     "optimizer",
     {
@@ -224,6 +250,15 @@ def test_an_optimizer_right_behind_a_clip_says_that_noise_is_missing(
         optax.scale(100.0),
         optax.trace(0.9),
         optax.normalize_by_update_norm(),
+        *(
+            optax.stateless(lambda sum_, _, picked=picked: _scale_some(sum_, picked))
+            for picked in PICKED.values()
+        ),
+        optax.masked(optax.scale(10.0), functools.partial(jax.tree.map, helpers.is_float)),
+        optax.masked(optax.scale(10.0), lambda tree: jax.tree.map(lambda x: np.ndim(x) > 0, tree)),
+        optax.masked(
+            optax.scale(10.0), lambda tree: jax.tree.map(lambda x: np.prod(x.shape) > 1, tree)
+        ),
     ],
 )
 def test_nothing_may_stand_between_clip_and_noise(between: Any) -> None:
@@ -232,9 +267,7 @@ def test_nothing_may_stand_between_clip_and_noise(between: Any) -> None:
         tx.update(helpers.small_grads(2), tx.init(helpers.PARAMS), helpers.PARAMS)
 
 
-@pytest.mark.parametrize(
-    "params", [helpers.PARAMS, jnp.ones(3)], ids=["tree", "single_array"]
-)
+@pytest.mark.parametrize("params", [helpers.PARAMS, jnp.ones(3)], ids=["tree", "single_array"])
 def test_apply_updates_refuses_a_sum_without_noise(params: Any) -> None:
     tx = jaxdp.clip_flat(1.0)
     rows = jax.tree.map(lambda leaf: jnp.ones((2, *leaf.shape)), params)

@@ -306,10 +306,14 @@ def noise_of(updates: Any, allocation: Any = "global") -> Any:
 
 MISUSES: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "arrays": (
-        lambda: noise_of(PARAMS), TypeError, "must get a jaxdp.Bounded, .* got arrays. Put a clip"
+        lambda: noise_of(PARAMS),
+        TypeError,
+        "must get a jaxdp.Bounded, .* got arrays. Put a clip",
     ),
     "per-sample arrays": (
-        lambda: noise_of(helpers.small_grads(2)), TypeError, "got arrays. Put a clip"
+        lambda: noise_of(helpers.small_grads(2)),
+        TypeError,
+        "got arrays. Put a clip",
     ),
     "handle": (
         lambda: noise_of(
@@ -395,8 +399,10 @@ def test_the_deviation_is_as_stated_at_any_size_of_the_sensitivity(
     unit, _ = releases(allocation, SIGMA)(jnp.array([1.0, 0.25]), jnp.float32(1))
     np.testing.assert_allclose(np.std(np.float64(released) / size, 1), np.std(unit, 1), rtol=1e-5)
     expected = {
-        "global": np.full(2, np.sqrt(1 + 1 / 16)), "per_layer": np.array([1, 0.25]),
-        "optimal": np.sqrt(np.array([1, 0.25]) * 1.25), (0.5, 2.0): np.array([0.5, 0.5]),
+        "global": np.full(2, np.sqrt(1 + 1 / 16)),
+        "per_layer": np.array([1, 0.25]),
+        "optimal": np.sqrt(np.array([1, 0.25]) * 1.25),
+        (0.5, 2.0): np.array([0.5, 0.5]),
     }
     np.testing.assert_allclose(np.std(unit, 1), SIGMA * expected[allocation], rtol=0.08)
 
@@ -585,16 +591,20 @@ def test_a_sweep_over_the_noise_multiplier_or_the_threshold_is_one_too() -> None
             jax.vmap(release, axes)(*(swept if axis == 0 else swept[0] for axis in axes))
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_members_with_keys_of_their_own_draw_what_each_draws_alone(kind: str) -> None:
-    states = jax.vmap(lambda key, params: chain_of(key, kind).init(params))(KEYS, STACK)
+def test_members_with_keys_of_their_own_draw_what_each_draws_alone(kind: str, impl: str) -> None:
+    """JAX draws for all members of a vmap at once by "rbg", from the key of the first."""
+    keys = jax.random.split(jax.random.key(1, impl=impl), 3)
+    states = jax.vmap(lambda key, params: chain_of(key, kind).init(params))(keys, STACK)
     together, after = jax.jit(jax.vmap(update_of(kind)))(ROWS, states, STACK)
+
     def of(member: int, tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf[member], tree)
 
     for member in range(3):
         rows, params = of(member, (ROWS, STACK))
-        alone = update_of(kind)(rows, chain_of(KEYS[member], kind).init(params), params)
+        alone = update_of(kind)(rows, chain_of(keys[member], kind).init(params), params)
         helpers.assert_trees_close(of(member, (together, after)), alone, rtol=1e-5)
     draws = jaxdp.noise_draws(after)
     assert len(set(draws)) == len(draws) >= 3
@@ -644,3 +654,7 @@ def test_a_vmap_around_a_vmap_is_seen_too() -> None:
         jax.vmap(lambda total: jax.vmap(member, (0, None))(KEYS, total))(jnp.ones((4, 2)))
     both = jax.vmap(jax.vmap(member, (0, None)))(jnp.stack([KEYS, KEYS]), jnp.ones((2, 2)))
     assert np.all(np.isnan(both))
+    # One key in another row and another column.
+    crossed = jnp.stack([KEYS[:2], KEYS[1:]])
+    released = jax.jit(jax.vmap(jax.vmap(member)))(crossed, jnp.ones((2, 2, 2)))
+    assert jnp.isnan(released).all(axis=2).tolist() == [[False, True], [True, False]]
