@@ -158,6 +158,14 @@ def _scale_some(b: Bounded, picked: Callable[[Any, Any], bool]) -> Bounded:
     )
 
 
+def _scaling(picked: Callable[[Any, Any], bool]) -> optax.GradientTransformation:
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        return _scale_some(updates, picked)
+
+    return optax.stateless(update)
+
+
 MAPS: dict[str, Callable[[Bounded], Any]] = {
     "scale": lambda b: jax.tree.map(lambda leaf: leaf * 2, b),
     "scale under jit": jax.jit(lambda b: jax.tree.map(lambda leaf: leaf * 2, b)),
@@ -250,10 +258,7 @@ def test_an_optimizer_right_behind_a_clip_says_that_noise_is_missing(
         optax.scale(100.0),
         optax.trace(0.9),
         optax.normalize_by_update_norm(),
-        *(
-            optax.stateless(lambda sum_, _, picked=picked: _scale_some(sum_, picked))
-            for picked in PICKED.values()
-        ),
+        *map(_scaling, PICKED.values()),
         optax.masked(optax.scale(10.0), functools.partial(jax.tree.map, helpers.is_float)),
         optax.masked(optax.scale(10.0), lambda tree: jax.tree.map(lambda x: np.ndim(x) > 0, tree)),
         optax.masked(

@@ -108,6 +108,22 @@ def test_a_small_loss_that_rematerialises_is_tapped() -> None:
     assert leaf.bytes == 0
 
 
+def test_a_recurrent_loss_goes_through_the_batch_in_parts_that_its_stacks_fit() -> None:
+    """What its loop stacks for slots, the ordinary gradient drops step by step."""
+
+    def recurrent(w: jax.Array, x: jax.Array) -> jax.Array:
+        h, _ = jax.lax.scan(lambda h, x: (jnp.tanh(h @ w + x), None), jnp.zeros(D), x)
+        return jnp.sum(h**2)
+
+    rows = jnp.ones((512, 64, D))
+    explanation = jaxdp.explain(recurrent, STACK[0], rows)
+    assert (explanation.method, explanation.microbatch_size) == ("slots", 256)
+    # Where little is kept, a loop costs more than it saves; what the user asks for is done.
+    assert jaxdp.explain(recurrent, STACK[0], X).microbatch_size is None
+    assert jaxdp.explain(recurrent, STACK[0], rows, method="slots").microbatch_size is None
+    assert jaxdp.explain(recurrent, STACK[0], rows, microbatch_size=512).microbatch_size == 512
+
+
 @pytest.mark.parametrize("method", ["dense", "slots", "taps", "fused"])
 def test_an_explicit_method_is_taken(method: str) -> None:
     assert jaxdp.explain(rematerialised, STACK, X, method=method).method == method

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any, cast
 
 import jax
@@ -117,8 +118,10 @@ def assemble(
     leaves: Sequence[jax.Array],
     captures: Captures,
     cotangents: ByUse,
+    formed: Mapping[int, Factored] = MappingProxyType({}),
 ) -> list[LeafGradients]:
-    """The gradients of every leaf, from what a batch left at the uses."""
+    """The gradients of every leaf, from what a batch left at the uses; those of some may be formed
+    already."""
     captures, cotangents = once((captures, cotangents))
     sources = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     owner: dict[int, int] = {}  # of uses that are no views: the source that stands for the operand
@@ -135,13 +138,15 @@ def assemble(
             boxes = (Target.whole(use.aval.shape).at,)
         for part, at in zip(view, boxes, strict=True):
             target = Target(at, tuple(sources[part.source].shape))
-            factors[part.source].append(
-                _factor(use, part, target, captures.get(number, []), cotangents[number])
-            )
+            if number in formed:
+                factor = formed[number]
+            else:
+                captured = captures.get(number, [])
+                factor = factor_of(use, part, target, captured, cotangents[number])
+            factors[part.source].append(factor)
 
     gradients = [
-        LeafGradients(_pieces(factors[source]), None, leaf)
-        for source, leaf in enumerate(sources)
+        LeafGradients(_pieces(factors[source]), None, leaf) for source, leaf in enumerate(sources)
     ]
     derived = {number: gradients[source] for number, source in owner.items()}
     direct = gradients[: len(leaves)]
@@ -152,9 +157,10 @@ def assemble(
     return _with_shared(program, uses, leaves, direct, shared) if shared else direct
 
 
-def _factor(
+def factor_of(
     use: Use, part: Part, target: Target, captured: list[jax.Array], cotangent: jax.Array
 ) -> Factored:
+    """The gradients with respect to one part of an operand."""
     if use.kind is None:
         values = cotangent[(slice(None), *indices(part.window))]
         factor = Materialized(values, part.dims, target, "materialized")

@@ -8,13 +8,17 @@ A tap replaces the equation of a factored use by one with another backward pass.
 its slot, which is the operand's, and what it captures is its own affair.
 """
 
-# JAX leaves some arguments of its functions without a type.
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
 # pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 
 from jaxdp.engine import walker
 from jaxdp.engine.uses import Use, by_path
@@ -23,6 +27,7 @@ from jaxdp.engine.walker import Equation, Path, Program
 # Something for each use, by the number of the use: one array, or the operands that it asks for.
 ByUse = dict[int, jax.Array]
 Captures = dict[int, list[jax.Array]]
+Seen = Callable[[list[Any], jax.Array], Any]
 
 
 @jax.custom_jvp
@@ -40,6 +45,59 @@ def _attach_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return primals[0], tangents[0] + tangents[1]
 
 
+def watched(
+    output: jax.Array, operands: list[Any], slot: Any, seen: Seen, *, first: bool
+) -> jax.Array:
+    """The output of an equation of one example, unchanged.
+
+    Args:
+      output: of the equation.
+      operands: that `seen` asks for.
+      slot: a pytree of arrays; its cotangent is what `seen` makes of a batch of operands and of the
+        cotangents of the output, one example of it.
+      seen: `(operands [B, ...], cotangent [B, ...]) -> pytree of [B, ...]`.
+      first: whether the backward pass goes on only when that is there.
+    """
+
+    @jax.custom_vjp
+    def watch(output: jax.Array, operands: list[Any], slot: Any) -> jax.Array:
+        del operands, slot
+        return output
+
+    def forward(output: jax.Array, operands: list[Any], slot: Any) -> Any:
+        del slot
+        return output, operands
+
+    def backward(operands: list[Any], cotangent: jax.Array) -> Any:
+        found = _seen_of_one(seen, operands, cotangent)
+        if first:
+            cotangent, found = jax.lax.optimization_barrier((cotangent, found))
+        return cotangent, None, found
+
+    watch.defvjp(forward, backward)
+    return watch(output, jax.tree.map(jax.lax.stop_gradient, operands), slot)
+
+
+def _seen_of_one(seen: Seen, operands: list[Any], cotangent: jax.Array) -> Any:
+    """What is seen of one example, without the axis of examples."""
+
+    @jax.custom_batching.custom_vmap
+    def one(operands: list[Any], cotangent: jax.Array) -> Any:
+        batch = jax.tree.map(lambda array: array[None], (operands, cotangent))
+        return jax.tree.map(lambda array: array[0], seen(*batch))
+
+    @one.def_vmap
+    def _(size: int, batched: Any, operands: list[Any], cotangent: jax.Array) -> Any:
+        # Whoever sees them knows best how to go through a batch.
+        def for_all(array: jax.Array, is_batched: bool) -> jax.Array:
+            return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
+
+        found = seen(*jax.tree.map(for_all, (operands, cotangent), tuple(batched)))
+        return found, jax.tree.map(lambda _: True, found)
+
+    return one(operands, cotangent)
+
+
 class Replacement(NamedTuple):
     """What replaces an equation at tapped uses.
 
@@ -49,7 +107,7 @@ class Replacement(NamedTuple):
     """
 
     apply: Callable[[Use, list[Any], jax.Array, jax.Array], tuple[list[Any], list[Any]]]
-    arrays: ByUse
+    arrays: Mapping[int, Any]
 
 
 def _unreplaced(

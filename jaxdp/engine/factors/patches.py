@@ -48,6 +48,7 @@ from jaxdp.engine.precision import (
     weighted_operand,
 )
 from jaxdp.engine.rounding import joint_norm, rounded_up, roundings, total
+from jaxdp.varying import zeros
 
 # How many entries of patches are in memory at once, if that is more than those of one sample: on
 # a CPU what fits the caches.
@@ -290,10 +291,23 @@ def _map_samples(
     limit = _PATCHES_AT_ONCE.get(platform(), _PATCHES_ELSEWHERE) // patch_entries
     # A power of two divides most batches; for a rest XLA compiles everything twice.
     at_once = 2 ** max(0, limit.bit_length() - 1)
-    while at_once > 1 and arrays[0].shape[0] % at_once:
+    count = arrays[0].shape[0]
+    while at_once > 1 and count % at_once:
         at_once //= 2
+    of_some = jax.vmap(fun)
+    if at_once >= count:
+        return of_some(*arrays)
+    result = jax.eval_shape(of_some, *arrays)
+    # `lax.map` begins with zeros that need nothing, and XLA makes them when the program begins.
+    # These need what is mapped.
+    zero, arrays = jax.lax.optimization_barrier((zeros((), result.dtype, arrays), arrays))
 
-    def of_sample(sample: tuple[jax.Array, ...]) -> jax.Array:
-        return fun(*sample)
+    def place(index: int, kernels: jax.Array) -> jax.Array:
+        first = index * at_once
+        some = [jax.lax.dynamic_slice_in_dim(each, first, at_once) for each in arrays]
+        # Behind a barrier: one with a transposition fused into it is not written in place.
+        formed = jax.lax.optimization_barrier(of_some(*some))
+        return jax.lax.dynamic_update_slice_in_dim(kernels, formed, first, axis=0)
 
-    return cast(jax.Array, jax.lax.map(of_sample, arrays, batch_size=at_once))
+    empty = jnp.broadcast_to(zero, result.shape)
+    return cast(jax.Array, jax.lax.fori_loop(0, count // at_once, place, empty))

@@ -25,6 +25,8 @@ from jaxdp.engine.reduction import Batch, LeafLoss
 
 # What "auto" chooses from, the preferred one first.
 _AUTO = ("slots", "taps")
+# How many times the ordinary gradient's memory "auto" takes rather than go through a loss in parts.
+_MORE_MEMORY = 1.1
 
 
 class Choice(NamedTuple):
@@ -53,7 +55,8 @@ def choose(
     """The method of that name, or for "auto" the one that suits the loss.
 
     A loss that rematerialises asks for memory: without another budget it gets what the ordinary
-    gradient keeps. Any other without a budget has slots on the whole batch. An empty batch has
+    gradient keeps. Any other without a budget has slots: on the whole batch, unless a loop stacks
+    cotangents that the ordinary gradient drops one by one (`_with_stacks`). An empty batch has
     nothing to factor, and is left to dense.
 
     Raises:
@@ -86,7 +89,7 @@ def choose(
             reason = "the loss rematerialises"
             choice = Choice("taps", candidates["taps"], microbatch_size, reason)
     else:
-        choice = Choice("slots", candidates["slots"], microbatch_size, "the fastest")
+        choice = _with_stacks(candidates["slots"], traced, batch, microbatch_size)
     return _in_blocks(choice, count)
 
 
@@ -148,6 +151,36 @@ def _within(
     sizes = {name: fitting(name) for name in candidates}
     name = max(sizes, key=lambda name: sizes[name])
     return choice(name, sizes[name]) if sizes[name] else None
+
+
+def _with_stacks(
+    slots: Method, traced: TracedLoss, batch: Batch, microbatch_size: int | None
+) -> Choice:
+    """Slots on the whole batch, or on as large a part of it that what the loops of the loss stack
+    takes no more memory than the ordinary gradient has.
+
+    Outside of loops the ordinary gradient has dropped an activation for almost every cotangent that
+    slots keep. A loop has the activations of all steps until the last cotangent is there.
+    """
+    whole = Choice("slots", slots, microbatch_size, "the fastest")
+    count = batch.mask.shape[0]
+    stacked = count * _stacked_bytes(traced.plan)
+    if microbatch_size is not None or not stacked:
+        return whole
+    ordinary = ordinary_bytes(traced.loss, traced.leaves, batch)
+    parts = math.ceil((ordinary + stacked) / (_MORE_MEMORY * max(ordinary, 1)))
+    size = -(-count // min(parts, count))
+    if size == count or slots.kept_bytes(batch) * size < _worth_a_loop(traced.plan) * count:
+        return whole
+    return Choice("slots", slots, size, f"{size} samples at a time for the stacks of its loops")
+
+
+def _stacked_bytes(plan: Plan) -> int:
+    """The cotangents of one sample that slots keep of all steps of loops."""
+    slotted = [use for use in plan.uses.values() if use.lengths and use.twin is None]
+    return sum(
+        math.prod(use.lengths) * use.slotted.size * use.slotted.dtype.itemsize for use in slotted
+    )
 
 
 def _worth_a_loop(plan: Plan) -> float:

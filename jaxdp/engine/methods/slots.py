@@ -27,6 +27,7 @@ from jaxdp.engine.assemble import LeafGradients, assemble
 from jaxdp.engine.effects import Excuse
 from jaxdp.engine.explanation import LeafExplanation, explain_leaf
 from jaxdp.engine.methods.base import distinct_bytes
+from jaxdp.engine.methods.formed import formed_slots, formed_uses, forming
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.plan import Plan, TracedLoss
 from jaxdp.engine.reduction import Batch, Reduction, Rows, stacked
@@ -105,21 +106,25 @@ class Slots:
     def leaf_gradients(self, batch: Batch) -> tuple[list[LeafGradients], jax.Array, Any]:
         """Gradients of every leaf as factors, losses and aux, of every sample."""
         plan = self.plan
+        forms = formed_uses(plan.uses, self.leaves)
+        others = {number: use for number, use in plan.uses.items() if number not in forms}
 
-        def one(slots: instrument.ByUse, example: Any) -> tuple[jax.Array, Any]:
+        def one(slots: Any, example: Any) -> tuple[jax.Array, Any]:
             args = plan.arguments(self.leaves, example)
-            outputs, captures = instrument.run(plan.program, plan.uses, args, slots)
+            taps = forming({number: slots[number] for number in forms}, self.leaves)
+            outputs, captures = instrument.run(plan.program, plan.uses, args, slots, taps)
             loss, aux = plan.outputs(outputs)
             return loss, (captures, aux)
 
-        def batched(slots: instrument.ByUse) -> tuple[jax.Array, Any]:
+        def batched(slots: Any) -> tuple[jax.Array, Any]:
             return jax.vmap(one)(slots, batch.examples)
 
-        slots = zero_slots(plan.uses, batch.mask)
+        slots = {**zero_slots(others, batch.mask), **formed_slots(forms, plan.uses, batch.mask)}
         losses, pull_back, (captures, aux) = jax.vjp(batched, slots, has_aux=True)
         (cotangents,) = pull_back(jnp.ones_like(losses))
-        cotangents = with_twins(plan.uses, cotangents)
-        gradients = assemble(plan.program, plan.uses, self.leaves, captures, cotangents)
+        formed = {number: cotangents.pop(number) for number in forms}
+        cotangents = with_twins(others, cotangents)
+        gradients = assemble(plan.program, plan.uses, self.leaves, captures, cotangents, formed)
         return gradients, losses, aux
 
 

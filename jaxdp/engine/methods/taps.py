@@ -32,6 +32,7 @@ Gradient Clipping" (a second, reweighted pass).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any, ClassVar, cast
 
@@ -261,9 +262,11 @@ def _tap(
         precise = {"precision": (precision_of(stored),) * 2}
     by_slot = use.eqn.bind(of_parameter, **precise)[0]
     by_parameter, gate = _gated(stored, by_slot, closed)
-    operands = jax.tree.map(jax.lax.stop_gradient, instrument.captured(use, values))
-    output = _watched(use, instrument.attach(output, by_parameter), operands, accumulator)
-    return [output, *rest], [gate]
+    output = instrument.attach(output, by_parameter)
+    operands = instrument.captured(use, values)
+    # The second pass has no use for the norms, so that it must not wait for them.
+    seen = partial(_norms, use)
+    return [instrument.watched(output, operands, accumulator, seen, first=False), *rest], [gate]
 
 
 def _gated(stored: int, value: jax.Array, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -287,48 +290,9 @@ def _gated(stored: int, value: jax.Array, gate: jax.Array) -> tuple[jax.Array, j
     return gated(value, gate)
 
 
-def _watched(use: Use, output: jax.Array, operands: list[Any], accumulator: jax.Array) -> jax.Array:
-    """The output, with the squared norms of the use as the cotangent of the accumulator."""
-
-    @jax.custom_vjp
-    def watch(output: jax.Array, operands: list[Any], accumulator: jax.Array) -> jax.Array:
-        del operands, accumulator
-        return output
-
-    def forward(output: jax.Array, operands: list[Any], accumulator: jax.Array) -> Any:
-        del accumulator
-        return output, operands
-
-    def backward(operands: list[Any], cotangent: jax.Array) -> Any:
-        return cotangent, None, _norms_of_one(use, operands, cotangent)
-
-    watch.defvjp(forward, backward)
-    return watch(output, operands, accumulator)
-
-
-def _norms_of_one(use: Use, operands: list[Any], cotangent: jax.Array) -> jax.Array:
-    """Squared norms of the gradients of one sample with respect to each part of the operand."""
-
-    @jax.custom_batching.custom_vmap
-    def norms(operands: list[Any], cotangent: jax.Array) -> jax.Array:
-        one = jax.tree.map(lambda array: array[None], (operands, cotangent))
-        return _norms(use, *one)[0]
-
-    @norms.def_vmap
-    def _(size: int, batched: Any, operands: list[Any], cotangent: jax.Array) -> Any:
-        # The kinds know best how to go through a batch.
-        def for_all(array: jax.Array, is_batched: bool) -> jax.Array:
-            return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
-
-        operands, cotangent = jax.tree.map(for_all, (operands, cotangent), tuple(batched))
-        return _norms(use, operands, cotangent), True
-
-    return norms(operands, cotangent)
-
-
 def _norms(use: Use, operands: list[jax.Array], cotangent: jax.Array) -> jax.Array:
-    """The same for a batch, `[B, parts]`, at one step of the enclosing scans; for a sum that
-    another pass computes."""
+    """Squared norms of the gradients with respect to each part of the operand, `[B, parts]`, at one
+    step of the enclosing scans; for a sum that another pass computes."""
     assert use.kind is not None
     columns = []
     for part in use.view or ():
