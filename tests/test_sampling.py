@@ -239,6 +239,12 @@ def test_poisson_default_physical_batch(size, expected, physical):
     assert sampler.physical_batch_size == physical
 
 
+def test_fixed_size_default_physical_batch():
+    assert FixedSizeSampler(101, batch_size=20, seed=1).physical_batch_size == 20
+    large = FixedSizeSampler(10**12, batch_size=2 * 10**8, seed=1)
+    assert large.physical_batch_size == 10**8
+
+
 # --- Poisson ------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ class FixedSizeSampler(SizedSampler):
     Args:
       num_examples: n, from 1 to 10¹².
       batch_size: b, between 1 and n.
-      physical_batch_size: rows of one physical batch. Default: b.
+      physical_batch_size: rows of one physical batch. Default: b, at most 10⁸.
       seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
         claimed against those who cannot guess it, so a small number is for tests alone.
         Default: 128 bits from the system.

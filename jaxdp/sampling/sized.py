@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxdp.accounting.schemes import FixedSizeSampling
-from jaxdp.sampling.base import Sampler, check_num_examples
+from jaxdp.sampling.base import LARGEST_PHYSICAL, Sampler, check_num_examples
 
 
 @dataclass(frozen=True, init=False)
@@ -32,9 +32,10 @@ class SizedSampler(Sampler):
             check_num_examples(num_examples, maximum=self.most_examples), batch_size
         )
         object.__setattr__(self, "batch_size", sizes.batch_size)
+        default = min(sizes.batch_size, LARGEST_PHYSICAL)
         super().__init__(
             sizes.num_examples,
-            sizes.batch_size if physical_batch_size is None else physical_batch_size,
+            default if physical_batch_size is None else physical_batch_size,
             seed,
         )
 

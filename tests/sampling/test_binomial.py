@@ -79,6 +79,15 @@ def test_coarse_weights_enclose_the_cuts_all_the_same(
             assert low <= cut * 2**bits <= high
 
 
+@pytest.mark.parametrize("bits", [1, 8, 64])
+def test_what_a_side_of_the_table_leaves_out_is_bounded(bits: int) -> None:
+    """Too little to be seen in the cuts: here are the weights of 400 fair coins themselves."""
+    side = module._side(((400 - k, k + 1) for k in range(200, 400)), bits)
+    first = 201 + len(side.high)
+    left_out = Fraction(sum(math.comb(400, k) for k in range(first, 401)), math.comb(400, 200))
+    assert 0 < left_out <= Fraction(side.rest, 2 ** (bits + module._GUARD_BITS)) < 2 * left_out
+
+
 @pytest.mark.parametrize("trials", [1, 2, 3, 7, 40])
 def test_a_cell_is_told_only_where_it_holds_the_whole_interval(trials: int) -> None:
     """Every number of eight bits: the answer is right for all that may follow them, and missing at
