@@ -98,7 +98,7 @@ BEYOND: dict[str, Beyond] = {
     ),
     "examples": (
         lambda: jaxdp.PoissonSampler(10**30, expected_batch_size=10),
-        "num_examples must be at most 1000000000, got 10",
+        "num_examples must be at most 1000000000000, got 10",
     ),
     "examples of a permutation": (
         lambda: jaxdp.ShuffledSampler(10**12, batch_size=10),
@@ -107,6 +107,10 @@ BEYOND: dict[str, Beyond] = {
     "rows of a physical batch": (
         lambda: jaxdp.PoissonSampler(100, sampling_rate=0.1, physical_batch_size=10**12),
         "physical_batch_size must be at most 100000000, got 10",
+    ),
+    "examples of a draw": (
+        lambda: jaxdp.PoissonSampler(10**12, sampling_rate=0.01),
+        "expected_batch_size must be at most 1000000000, got 1e",
     ),
     "physical batches of a draw": (
         lambda: jaxdp.PoissonSampler(10**9, sampling_rate=1.0, physical_batch_size=1),

@@ -5,9 +5,13 @@ draw, so resuming a run is `draw(step)`. A draw that is larger than the physical
 further physical batches; nothing is ever dropped.
 
 Randomness: step t of a sampler reads the raw 64-bit words of
-`PCG64(SeedSequence(seed, spawn_key=(kind, t)))`. NumPy promises these streams (NEP 19), unlike
+`PCG64(SeedSequence(seed, spawn_key=(stream, t)))`. NumPy promises these streams (NEP 19), unlike
 those of `Generator`'s methods, which may change between versions; the arithmetic on the words is
-ours.
+ours. It is in integers and has exactly the law that the accountant is told, where the words are
+uniform.
+
+Cost: a Poisson or a fixed-size draw reads about one word for each example that takes part, a
+shuffled epoch one for each example of the data.
 
 Privacy notes:
     * The seed is as secret as the data and as the key of the noise. Amplification by sampling holds

@@ -17,10 +17,13 @@ from jaxdp.checks import LARGEST_COUNT, check_integer
 
 _SEED_BITS = 128
 
-# A draw takes seconds at the most: physical batches of one draw, and rows of a physical batch.
+# What a draw can hold in memory: its members, its physical batches, and their rows.
+_LARGEST_EXPECTED = 1_000_000_000
 _MOST_PHYSICAL = 100_000
 LARGEST_PHYSICAL = 100_000_000
 """The most rows of a physical batch."""
+LARGEST_DATA = 1_000_000_000_000
+"""The most examples that a sampler draws from whose draws cost what they hold."""
 _PARTS = "Pass the number of places that the data is kept in."
 
 
@@ -75,7 +78,12 @@ class Sampler(ABC):
     """Names the sampler in `to_dict`."""
 
     stream: ClassVar[int]
-    """Keeps the randomness of one kind apart from that of another with the same seed."""
+    """Keeps the randomness of one kind apart from that of another with the same seed.
+
+    It belongs to one way of drawing: where `members` comes to draw other batches, it changes, and
+    what was saved before is refused. 0 and 1 were those of Poisson and fixed-size draws by a word
+    for each example.
+    """
 
     num_examples: int
     physical_batch_size: int
@@ -85,6 +93,11 @@ class Sampler(ABC):
         object.__setattr__(self, "num_examples", num_examples)
         object.__setattr__(self, "physical_batch_size", _check_physical(physical_batch_size))
         object.__setattr__(self, "seed", _check_seed(seed))
+        if self.expected_batch_size > _LARGEST_EXPECTED:
+            raise ValueError(
+                f"expected_batch_size must be at most {_LARGEST_EXPECTED}, got "
+                f"{self.expected_batch_size:g}. Sample at a lower rate."
+            )
         if self.expected_batch_size > _MOST_PHYSICAL * self.physical_batch_size:
             raise ValueError(
                 f"physical_batch_size must hold a {_MOST_PHYSICAL}th of the expected batch of "
@@ -256,14 +269,14 @@ class Sampler(ABC):
         """The sampler as JSON-able data for `sampler_from_dict`; it contains the secret seed.
 
         Returns:
-          A dict with a "kind" and the fields.
+          A dict with the "kind", the "stream" and the fields.
 
         Example:
           >>> from jaxdp.sampling import PoissonSampler
           >>> PoissonSampler(20, sampling_rate=0.1, seed=1).to_dict()["kind"]
           'poisson'
         """
-        return {"kind": self.kind, **asdict(self)}
+        return {"kind": self.kind, "stream": self.stream, **asdict(self)}
 
     def words(self, number: int) -> np.random.PCG64:
         """The stream of raw 64-bit words of a step or an epoch.
@@ -285,7 +298,7 @@ class Sampler(ABC):
 
 
 def check_num_examples(value: object, *, maximum: int) -> int:
-    """The number of examples, an integer from 1 to what a sampler draws from in seconds."""
+    """The number of examples, an integer from 1 to what a sampler can draw from."""
     advice = (
         "Pass the number of rows of the training set; let one row stand for several where there "
         "are more."

@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxdp.accounting.schemes import FixedSizeSampling
+from jaxdp.sampling.base import LARGEST_DATA
 from jaxdp.sampling.registry import register
 from jaxdp.sampling.sized import SizedSampler
+from jaxdp.sampling.subsets import uniform_subset
 
 
 @register
@@ -15,13 +17,13 @@ from jaxdp.sampling.sized import SizedSampler
 class FixedSizeSampler(SizedSampler):
     """Every step takes a uniform subset of b examples, independent of the other steps.
 
-    Each of the C(n, b) subsets is equally likely: every example gets a random 64-bit key and the b
-    smallest keys win.
+    Each of the C(n, b) subsets is equally likely, exactly (`jaxdp.sampling.subsets`). A draw costs
+    time and memory for the batch, whatever the size of the data.
 
     Args:
-      num_examples: n, from 1 to 10⁸.
+      num_examples: n, from 1 to 10¹².
       batch_size: b, between 1 and n.
-      physical_batch_size: rows of one physical batch. Default: b.
+      physical_batch_size: rows of one physical batch. Default: b, at most 10⁸.
       seed: integer in [0, 2¹²⁸), as secret as the data and the noise key: amplification is
         claimed against those who cannot guess it, so a small number is for tests alone.
         Default: 128 bits from the system.
@@ -46,7 +48,8 @@ class FixedSizeSampler(SizedSampler):
     """
 
     kind = "fixed_size"
-    stream = 1
+    stream = 11
+    most_examples = LARGEST_DATA
 
     @property
     def scheme(self) -> FixedSizeSampling:
@@ -63,6 +66,4 @@ class FixedSizeSampler(SizedSampler):
 
     def members(self, step: int) -> NDArray[np.intp]:
         """Indices of the examples that take part, ascending."""
-        keys = self.words(step).random_raw(self.num_examples)
-        chosen = np.argpartition(keys, self.batch_size - 1)[: self.batch_size]
-        return np.sort(chosen)
+        return uniform_subset(self.words(step), self.num_examples, self.batch_size)

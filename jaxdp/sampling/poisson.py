@@ -8,12 +8,10 @@ from numpy.typing import NDArray
 
 from jaxdp.accounting.schemes import PoissonSampling
 from jaxdp.checks import check_real, shown
-from jaxdp.sampling.base import LARGEST_PHYSICAL, Sampler, check_num_examples
+from jaxdp.sampling.base import LARGEST_DATA, LARGEST_PHYSICAL, Sampler, check_num_examples
+from jaxdp.sampling.binomial import RATE_BITS, binomial
 from jaxdp.sampling.registry import register
-
-_CHUNK = 1 << 20
-_MOST_EXAMPLES = 1_000_000_000
-_MANTISSA_BITS = 53
+from jaxdp.sampling.subsets import uniform_subset
 
 
 @register
@@ -24,8 +22,14 @@ class PoissonSampler(Sampler):
     The logical batch size is Binomial(n, q) with mean `expected_batch_size`, zero included. The
     rate is realised as floor(2⁵³ q) / 2⁵³, never above q.
 
+    A draw takes the number of its members first, and then a uniform subset of so many: that is what
+    independent choices with one probability come to, given how many were chosen. Both are exact
+    (`jaxdp.sampling.binomial`, `jaxdp.sampling.subsets`). A draw costs time and memory for the
+    batch, whatever the size of the data. The first one also makes a table of the law, whose length
+    grows with the square root of the batch.
+
     Args:
-      num_examples: n, from 1 to 10⁹.
+      num_examples: n, from 1 to 10¹².
       expected_batch_size: n · q in (0, n]; give this or `sampling_rate`.
       sampling_rate: q in (0, 1].
       physical_batch_size: rows of one physical batch. Default: mean + 4 standard deviations,
@@ -56,7 +60,7 @@ class PoissonSampler(Sampler):
 
     sampling_rate: float
     kind = "poisson"
-    stream = 0
+    stream = 10
 
     def __init__(
         self,
@@ -67,7 +71,7 @@ class PoissonSampler(Sampler):
         physical_batch_size: int | None = None,
         seed: int | None = None,
     ) -> None:
-        size = check_num_examples(num_examples, maximum=_MOST_EXAMPLES)
+        size = check_num_examples(num_examples, maximum=LARGEST_DATA)
         if (expected_batch_size is None) == (sampling_rate is None):
             raise ValueError(
                 "exactly one of expected_batch_size and sampling_rate must be given, got "
@@ -85,9 +89,9 @@ class PoissonSampler(Sampler):
             )
             sampling_rate = expected / size
         rate = PoissonSampling(sampling_rate).sampling_rate
-        if rate * 2**_MANTISSA_BITS < 1:
+        if rate * 2**RATE_BITS < 1:
             raise ValueError(
-                f"sampling_rate must be at least 2**-{_MANTISSA_BITS}, got {rate!r}. "
+                f"sampling_rate must be at least 2**-{RATE_BITS}, got {rate!r}. "
                 "Below that no example would ever be drawn; raise expected_batch_size."
             )
         expected = size * rate
@@ -134,16 +138,9 @@ class PoissonSampler(Sampler):
     def members(self, step: int) -> NDArray[np.intp]:
         """Indices of the examples that take part, ascending."""
         words = self.words(step)
-        threshold = math.floor(self.sampling_rate * 2**_MANTISSA_BITS)
-        taken = [
-            start
-            + np.flatnonzero(
-                words.random_raw(min(_CHUNK, self.num_examples - start)) >> (64 - _MANTISSA_BITS)
-                < threshold
-            )
-            for start in range(0, self.num_examples, _CHUNK)
-        ]
-        return np.concatenate(taken)
+        rate = math.floor(self.sampling_rate * 2**RATE_BITS)
+        count = binomial(words, self.num_examples, rate)
+        return uniform_subset(words, self.num_examples, count)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TypeVar, cast
 
 from jaxdp.accounting.strict_json import check_keys
-from jaxdp.checks import check_choice
+from jaxdp.checks import check_choice, shown
 from jaxdp.sampling.base import Sampler
 
 _Kind = TypeVar("_Kind", bound=type[Sampler])
@@ -54,14 +54,15 @@ def sampler_from_dict(data: object) -> Sampler:
     """Rebuilds a sampler from what its `to_dict` returned.
 
     Args:
-      data: a mapping with the key "kind" and the sampler's own fields, all of them.
+      data: a mapping with the keys "kind" and "stream" and the sampler's own fields, all of them.
 
     Returns:
       The equal sampler: it draws the same.
 
     Raises:
       TypeError: a field has the wrong type.
-      ValueError: the kind is unknown, a key is missing or unknown, or a field is out of range.
+      ValueError: the kind is unknown, a key is missing or unknown, a field is out of range, or the
+        sampler drew other batches in the version of jaxdp that saved it.
 
     Example:
       >>> from jaxdp.sampling import PoissonSampler
@@ -71,14 +72,22 @@ def sampler_from_dict(data: object) -> Sampler:
     """
     sampler = SAMPLERS[check_choice("sampler kind", _kind(data), SAMPLERS)]
     names = {field.name for field in dataclasses.fields(sampler)}
-    fields = dict(check_keys("sampler", data, names | {"kind"}))
+    fields = dict(check_keys("sampler", data, names | {"kind", "stream"}))
+    # A step that is executed again, with the same noise on another batch, is another release, and
+    # the difference of the two has no noise.
+    if fields["stream"] != sampler.stream:
+        raise ValueError(
+            f"stream must be {sampler.stream} for {sampler.__name__}, got "
+            f"{shown(fields['stream'])}, which draws other batches. Finish the run with the "
+            "version of jaxdp that began it, or begin a new one with a key of its own."
+        )
     # None would be filled from defaults and OS entropy, and the draws would silently be others.
     for key in ("physical_batch_size", "seed"):
         if fields[key] is None:
             raise TypeError(
                 f"{key} must be an integer, got None. Restore the saved sampler unaltered."
             )
-    del fields["kind"]
+    del fields["kind"], fields["stream"]
     return sampler(**fields)  # pyright: ignore[reportArgumentType]  # each sampler checks its fields
 
 

@@ -49,6 +49,7 @@ class ShuffledSampler(SizedSampler):
 
     kind = "shuffled"
     stream = 2
+    most_examples = 100_000_000
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,11 +1,10 @@
 """What samplers with a given batch size share."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxdp.accounting.schemes import FixedSizeSampling
-from jaxdp.sampling.base import Sampler, check_num_examples
-
-_MOST_EXAMPLES = 100_000_000
+from jaxdp.sampling.base import LARGEST_PHYSICAL, Sampler, check_num_examples
 
 
 @dataclass(frozen=True, init=False)
@@ -15,6 +14,9 @@ class SizedSampler(Sampler):
     Attributes:
       batch_size: b, between 1 and n.
     """
+
+    most_examples: ClassVar[int]
+    """The most examples that it draws from."""
 
     batch_size: int
 
@@ -27,12 +29,13 @@ class SizedSampler(Sampler):
         seed: int | None = None,
     ) -> None:
         sizes = FixedSizeSampling(
-            check_num_examples(num_examples, maximum=_MOST_EXAMPLES), batch_size
+            check_num_examples(num_examples, maximum=self.most_examples), batch_size
         )
         object.__setattr__(self, "batch_size", sizes.batch_size)
+        default = min(sizes.batch_size, LARGEST_PHYSICAL)
         super().__init__(
             sizes.num_examples,
-            sizes.batch_size if physical_batch_size is None else physical_batch_size,
+            default if physical_batch_size is None else physical_batch_size,
             seed,
         )
 

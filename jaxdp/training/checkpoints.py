@@ -230,9 +230,9 @@ class Checkpoints:
             )
         if run["sampler"] != sampler.to_dict():
             raise ValueError(
-                f"the checkpoint in {self.directory} was drawn by another sampler, so that its "
-                "ledger does not describe this run. Use the same sampler and seed, or another "
-                "directory."
+                f"the checkpoint in {self.directory} was drawn by another sampler, or by an "
+                "earlier jaxdp with other batches, so that its ledger does not describe this run. "
+                "Use the same sampler, seed and jaxdp, or another directory and a key of its own."
             )
         if data is not None and run["data"] not in (None, data):
             raise ValueError(

@@ -296,6 +296,19 @@ def test_a_checkpoint_of_another_sampler_is_refused(finished: Path, other: Sampl
     store.close()
 
 
+def test_a_checkpoint_whose_sampler_drew_other_batches_is_refused(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps after the checkpoint, executed again, would have their noise on other examples."""
+    monkeypatch.setattr(jaxdp.PoissonSampler, "stream", 99)
+    store = training.Checkpoints(finished)
+    with pytest.raises(ValueError, match="or by an earlier jaxdp with other batches"):
+        store.restore(initial(), sampler())
+    with pytest.raises(ValueError, match="stream must be 99 for PoissonSampler, got 10"):
+        store.sampler()
+    store.close()
+
+
 def test_a_checkpoint_of_another_model_is_refused_in_one_sentence(finished: Path) -> None:
     store = training.Checkpoints(finished)
     other = training.init({"w": jnp.zeros(FEATURES + 1), "b": jnp.zeros(())}, chain())
