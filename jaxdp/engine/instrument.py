@@ -69,6 +69,8 @@ def watched(
         return output, operands
 
     def backward(operands: list[Any], cotangent: jax.Array) -> Any:
+        # What is seen and what goes on are the same numbers, which a compiler might compute twice.
+        cotangent, operands = jax.lax.optimization_barrier((cotangent, operands))
         found = _seen_of_one(seen, operands, cotangent)
         if first:
             cotangent, found = jax.lax.optimization_barrier((cotangent, found))

@@ -36,9 +36,15 @@ class Plan(NamedTuple):
         """How many samples may be added up in one sum, if not any number.
 
         Of what all samples share, the sum over many is large, and the sum of all else nearly its
-        opposite where the two cancel: each is rounded, by more than what is left of one sample.
+        opposite where the two cancel: each is rounded, by more than what is left of one sample. So
+        it is with a table that is looked up and multiplied, whose sums are of two kinds.
         """
-        return BLOCK if any(use.shared for use in self.uses.values()) else None
+        kinds: dict[int, set[Any]] = {}
+        for use in self.uses.values():
+            for leaf in use.sources:
+                kinds.setdefault(leaf, set()).add(use.kind and type(use.kind))
+        several = any(len(found) > 1 for found in kinds.values())
+        return BLOCK if several or any(use.shared for use in self.uses.values()) else None
 
     def arguments(self, leaves: list[Any], example: Any) -> list[Any]:
         """The inputs of the program."""

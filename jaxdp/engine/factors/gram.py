@@ -239,6 +239,20 @@ def inner_error(
     return rounded_up(lengths, 6) + lost(4 * direction.size * positions, mass.dtype)
 
 
+# A sample whose addends cancel to less than this part of their sizes is clipped as if they did not.
+LEAST_PART = 2.0**-8
+
+
+def uncancelled(norms: jax.Array, mass: jax.Array) -> jax.Array:
+    """Certified norms, and at least 2⁻⁸ S.
+
+    Where another program sums over samples and positions, it may add up all samples at one
+    position before the next, terms of size w S before they cancel. Then w S ≤ 2⁸ C, and what a
+    sample changes besides its own are roundings of that. T positions at random have norms of S/√T.
+    """
+    return jnp.maximum(norms, LEAST_PART * mass)
+
+
 def sum_error(mass: jax.Array, positions: int, stored: int) -> jax.Array:
     """(γ_n + u_s (1 + γ_n)) S: by how much a sum over so many positions is off, for a weight of
     one, where the weighted operand stores so many bits."""

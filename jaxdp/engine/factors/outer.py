@@ -26,7 +26,15 @@ import jax.numpy as jnp
 
 from jaxdp.engine.boxes import Box, Dim, Target, split_loops
 from jaxdp.engine.factors.base import Factored, Inner, factored, static
-from jaxdp.engine.factors.gram import gram_norms, grams, inner_error, lengths_of, mass, sum_error
+from jaxdp.engine.factors.gram import (
+    gram_norms,
+    grams,
+    inner_error,
+    lengths_of,
+    mass,
+    sum_error,
+    uncancelled,
+)
 from jaxdp.engine.factors.materialized import Materialized
 from jaxdp.engine.numerics import once, widened
 from jaxdp.engine.precision import (
@@ -192,13 +200,14 @@ class OuterProducts:
         return joint_norm(slices)
 
     def certified_norms_elsewhere(self) -> jax.Array:
-        if self.form != "rows":
-            return self.certified_norms()
-        # Both the matrices here and the sum there are off; weights are rounded there alone.
         u, v = self.vectors()
         whole, positions = mass(lengths_of(u), lengths_of(v)), u.shape[2]
+        if self.form != "rows":
+            return uncancelled(self.certified_norms(), joint_norm(whole))
+        # Both the matrices here and the sum there are off; weights are rounded there alone.
         error = sum_error(whole, positions, FLOAT32) + sum_error(whole, positions, self.stored)
-        return rounded_up(self._materialized().certified_norms() + joint_norm(error), 3)
+        norms = rounded_up(self._materialized().certified_norms() + joint_norm(error), 3)
+        return uncancelled(norms, joint_norm(whole))
 
     def rows(self) -> jax.Array:
         return self._materialized().rows()

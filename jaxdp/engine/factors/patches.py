@@ -36,6 +36,7 @@ from jaxdp.engine.factors.gram import (
     lengths_of_squares,
     mass,
     sum_error,
+    uncancelled,
 )
 from jaxdp.engine.factors.materialized import Materialized
 from jaxdp.engine.numerics import once, widened
@@ -48,6 +49,7 @@ from jaxdp.engine.precision import (
     weighted_operand,
 )
 from jaxdp.engine.rounding import joint_norm, rounded_up, roundings, total
+from jaxdp.engine.sums import in_turns
 from jaxdp.varying import zeros
 
 # How many entries of patches are in memory at once, if that is more than those of one sample: on
@@ -141,13 +143,13 @@ class Patches:
         return self._map(self._certified_norm)
 
     def certified_norms_elsewhere(self) -> jax.Array:
-        if self.form != "rows":
-            return self.certified_norms()
-        # Both the kernels here and the sum there are off; weights are rounded there alone.
         whole = jax.vmap(self._mass)(self.images, self.cotangents)
+        if self.form != "rows":
+            return uncancelled(self.certified_norms(), whole)
+        # Both the kernels here and the sum there are off; weights are rounded there alone.
         positions = self._extent().positions
         error = sum_error(whole, positions, FLOAT32) + sum_error(whole, positions, self.stored)
-        return rounded_up(self._materialized().certified_norms() + error, 3)
+        return uncancelled(rounded_up(self._materialized().certified_norms() + error, 3), whole)
 
     def rows(self) -> jax.Array:
         return self._materialized().rows()
@@ -155,7 +157,8 @@ class Patches:
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
         cotangents = as_operand(self.cotangents, self.stored)
         cotangents = weighted_operand(weights, cotangents, self.stored)
-        return self._kernel_gradient(as_operand(self.images, self.stored), cotangents)
+        images = as_operand(self.images, self.stored)
+        return in_turns(self._kernel_gradient, images, cotangents)
 
     def inner(self, direction: jax.Array) -> Inner:
         shown = self.target.shown(direction, (*self.slices, *self.dims))

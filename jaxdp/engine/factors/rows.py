@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxdp.engine.boxes import Dim, Target
 from jaxdp.engine.factors.base import Factored, Inner, factored, inner_of_rows, static
-from jaxdp.engine.factors.gram import certificate, gram_sum, grams, mass, sum_error
+from jaxdp.engine.factors.gram import certificate, gram_sum, grams, mass, sum_error, uncancelled
 from jaxdp.engine.factors.outer import OuterProducts
 from jaxdp.engine.numerics import scale_rows, widened
 from jaxdp.engine.precision import FLOAT32, multiplied_wide
@@ -73,7 +73,7 @@ class LookedUp:
         positions = lengths.shape[1]
         whole = rounded_up(total(lengths), roundings(positions))
         error = sum_error(whole, positions, FLOAT32)
-        return rounded_up(self.prepared().certified_norms() + 2 * error, 2)
+        return uncancelled(rounded_up(self.prepared().certified_norms() + 2 * error, 2), whole)
 
     def rows(self) -> jax.Array:
         return self._placed(jax.vmap(self._table)(self.ids, widened(self.cotangents)))

@@ -12,6 +12,12 @@ The weights enter at the sites, never at the loss: a backward pass that is not l
 `custom_vjp` that clips, a cast that rounds) would make something else of w·g than w times what the
 norm was computed from.
 
+A compiler rounds the same numbers in other ways where it fuses them with others. So a cotangent
+that is what two large numbers leave of each other may be zero in one pass and large in the next,
+which the norms of the first pass have not seen. The second pass computes the norms of what it adds
+once more; a sample whose weight is above what these allow is left out, and the passes run again
+without it (`methods.settle`).
+
 The second pass differentiates the tapped operands, each by a slot of its own, and nothing else: the
 leaves are constants in it. So it cannot add to a sum what the first pass has not seen. A use that
 the analysis had missed would be without a gradient, not without a clip.
@@ -39,7 +45,7 @@ from typing import Any, ClassVar, cast
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine import instrument
+from jaxdp.engine import instrument, walker
 from jaxdp.engine.assemble import LeafGradients, assemble, joined_norms
 from jaxdp.engine.boxes import Box, Target, disjoint, indices
 from jaxdp.engine.effects import Excuse
@@ -49,7 +55,7 @@ from jaxdp.engine.instrument import Replacement
 from jaxdp.engine.kinds.base import Record, multiplies, stored_bits
 from jaxdp.engine.methods.settle import nothing_seen, settle
 from jaxdp.engine.methods.slots import Slots, with_twins, zero_slots
-from jaxdp.engine.numerics import accumulation_dtype, held
+from jaxdp.engine.numerics import accumulation_dtype, held, once
 from jaxdp.engine.plan import Plan, TracedLoss
 from jaxdp.engine.precision import FLOAT32, as_operand, precision_of
 from jaxdp.engine.reduction import Batch, Reduction, Rows, stacked
@@ -99,6 +105,14 @@ class Taps:
         tapped = tapped_uses(self.plan.uses, self.leaves, one_weight=True)
         return Slots(self.plan, self.leaves).explained(names, batch, tapped)
 
+    @property
+    def _margin(self) -> float:
+        """By how much of itself a norm may grow from the first pass to the second. A sample of
+        which it grows by more is left out."""
+        dtypes = {a.dtype for eqn in walker.equations(self.plan.program) for a in eqn.outputs}
+        half = any(jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32 for d in dtypes)
+        return 2.0**-7 if half else 2.0**-14
+
     def _passes(self, batch: Batch, weighting: Weighting | None) -> Reduction:
         plan, count = self.plan, batch.mask.shape[0]
         one_weight = weighting is None or len(set(weighting.groups)) == 1
@@ -139,7 +153,10 @@ class Taps:
         _, cotangents, seen = pull_back((seed, jax.tree.map(jnp.zeros_like, gates)))
         cotangents = with_twins(slotted, cotangents)
         gradients = assemble(plan.program, slotted, self.leaves, captures, cotangents)
+        # The second pass may compute another cotangent from the same numbers, rounded in another
+        # way: what it adds is bounded by its own norm, which is held against this one.
         norms = stacked(_certified_norms(gradients, tapped, seen, count), batch.mask)
+        norms = norms * (1 + self._margin)
         sums = []
         if weighting is not None:
             weights = weighting.weights(norms, batch)
@@ -147,7 +164,11 @@ class Taps:
             # Behind a barrier: XLA would see that both passes have the same cotangents, and keep
             # those of the first.
             seed, weights = jax.lax.optimization_barrier((seed, weights))
-            totals, _, _ = pull_back((seed, _opened(gates, tapped, weights)))
+            totals, _, seen = pull_back((seed, _opened(gates, tapped, weights)))
+            again = stacked(_certified_norms(gradients, tapped, seen, count), batch.mask)
+            # Whether what was added is what was weighed.
+            right = jnp.all(weights <= weighting.weights(again, batch), axis=1)
+            norms = jnp.where(right[:, None], norms, jnp.inf)
             for number, total in totals.items():
                 _add_to_leaves(sums, tapped[number], total)
         return Reduction(sums, norms, losses, aux)
@@ -247,6 +268,8 @@ def _tap(
     The equation is linear in the parameter, so that with the slot in its place, which is zero, it
     has the same cotangent: that of the slot, and never of the parameter itself.
     """
+    # The sum and the norm of a pass see the same operand.
+    values = [v if n == use.operand else once(v) for n, v in enumerate(values)]
     apart = [jax.lax.stop_gradient(value) for value in values]
     of_sample, of_parameter = list(values), apart
     of_sample[use.operand], of_parameter[use.operand] = apart[use.operand], slot
