@@ -116,7 +116,7 @@ def test_no_sample_changes_how_a_large_batch_is_rounded(name: str, count: int) -
 @pytest.mark.parametrize("count", [1024, 1031])
 def test_blocks_of_a_large_batch_give_its_sum_and_its_losses(count: int) -> None:
     rows = jnp.sin(jnp.arange(3.0 * count)).reshape(count, 3) / 2
-    batch, mask = (rows, jnp.arange(count) % 2), jnp.arange(count) % 5 > 0
+    batch, mask = (rows, jnp.arange(count) % 2), jnp.arange(count) % 5 != 1
     bounded, losses = GRADS_FN(PARAMS, batch, mask)
 
     def expected(params: Any) -> Any:
