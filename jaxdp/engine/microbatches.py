@@ -3,6 +3,7 @@
 # JAX leaves some of its types unknown.
 # pyright: reportUnknownMemberType=false
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,33 +31,59 @@ class Microbatched(NamedTuple):
     def reduce(self, batch: Batch, weighting: Weighting | None) -> Reduction:
         """Norms, and weighted sums if `weighting` is given, added up over microbatches."""
 
-        def add(sums: Running, microbatch: Batch) -> tuple[Running, Reduction]:
+        def reduce(microbatch: Batch) -> tuple[list[jax.Array], Reduction]:
             reduction = self.reducer.reduce(microbatch, weighting)
-            return sums.add(reduction.sums), reduction._replace(sums=[])
+            return reduction.sums, reduction._replace(sums=[])
 
         zeros = [] if weighting is None else zero_sums(self.leaves, batch.mask)
-        start = Running.start(zeros, samples=batch.mask.shape[0])
-        sums, by_row = jax.lax.scan(add, start, self._split(batch))
-        return _joined(by_row, batch)._replace(sums=sums.value)
+        sums, by_row = added_up(reduce, batch, self.size, zeros)
+        return by_row._replace(sums=sums)
 
     def rows(self, batch: Batch) -> Rows:
         """The gradients of the whole batch, computed one microbatch after the other."""
-        return _joined(jax.lax.map(self.reducer.rows, self._split(batch)), batch)
+        return _joined(jax.lax.map(self.reducer.rows, _split(batch, self.size)), batch)
 
-    def _split(self, batch: Batch) -> Batch:
-        """Everything as `[microbatches, size, ...]`; masked copies of the last row fill up the
-        end."""
-        count = batch.mask.shape[0]
-        microbatches = -(-count // self.size)
-        places = jnp.arange(microbatches * self.size)
 
-        def split(leaf: jax.Array) -> jax.Array:
-            filled = leaf if len(places) == count else leaf[jnp.minimum(places, count - 1)]
-            return filled.reshape(microbatches, self.size, *leaf.shape[1:])
+def added_up(
+    reduce: Callable[[Batch], tuple[list[jax.Array], Any]],
+    batch: Batch,
+    size: int,
+    zeros: list[jax.Array],
+) -> tuple[list[jax.Array], Any]:
+    """Adds up what one microbatch after the other gives, with compensation (`sums.Running`).
 
-        real = (places < count).reshape(microbatches, self.size)
-        parts = jax.tree.map(split, batch)
-        return parts._replace(mask=parts.mask & real)
+    Args:
+      reduce: `microbatch -> (sums over its rows, results by row)`.
+      batch: the rows.
+      size: of a microbatch.
+      zeros: the sums over no rows.
+
+    Returns:
+      The sums over all rows, and the results `[B, ...]`.
+    """
+
+    def add(sums: Running, microbatch: Batch) -> tuple[Running, Any]:
+        terms, by_row = reduce(microbatch)
+        return sums.add(terms), by_row
+
+    start = Running.start(zeros, samples=batch.mask.shape[0])
+    sums, by_row = jax.lax.scan(add, start, _split(batch, size))
+    return sums.value, _joined(by_row, batch)
+
+
+def _split(batch: Batch, size: int) -> Batch:
+    """Everything as `[microbatches, size, ...]`; masked copies of the last row fill up the end."""
+    count = batch.mask.shape[0]
+    microbatches = -(-count // size)
+    places = jnp.arange(microbatches * size)
+
+    def split(leaf: jax.Array) -> jax.Array:
+        filled = leaf if len(places) == count else leaf[jnp.minimum(places, count - 1)]
+        return filled.reshape(microbatches, size, *leaf.shape[1:])
+
+    real = (places < count).reshape(microbatches, size)
+    parts = jax.tree.map(split, batch)
+    return parts._replace(mask=parts.mask & real)
 
 
 def _joined(tree: Any, batch: Batch) -> Any:

@@ -137,14 +137,14 @@ def in_turns(contract: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
 def as_blocks(array: jax.Array) -> jax.Array:
     """`[B, ...] -> [blocks, block, ...]`, filled up with zeros."""
     count = array.shape[0]
-    size = _block_size(count)
+    size = block_size(count)
     blocks = -(-count // size)
     if missing := blocks * size - count:
         array = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
     return array.reshape(blocks, size, *array.shape[1:])
 
 
-def _block_size(count: int) -> int:
+def block_size(count: int) -> int:
     """The largest one that divides the samples without a rest, unless that is a small one: to fill
     up the last block copies all of them."""
     dividing = [size for size in range(BLOCK // 4, BLOCK + 1) if count % size == 0]

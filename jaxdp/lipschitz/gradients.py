@@ -18,9 +18,11 @@ from jaxdp.bounded import Bounded
 from jaxdp.checks import check_bool
 from jaxdp.clipping import clip_per_layer
 from jaxdp.clipping.thresholds import SMALLEST_THRESHOLD, check_threshold
+from jaxdp.engine.microbatches import added_up
 from jaxdp.engine.numerics import once, select_rows, square_sums, widened
-from jaxdp.engine.reduction import Batch, zero_sum
+from jaxdp.engine.reduction import Batch, zero_sum, zero_sums
 from jaxdp.engine.sharded import on_each_device, row_sharding
+from jaxdp.engine.sums import BLOCK, block_size
 from jaxdp.lipschitz.bounds import LeafBounds, input_limits, leaf_bounds
 from jaxdp.lipschitz.value import known_infinite
 from jaxdp.per_sample import per_sample_grads
@@ -44,13 +46,15 @@ def bounded_grads(
 
     $$ \sum_i \nabla_\theta\, \ell(\theta, x_i), \qquad \Delta_k \text{ as in } \texttt{bounds} $$
 
-    The sum is computed by one ordinary gradient of the batch: nothing is clipped, and no gradient
-    of a single example exists. Before that, every floating-point leaf of an example that is longer
-    than its bound is scaled down to it, targets included; `math.inf` leaves a leaf as it is. An
-    example that is not finite in float32, or whose squared norm is not, counts for nothing.
+    The sum is computed by one ordinary gradient for every 512 examples of the batch: nothing is
+    clipped, and no gradient of a single example exists. Before that, every floating-point leaf of
+    an example that is longer than its bound is scaled down to it, targets included; `math.inf`
+    leaves a leaf as it is. An example that is not finite in float32, or whose squared norm is not,
+    counts for nothing.
 
     Δ bounds the term that one example adds, as float32 computes it (`jaxdp.lipschitz.rounding`).
-    The sum over the examples of a batch is rounded as it is after a clip.
+    The sum over the examples of a batch is rounded as it is after a clip (docs/rounding.md): those
+    of blocks of at most 512 examples are added up with compensation.
 
     Args:
       loss_fn: as for `jaxdp.per_sample_grads`.
@@ -213,18 +217,32 @@ def _shrunk(leaf: jax.Array, factors: jax.Array) -> jax.Array:
 
 
 def _summed(problem: Problem, skipped: Sequence[bool]) -> tuple[list[jax.Array], jax.Array]:
-    """The ordinary gradient of the summed loss, zero for leaves that are skipped; and losses."""
+    """Sums of per-sample gradients, zero for leaves that are skipped; and losses.
 
-    def total(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    In the ordinary gradient of a large batch, one sample could change how all the others are
+    rounded by many times its own contribution (`engine.sums`). So no more than a block of samples
+    shares one. The blocks come one after the other: side by side they were no faster on a CPU, and
+    would keep a gradient for each of them.
+    """
+
+    def total(leaves: list[jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
         held = [
             jax.lax.stop_gradient(leaf) if skip else leaf
             for leaf, skip in zip(leaves, skipped, strict=True)
         ]
-        losses, _ = jax.vmap(problem.loss, (None, 0))(held, problem.batch.examples)
-        losses = select_rows(problem.batch.mask, losses)
+        losses, _ = jax.vmap(problem.loss, (None, 0))(held, batch.examples)
+        losses = select_rows(batch.mask, losses)
         return jnp.sum(losses), losses
 
-    return jax.grad(total, has_aux=True)(problem.leaves)
+    def of_block(batch: Batch) -> tuple[list[jax.Array], jax.Array]:
+        return jax.grad(total, has_aux=True)(problem.leaves, batch)
+
+    batch = problem.batch
+    count = batch.mask.shape[0]
+    if count <= BLOCK:
+        return of_block(batch)
+    zeros = zero_sums(problem.leaves, batch.mask)
+    return added_up(of_block, batch, block_size(count), zeros)
 
 
 def _clipped(

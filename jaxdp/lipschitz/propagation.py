@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxdp.engine import walker
 from jaxdp.engine.walker import Equation, Program
-from jaxdp.lipschitz.dataflow import row_for_each_sample, vanishing
+from jaxdp.lipschitz.dataflow import row_for_each_sample, rows_of_outputs, vanishing
 from jaxdp.lipschitz.declaration import declared_rule, shown_name
 from jaxdp.lipschitz.rules.registry import PullBack, Registered, rule_of
 from jaxdp.lipschitz.rules.structure import side_by_side
@@ -178,16 +178,16 @@ def _found(
         return _branches(eqn, values, declared)
     if (body := eqn.custom_jvp or eqn.custom_vjp) is not None:
         return _own_derivative(body, eqn, values, declared)
-    same = [any(rows)] * len(eqn.outputs)
+    rows = rows_of_outputs(eqn, rows)
     whole_numbers = not any(
         jnp.issubdtype(each.dtype, jnp.inexact) for each in (*eqn.outputs, *values)
     )
     if whole_numbers and eqn.name in _CHOICES:
-        return _of_rule(rule_of(eqn), eqn, values, same)
+        return _of_rule(rule_of(eqn), eqn, values, rows)
     if not any(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in eqn.outputs):
         # Integers and flags have no gradient, and may have any value of their type.
-        return _Found([UNKNOWN for _ in eqn.outputs], lambda bounds: [None] * len(values), same)
-    return _of_rule(rule_of(eqn), eqn, values, same)
+        return _Found([UNKNOWN for _ in eqn.outputs], lambda bounds: [None] * len(values), rows)
+    return _of_rule(rule_of(eqn), eqn, values, rows)
 
 
 # These give one of their operands for each entry, so that no integer overflows.
@@ -312,7 +312,8 @@ def _own_derivative(
     with the cotangent as one more input.
     """
     outputs = _evaluate(body, values, [], declared)
-    if eqn.custom_vjp is not None and not all(output.per_sample for output in outputs):
+    rows = rows_of_outputs(eqn, [value.per_sample for value in values])
+    if eqn.custom_vjp is not None and not all(rows):
         raise NotImplementedError(
             f"the gradient of {eqn.name} ({eqn.source}) need not be linear in the cotangent, and "
             f"{SHARED}. Use jax.custom_jvp, or declare the function (jaxdp.lipschitz.declare)."
@@ -341,16 +342,15 @@ def _own_derivative(
             )
         upstream = [
             Value(
-                aval.shape, aval.dtype, range=Range(0 if bound is None else bound), per_sample=True
+                aval.shape, aval.dtype, range=Range(0 if bound is None else bound), per_sample=row
             )
-            for aval, bound in zip(outs, bounds, strict=True)
+            for aval, bound, row in zip(outs, bounds, rows, strict=True)
         ]
         still = [_unmoved(value) for value in values]
         found = _evaluate(program, [*still, *upstream], [], declared=False)
         bounded = [INFINITE if value.unknown else value.norm for value in found]
         return [bounded[moving.index(k)] if k in moving else None for k in range(len(values))]
 
-    rows = [output.per_sample for output in outputs]
     return _Found([output.range for output in outputs], back, rows)
 
 

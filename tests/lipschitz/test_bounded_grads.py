@@ -83,6 +83,51 @@ def test_a_mean_over_the_samples_that_came_would_move_by_more() -> None:
     assert max(d / a for d, a in zip(distances, allowed, strict=True)) > 1.5
 
 
+def crowd(count: int) -> np.ndarray:
+    """Lengths of samples whose sum is rounded in another way, every time, without the first."""
+    ones = 2 ** int(np.log2(count // 2))
+    ulp = 2.0 ** (np.log2(ones) - 23)
+    head, pairs = [1, 0.5, *[1.0] * (ones - 1)], [0.51 * ulp, -1.49 * ulp] * count
+    return np.array([*head, *pairs][:count], np.float32)
+
+
+CROWDED = {
+    "a product": lambda p, x: p @ x,
+    "a look-up": lambda p, x: p.at[(x[0] > 9).astype(int)].get(mode="clip") * x[0],
+    "a matrix": lambda p, x: jnp.sum(p.reshape(1, -1) @ x),
+}
+
+
+# Of 4,099 samples the last block is filled up.
+@pytest.mark.parametrize("count", [512, 2048, 4099, 65536])
+@pytest.mark.parametrize("name", list(CROWDED))
+def test_no_sample_changes_how_a_large_batch_is_rounded(name: str, count: int) -> None:
+    """By more than docs/rounding.md says; in one running total by 65 times its own share."""
+    rows = np.zeros((count, 4), np.float32)
+    rows[:, 0] = crowd(count)
+    grads_fn = jax.jit(lipschitz.bounded_grads(CROWDED[name], 1.0))
+    present = jnp.ones(count, bool)
+    whole = grads_fn(jnp.zeros(4), rows, present)
+    without = grads_fn(jnp.zeros(4), rows, present.at[0].set(False))
+    (distance,) = moved(whole.value, without.value)
+    assert distance <= (1 + 2 * 512**2 * 2**-24 + 2 * count * 2**-24) * whole.sensitivity[0] < 1.05
+
+
+@pytest.mark.parametrize("count", [1024, 1031])
+def test_blocks_of_a_large_batch_give_its_sum_and_its_losses(count: int) -> None:
+    rows = jnp.sin(jnp.arange(3.0 * count)).reshape(count, 3) / 2
+    batch, mask = (rows, jnp.arange(count) % 2), jnp.arange(count) % 5 != 1
+    bounded, losses = GRADS_FN(PARAMS, batch, mask)
+
+    def expected(params: Any) -> Any:
+        each = jnp.where(mask, jax.vmap(loss_fn, (None, 0))(params, batch), 0)
+        return jnp.sum(each), each
+
+    gradient, each = jax.grad(expected, has_aux=True)(PARAMS)
+    helpers.assert_trees_close(bounded.value, gradient, rtol=1e-4)
+    np.testing.assert_allclose(losses, each, rtol=1e-5)
+
+
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e38])
 def test_masked_rows_count_for_nothing_whatever_they_hold(garbage: float) -> None:
     mask = jnp.arange(ROWS) < 3

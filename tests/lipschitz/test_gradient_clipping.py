@@ -128,7 +128,37 @@ def test_a_value_that_samples_share_is_refused() -> None:
         lipschitz.bounds(loss_fn, ones, factors[0], 1.0)
 
 
-@pytest.mark.parametrize("hidden", ["declared", "cond", "scan"])
+@jax.custom_vjp
+def _forgetful(p: jax.Array, x: jax.Array) -> jax.Array:
+    return p + 0 * x
+
+
+# Where it is differentiated, its result does not depend on the example.
+_forgetful.defvjp(lambda p, x: (p, x), lambda x, g: (g, 0 * x))
+
+
+@jax.custom_jvp
+def _forgetful_forward(p: jax.Array, x: jax.Array) -> jax.Array:
+    return p + 0 * x
+
+
+_forgetful_forward.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
+
+
+def _counted(p: jax.Array, x: jax.Array) -> jax.Array:
+    """A loop over whole numbers, of which one alone depends on the example."""
+    _, count, _ = jax.lax.while_loop(
+        lambda state: state[0] < 2,
+        lambda state: (state[0] + 1, state[1] + 1, state[2]),
+        (0, 0, jnp.sign(x).astype(jnp.int32)),
+    )
+    return p * jnp.clip(count, 0, 9).astype(jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    ["declared", "cond", "scan", "barrier", "whole numbers", "while", "custom_vjp", "custom_jvp"],
+)
 def test_a_value_that_only_seems_to_depend_on_the_example_is_refused(hidden: str) -> None:
     ignores = {
         "declared": lipschitz.declare(
@@ -137,6 +167,13 @@ def test_a_value_that_only_seems_to_depend_on_the_example_is_refused(hidden: str
         ),
         "cond": lambda p, x: jax.lax.cond(p[0] > 0, lambda p, x: p, lambda p, x: 2 * p, p, x),
         "scan": lambda p, x: jax.lax.scan(lambda c, _: (c, x), p, None, length=2)[0],
+        "barrier": lambda p, x: jax.lax.optimization_barrier((x, p))[1],
+        "whole numbers": lambda p, x: (
+            p * jax.lax.optimization_barrier((x.astype(int), 1))[1].astype(jnp.float32)
+        ),
+        "while": _counted,
+        "custom_vjp": _forgetful,
+        "custom_jvp": _forgetful_forward,
     }[hidden]
 
     def loss_fn(params: jax.Array, x: jax.Array) -> jax.Array:
@@ -144,6 +181,19 @@ def test_a_value_that_only_seems_to_depend_on_the_example_is_refused(hidden: str
 
     with pytest.raises(NotImplementedError, match="added up before"):
         lipschitz.bounds(loss_fn, jnp.ones(3), jnp.ones(()), 1.0)
+
+
+def test_a_backward_pass_of_its_own_behind_a_barrier_is_refused() -> None:
+    """It need not be linear, and would see the cotangent of the whole batch."""
+    square = jax.custom_vjp(lambda q: q)
+    square.defvjp(lambda q: (q, None), lambda _, g: (g * jnp.abs(g),))
+
+    def loss_fn(params: jax.Array, x: jax.Array) -> jax.Array:
+        x, params = jax.lax.optimization_barrier((x, params))
+        return jnp.sum(square(params) * x)
+
+    with pytest.raises(NotImplementedError, match="linear in the cotangent.*added up before"):
+        lipschitz.bounds(loss_fn, jnp.ones(3), jnp.ones(3), 1.0)
 
 
 def test_a_clip_may_stand_in_a_loop_over_the_example() -> None:
