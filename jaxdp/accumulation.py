@@ -17,10 +17,12 @@ from jaxdp.bounded import Bounded, is_zero, taken_whole
 from jaxdp.checks import check_instance
 from jaxdp.engine.reduction import zero_sum
 from jaxdp.engine.sums import Running
+from jaxdp.gathering import Gathers
 from jaxdp.randomness import drawn_alone
 from jaxdp.released import Released, initial_state
 
 
+@Gathers.register
 class AccumulateState(NamedTuple):
     """State of `jaxdp.accumulate`.
 
@@ -34,6 +36,16 @@ class AccumulateState(NamedTuple):
     sums: Running
     sensitivities: jax.Array
     inner_state: optax.OptState
+
+    @property
+    def gathered(self) -> Any:
+        """See `jaxdp.gathering`."""
+        return self.sums, self.sensitivities
+
+    def emptied(self) -> "AccumulateState":
+        """See `jaxdp.gathering`."""
+        sums, sensitivities = jax.tree.map(jnp.zeros_like, self.gathered)
+        return self._replace(sums=sums, sensitivities=sensitivities)
 
 
 def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -124,8 +136,7 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
                     "accumulate must hold everything behind the clip, got an inner transformation "
                     "that lets a Bounded through. Move jaxdp.add_noise and what follows it inside."
                 )
-            empty = jax.tree.map(jnp.zeros_like, (sums, sensitivities))
-            return released, AccumulateState(empty[0], empty[1], inner_state)
+            return released, AccumulateState(sums, sensitivities, inner_state).emptied()
 
         def go_on() -> tuple[Any, AccumulateState]:
             released, _ = jax.eval_shape(end)

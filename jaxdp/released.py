@@ -258,6 +258,25 @@ def executed_noise_multipliers(opt_state: optax.OptState) -> list[jax.Array]:
     return [released.noise_multiplier for released in _all_released(opt_state)]
 
 
+def noise_steps(opt_state: optax.OptState) -> list[jax.Array]:
+    """The coming step of everything that is released: what `noise_draws` tells, without the keys.
+
+    Args:
+      opt_state: state of an optax chain; leaves may be traced.
+
+    Returns:
+      Int32, in the order of `executed_noise_multipliers`, and of the same shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxdp
+      >>> noise = jaxdp.add_noise(1.5, jax.random.key(0))
+      >>> [int(step) for step in noise_steps(noise.init(jnp.ones(2)))]
+      [0]
+    """
+    found = _all_released(opt_state)
+    return [jnp.broadcast_to(each.step, jnp.shape(each.noise_multiplier)) for each in found]
+
+
 def noise_draws(opt_state: optax.OptState) -> tuple[tuple[str, str, int], ...]:
     """Which noise comes next: (purpose, fingerprint of the key, step) of everything that is drawn.
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,17 @@ def test_a_bound_is_above_the_answer(accountant: Any, rounded: bool) -> None:
         weaker = Counted(SampledGaussian(PoissonSampling(rate), rounded_down(sigma)), steps)
         # What the rounded bound grants, it grants to all that is rounded alike.
         assert not rounded or epsilon_of((weaker,), guarantee) <= bound
+
+
+def test_what_is_rounded_down_is_so_once() -> None:
+    """A power of 2^(1/32) is its own answer: rounded twice, a step would be dearer than it is."""
+    powers = [2 ** (k / 32) for k in range(-32 * 1022, 32 * 1024)]
+    assert [rounded_down(power) for power in powers] == powers
+    between = np.exp(np.random.default_rng(0).uniform(-300, 300, 2000)).tolist()
+    for sigma in (*between, sys.float_info.min, sys.float_info.max):
+        below = rounded_down(sigma)
+        assert sigma * 2 ** (-1 / 32) * (1 - 1e-15) < below <= sigma
+        assert rounded_down(below) == below
 
 
 def test_many_rates_are_rounded_to_less_privacy_only() -> None:

@@ -28,6 +28,7 @@ ROOMS = {
     "jaxdp.accounting": 0,
     "jaxdp.bounded": 1,
     "jaxdp.released": 1,
+    "jaxdp.gathering": 1,
     "jaxdp.nn": 1,
     "jaxdp.sampling": 1,
     # Within the engine: programs, boxes and arithmetic know nothing of each other, factors nothing

@@ -20,6 +20,9 @@ MOST_MECHANISMS = 1024
 # The rounded noise multipliers are powers of 2^(1/32): at most 2.2% below the true ones.
 _PER_OCTAVE = 32
 
+# The exponent, in these steps, of the largest of them that a float can hold.
+_HIGHEST = 1024 * _PER_OCTAVE - 1
+
 # More noise than this is counted as this much: squares of larger numbers leave what floats can
 # hold, and capping only overstates epsilon.
 _MOST_NOISE = 1e6
@@ -91,14 +94,18 @@ def rounded_down(sigma: float) -> float:
       sigma: noise multiplier > 0.
 
     Returns:
-      More than σ · 2^(-1/32), up to rounding, and never more than σ.
+      More than σ · 2^(-1/32), up to rounding, and never more than σ. A power is its own answer.
 
     Example:
       >>> rounded_down(1.0), rounded_down(1.99) < 1.99
       (1.0, True)
+      >>> rounded_down(rounded_down(1.99)) == rounded_down(1.99)
+      True
     """
-    # The logarithm may have rounded up.
-    return min(2 ** (math.floor(_PER_OCTAVE * math.log2(sigma)) / _PER_OCTAVE), sigma)
+    # The logarithm may be rounded either way, so that the neighbours are looked at, too.
+    about = min(math.floor(_PER_OCTAVE * math.log2(sigma)), _HIGHEST - 1)
+    powers = (2 ** (exponent / _PER_OCTAVE) for exponent in range(about - 1, about + 2))
+    return max(power for power in powers if power <= sigma)
 
 
 def _joined(sampling: PoissonSampling, *, round_up: bool) -> PoissonSampling | None:

@@ -7,7 +7,7 @@ Example:
   (LedgerEntry(noise_multipliers=(1.1,), sampling=PoissonSampling(sampling_rate=0.04), steps=2),)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 
 from jaxdp.accounting.draws import continued, draws_from_list
@@ -16,8 +16,11 @@ from jaxdp.accounting.mechanisms.base import Entry
 from jaxdp.accounting.mechanisms.gaussian import LedgerEntry
 from jaxdp.accounting.strict_json import check_keys
 
+Run = tuple[Entry, ...]
+"""The entries of a run, in order of execution."""
 
-def appended(run: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
+
+def appended(run: Run, entry: Entry) -> Run:
     """A run with one more entry.
 
     Args:
@@ -38,6 +41,30 @@ def appended(run: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
     return (*run, entry) if longer is None else (*run[:-1], longer)
 
 
+def as_run(entries: Iterable[Entry]) -> Run:
+    """Entries as the run that `appended` makes of them, one after the other.
+
+    Args:
+      entries: in order of execution.
+
+    Returns:
+      The run.
+
+    Example:
+      >>> from jaxdp.accounting import PoissonSampling
+      >>> len(as_run([LedgerEntry((1.0,), PoissonSampling(0.1), steps=1)] * 2))
+      1
+    """
+    run = list[Entry]()
+    for entry in entries:
+        longer = _joined(run[-1], entry) if run else None
+        if longer is None:
+            run.append(entry)
+        else:
+            run[-1] = longer
+    return tuple(run)
+
+
 def _joined(last: Entry, entry: Entry) -> LedgerEntry | None:
     if not isinstance(last, LedgerEntry) or not isinstance(entry, LedgerEntry):
         return None
@@ -47,7 +74,7 @@ def _joined(last: Entry, entry: Entry) -> LedgerEntry | None:
     return None if draws is None else replace(last, steps=last.steps + entry.steps, draws=draws)
 
 
-def begins_with(run: tuple[Entry, ...], begin: tuple[Entry, ...]) -> bool:
+def begins_with(run: Run, begin: Run) -> bool:
     """Whether a run is another one, or goes on where that one ended.
 
     Args:
@@ -63,20 +90,84 @@ def begins_with(run: tuple[Entry, ...], begin: tuple[Entry, ...]) -> bool:
       >>> begins_with((two,), (one,)), begins_with((one,), (two,))
       (True, False)
     """
-    if not begin:
-        return True
-    *before, last = begin
-    here = run[len(before)] if len(run) > len(before) else None
-    return run[: len(before)] == tuple(before) and (last == here or _goes_on(last, here))
+    return not parted(run, begin)[2]
 
 
-def _goes_on(last: Entry, here: Entry | None) -> bool:
-    if not isinstance(last, LedgerEntry) or not isinstance(here, LedgerEntry):
-        return False
-    if here.steps <= last.steps or len(here.draws) != len(last.draws):
-        return False
-    shorter = tuple(replace(each, count=last.steps) for each in here.draws)
-    return replace(here, steps=last.steps, draws=shorter) == last
+def parted(run: Run, other: Run) -> tuple[Run, Run, Run]:
+    """Where two runs part.
+
+    Args:
+      run: the entries of a run.
+      other: those of another one, or of an earlier or later state of it.
+
+    Returns:
+      What both begin with, draws included; how the first one goes on; and the other one.
+
+    Example:
+      >>> from jaxdp.accounting import PoissonSampling, PureRelease
+      >>> one, two = (LedgerEntry((1.0,), PoissonSampling(0.1), steps=n) for n in (1, 3))
+      >>> common, rest, other = parted((one, PureRelease(0.5)), (two,))
+      >>> [size(entry) for entry in common], rest, [size(entry) for entry in other]
+      ([1], (PureRelease(epsilon=0.5, sampling=None),), [2])
+    """
+    common = list[Entry]()
+    mine, theirs = list(reversed(run)), list(reversed(other))
+    while mine and theirs and (count := _alike(mine[-1], theirs[-1])):
+        (head, *rest), (_, *others) = (split(each.pop(), count) for each in (mine, theirs))
+        common.append(head)
+        mine += rest
+        theirs += others
+    return as_run(common), tuple(reversed(mine)), tuple(reversed(theirs))
+
+
+def _alike(one: Entry, two: Entry) -> int:
+    """In how many steps two entries begin alike, draws included; of what is no step, 1 or 0."""
+    if not isinstance(one, LedgerEntry) or not isinstance(two, LedgerEntry):
+        return int(one == two)
+    if (one.noise_multipliers, one.sampling) != (two.noise_multipliers, two.sampling):
+        return 0
+    begins = [[(*draws.stream, draws.first) for draws in each.draws] for each in (one, two)]
+    return min(one.steps, two.steps) if begins[0] == begins[1] else 0
+
+
+def size(entry: Entry) -> int:
+    """How many steps an entry has; what is no step is one.
+
+    Args:
+      entry: of any kind.
+
+    Returns:
+      A count ≥ 1.
+
+    Example:
+      >>> from jaxdp.accounting import PureRelease
+      >>> size(PureRelease(0.5))
+      1
+    """
+    return entry.steps if isinstance(entry, LedgerEntry) else 1
+
+
+def split(entry: Entry, count: int) -> tuple[Entry, ...]:
+    """An entry in two, behind some of its steps.
+
+    Args:
+      entry: of any kind.
+      count: how many steps the first part gets, ≥ 1 and at most all.
+
+    Returns:
+      The two parts; the entry alone where the first one gets all.
+
+    Example:
+      >>> from jaxdp.accounting import PoissonSampling
+      >>> [each.steps for each in split(LedgerEntry((1.0,), PoissonSampling(0.1), steps=5), 2)]
+      [2, 3]
+    """
+    if not isinstance(entry, LedgerEntry) or count == entry.steps:
+        return (entry,)
+    more = entry.steps - count
+    heads = tuple(replace(each, count=count) for each in entry.draws)
+    tails = tuple(replace(each, first=each.first + count, count=more) for each in entry.draws)
+    return replace(entry, steps=count, draws=heads), replace(entry, steps=more, draws=tails)
 
 
 def entry_to_dict(entry: Entry) -> dict[str, object]:

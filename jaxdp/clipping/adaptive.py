@@ -20,6 +20,7 @@ from jaxdp.clipping.thresholds import adaptive_limits, check_threshold
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import select_rows
 from jaxdp.engine.weighting import ClipRule
+from jaxdp.gathering import Gathers
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.randomness import COUNT_NOISE, drawn_alone
 from jaxdp.released import Released
@@ -27,6 +28,7 @@ from jaxdp.schedules import FloatOrSchedule, check_number, check_schedule, value
 from jaxdp.varying import summed_over_devices, untracked_axes, varying_axes
 
 
+@Gathers.register
 class ClipAdaptiveState(NamedTuple):
     """State of `jaxdp.clip_adaptive`.
 
@@ -44,6 +46,15 @@ class ClipAdaptiveState(NamedTuple):
     counts: jax.Array
     lowest: jax.Array
     highest: jax.Array
+
+    @property
+    def gathered(self) -> jax.Array:
+        """See `jaxdp.gathering`."""
+        return self.counts
+
+    def emptied(self) -> "ClipAdaptiveState":
+        """See `jaxdp.gathering`."""
+        return self._replace(counts=jnp.zeros_like(self.counts))
 
 
 def clip_adaptive(

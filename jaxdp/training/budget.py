@@ -47,6 +47,7 @@ class _Grant(NamedTuple):
       steps: how many are left.
       floor: the least noise multiplier that they may have.
       known: the noise multipliers that they may have; None for any above the floor.
+      rounded: whether these are what noise multipliers are rounded down to.
       sampling: their scheme.
       after: the ledger that they begin from: what else it is charged with ends the grant.
       draws: of the step before them, with which they go on: another sampler, or another place in
@@ -57,6 +58,7 @@ class _Grant(NamedTuple):
     steps: int
     floor: float
     known: frozenset[float] | None
+    rounded: bool
     sampling: SamplingScheme
     after: Ledger
     draws: tuple[Draws, ...]
@@ -66,7 +68,8 @@ class _Grant(NamedTuple):
         self, ledger: Ledger, sigma: float, sampling: SamplingScheme, draws: tuple[Draws, ...]
     ) -> bool:
         """Whether a step is one of them."""
-        seen = self.known is None or sigma in self.known
+        kind = _rounded_down(sigma) if self.rounded else sigma
+        seen = self.known is None or kind in self.known
         same = sampling == self.sampling and ledger == self.after
         goes_on = continued(self.draws, draws) is not None
         few = self.known is not None or len(self._with(sigma)) <= _MOST_NEW
@@ -78,7 +81,11 @@ class _Grant(NamedTuple):
         return self._replace(steps=self.steps - 1, after=after, draws=draws, new=new)
 
     def _with(self, sigma: float) -> frozenset[float]:
-        return self.new | {rounded_down(sigma)} if sigma > 0 else self.new
+        return self.new | {_rounded_down(sigma)}
+
+
+def _rounded_down(sigma: float) -> float:
+    return rounded_down(sigma) if sigma > 0 else 0.0
 
 
 @dataclass
@@ -155,7 +162,7 @@ class Budget:
     _known: _Asked = field(default_factory=lambda: _Asked(_NEAR, 1.0), init=False, repr=False)
     # The least noise since the last question, and what the accountant was asked last.
     _least: float = field(default=math.inf, init=False, repr=False)
-    _step: tuple[float, SamplingScheme] | None = field(default=None, init=False, repr=False)
+    _kind: tuple[float, SamplingScheme] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.epsilon = check_epsilon(self.epsilon)
@@ -217,25 +224,32 @@ class Budget:
         )
         if found is not None:
             margin, steps = found
-            return _Grant(steps, rounded_down(least / margin), None, sampling, ledger, draws)
+            floor = rounded_down(least / margin)
+            return _Grant(steps, floor, None, False, sampling, ledger, draws)
         seen = exact_noise(supposed(ledger, sigma, sampling, 1, draws), sampling)
         if seen is None:
             return None
         found = self._known.steps_that(lambda _, steps: fits(least, steps, False), least)
-        return found and _Grant(found[1], least, seen, sampling, ledger, draws)
+        return found and _Grant(found[1], least, seen, False, sampling, ledger, draws)
 
     def _exactly(
         self, ledger: Ledger, sigma: float, sampling: SamplingScheme, draws: tuple[Draws, ...]
     ) -> _Grant:
         """By the accountant's answer."""
         exact = exact_noise(supposed(ledger, sigma, sampling, 1, draws), sampling) is not None
-        # Beyond a number of noise multipliers the ledger rounds them, so that those are one kind.
-        step = (sigma if exact else rounded_down(sigma)), sampling
+        # Beyond a number of noise multipliers the ledger rounds them: those that are rounded alike
+        # are one kind. What is asked about is σ itself, which may be what makes the ledger round.
+        floor = sigma if exact else _rounded_down(sigma)
+        kind = floor, sampling
         # A σ that has just changed is one of a schedule: look one step ahead only.
-        horizon = _HORIZON if self._step in (None, step) else 1
-        self._step = step
+        horizon = _HORIZON if self._kind in (None, kind) else 1
+        self._kind = kind
         steps = ledger.steps_left(
-            *step, epsilon=self.epsilon, delta=self._asked, at_most=horizon, draws=draws
+            sigma,
+            sampling,
+            epsilon=self.epsilon,
+            delta=self._asked,
+            at_most=horizon,
+            draws=draws,
         )
-        known = frozenset({sigma}) if exact else None
-        return _Grant(steps, step[0], known, sampling, ledger, draws)
+        return _Grant(steps, floor, frozenset({floor}), not exact, sampling, ledger, draws)

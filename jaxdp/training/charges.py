@@ -1,7 +1,5 @@
-"""What each step is charged with before it runs, and whether it has released that."""
+"""What each step is charged with before it runs."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,9 +13,6 @@ from jaxdp.training.foresight import LANES
 from jaxdp.training.identity import step_draws
 from jaxdp.training.step import Step, TrainState
 
-# The question and the step are two programs, and may round a schedule differently.
-_ROUNDING = 1e-5
-
 
 class Charge(NamedTuple):
     """What a step is charged with.
@@ -25,12 +20,19 @@ class Charge(NamedTuple):
     Attributes:
       noise_multipliers: of the Gaussians that it releases.
       sampling: the scheme that draws its batch.
-      draws: the random numbers of both.
+      noise: which noise each of the Gaussians gets.
+      batch: which batch it is.
     """
 
     noise_multipliers: list[float]
     sampling: SamplingScheme
-    draws: tuple[Draws, ...]
+    noise: tuple[Draws, ...]
+    batch: tuple[Draws, ...]
+
+    @property
+    def draws(self) -> tuple[Draws, ...]:
+        """The random numbers of both."""
+        return (*self.noise, *self.batch)
 
     def added(self, ledger: Ledger) -> Ledger:
         """A ledger with it."""
@@ -89,6 +91,11 @@ class Charges:
         # Operation by operation, the step is not the program that it looked at.
         self._foresees = known and not jax.config.values["jax_disable_jit"]
 
+    @property
+    def waits(self) -> bool:
+        """Whether the last question has waited for the steps before the one that it was about."""
+        return self._block is None
+
     def coming(self, state: TrainState, batch: Any, number: int) -> Charge:
         """That of the coming step.
 
@@ -99,13 +106,13 @@ class Charges:
         """
         if self._block is None or number >= self._block.end:
             self._block = self._asked_ahead(state, batch, number)
-        scheme = self.sampler.scheme
         if self._block is None:
             multipliers = _as_typed(np.asarray(self.step.noise_multipliers(state, batch)))
             noise = noise_draws(state.opt_state)
         else:
             multipliers, noise = self._block.noise(number)
-        return Charge(multipliers, scheme, step_draws(noise, self.sampler, number))
+        draws = step_draws(noise, self.sampler, number)
+        return Charge(multipliers, self.sampler.scheme, draws[: len(noise)], draws[len(noise) :])
 
     def _asked_ahead(self, state: TrainState, batch: Any, number: int) -> _Block | None:
         if not self._foresees or self.step.ahead is None:
@@ -120,19 +127,6 @@ class Charges:
         multipliers, counters = jax.device_get(foreseen[:2])
         streams = [(purpose, key) for purpose, key, _ in noise_draws(state.opt_state)]
         return _Block(number, number + known, multipliers, counters, streams)
-
-
-def released_otherwise(charge: Charge, executed: Sequence[float]) -> bool:
-    """Whether a step has released other noise than it was charged with.
-
-    Args:
-      charge: of the step.
-      executed: the noise multipliers that its state tells of afterwards.
-    """
-    charged = charge.noise_multipliers
-    return len(charged) != len(executed) or not all(
-        map(lambda one, two: math.isclose(one, two, rel_tol=_ROUNDING), charged, executed)
-    )
 
 
 def _as_typed(noise_multipliers: np.ndarray) -> list[float]:

@@ -1,20 +1,19 @@
 """Checkpoints of a run: state, ledger, sampler, history and configuration, all or nothing.
 
-    directory/
-      .lock           held by the run that lives
-      .saving/        what is being written; left behind by a kill, removed by the next save
-      9/, 12/, 12.1/  checkpoints by step; a number behind it where a step was saved again
-        state/        the arrays, written by Orbax
-        run.json      all else
-        SHA256SUMS    the digest of each file above, see `training.files`
+    directory/         see `training.places`
+      .reports.json    the history of the newest checkpoint, when its last report was told
+      9/, 12/, 12.1/   the checkpoints
+        state/         the arrays, written by Orbax
+        run.json       all else
+        SHA256SUMS     the digest of each file above, see `training.files`
 
-A folder gets its name when everything in it is on the disk: a checkpoint is complete or absent.
+A folder gets its name when everything in it is on the disk: a checkpoint is complete or absent. It
+is there before anybody sees the parameters in it, and so before the report on them is complete: a
+run that goes on from it makes that report again, unless `.reports.json` says that it was told.
 """
 
-import fcntl
 import json
 import os
-import re
 import shutil
 import weakref
 from pathlib import Path
@@ -27,26 +26,44 @@ from jax.experimental import multihost_utils
 from jaxdp.accounting import Ledger
 from jaxdp.accounting.strict_json import check_keys, parse
 from jaxdp.checks import check_integer, shown
+from jaxdp.gathering import amid_a_batch, check_between_batches
 from jaxdp.sampling import Sampler, sampler_from_dict
 from jaxdp.training.configuration import as_json, differences
 from jaxdp.training.files import check_seal, seal, sync_folder, write_file
+from jaxdp.training.places import (
+    SAVING,
+    Place,
+    all_places,
+    check_what_is_there,
+    locked,
+    newest_place,
+)
 from jaxdp.training.step import TrainState
+from jaxdp.training.told import note_told, told_with
 
-_FORMAT, _VERSION = "jaxdp.checkpoint", 1
+_FORMAT, _VERSION = "jaxdp.checkpoint", 2
 _KEYS = (
     *("format", "version", "step", "ledger", "sampler"),
-    *("history", "configuration", "structure", "data"),
+    *("history", "configuration", "structure", "data", "report"),
 )
-_SAVING = ".saving"
-_NAME = re.compile(r"(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?", re.ASCII)
+
+# Version 1 was written when its reports had been told. It stays readable.
+_BEFORE_REPORTS = 1
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds beside the state."""
+    """What a checkpoint holds.
+
+    Attributes:
+      state, ledger: of the run.
+      history: the reports that were told.
+      report: the one that is still to be told, without what `evaluate` adds to it; or None.
+    """
 
     state: TrainState
     ledger: Ledger
     history: list[dict[str, Any]]
+    report: dict[str, Any] | None
 
 
 class Checkpoints:
@@ -97,10 +114,10 @@ class Checkpoints:
         self._keep = check_integer("keep", keep, minimum=1, advice="The newest is always kept.")
         self._configuration = as_json("configuration", configuration)
         if self.directory.exists():
-            self._check_what_is_there()
+            check_what_is_there(self.directory)
         if jax.process_index() == 0:
             # Called by `close`, or when nobody holds this object any more.
-            self._unlock = weakref.finalize(self, os.close, _locked(self.directory))
+            self._unlock = weakref.finalize(self, os.close, locked(self.directory))
         # Synchronous: the next step reuses the buffers that are being written.
         self._arrays = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         self._closed = False
@@ -112,23 +129,23 @@ class Checkpoints:
         sampler: Sampler,
         history: list[dict[str, Any]],
         data: str | None = None,
+        report: dict[str, Any] | None = None,
     ) -> None:
         """Writes one checkpoint, named by the state's step, and removes the oldest.
 
         Args:
           state, ledger, sampler, history: of the run.
           data: a digest of what it trains on, where there is one.
+          report: the one that is to be told next, without what `evaluate` adds to it: nobody may
+            see anything of a state before it is saved. See `complete`.
 
         Raises:
-          ValueError: the ledger misses steps of the state; the directory holds a later step;
-            the checkpoints are closed.
+          ValueError: the ledger misses steps of the state; the state is amid a logical batch, whose
+            sums are raw; the directory holds a later step; the checkpoints are closed.
           OSError: it cannot be written; the older checkpoints are untouched.
         """
-        if self._closed:
-            raise ValueError(
-                "checkpoints must be open, got closed ones, which another run may have. Open "
-                "new ones."
-            )
+        self._check_open()
+        check_between_batches(state.opt_state)
         step = int(state.step)
         if ledger.steps < step:
             raise ValueError(
@@ -145,8 +162,9 @@ class Checkpoints:
             "configuration": self._configuration,
             "structure": _structure(state),
             "data": data,
+            "report": report,
         }
-        newest = self._newest()
+        newest = newest_place(self.directory)
         if newest is not None and newest.step > step:
             raise ValueError(
                 f"{self.directory} holds a checkpoint of step {newest.step}, so that one of step "
@@ -154,14 +172,41 @@ class Checkpoints:
             )
         again = 0 if newest is None or newest.step < step else newest.again + 1
         try:
-            self._write(_Place(step, again), run, state)
+            self._write(Place(step, again), run, state)
         except jax.errors.JaxRuntimeError:  # another process has ended
             raise
         except Exception as error:  # of any kind: Orbax has no class of its own for what it raises
-            shutil.rmtree(self.directory / _SAVING, ignore_errors=True)
+            shutil.rmtree(self.directory / SAVING, ignore_errors=True)
             raise OSError(
                 f"the checkpoint of step {step} cannot be written in {self.directory}: {error}. "
                 "Free the disk or choose another directory; older checkpoints are untouched."
+            ) from error
+
+    def complete(self, history: list[dict[str, Any]]) -> None:
+        """Notes that the report of the newest checkpoint was told. Its arrays stay as they are.
+
+        Args:
+          history: with that report in it.
+
+        Raises:
+          ValueError: there is no checkpoint; the checkpoints are closed.
+          OSError: it cannot be written; the checkpoints are untouched.
+        """
+        self._check_open()
+        newest = newest_place(self.directory)
+        if newest is None:
+            raise ValueError(
+                f"a report must be that of a checkpoint, got none in {self.directory}. Save the "
+                "state that it tells of first."
+            )
+        if jax.process_index() > 0:
+            return
+        try:
+            note_told(self.directory, newest.within(self.directory) / "run.json", history)
+        except OSError as error:
+            raise OSError(
+                f"the report of step {newest.step} cannot be written in {self.directory}: {error}. "
+                "Free the disk or choose another directory; the checkpoints are untouched."
             ) from error
 
     def sampler(self) -> Sampler | None:
@@ -176,7 +221,7 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint is damaged.
         """
-        newest = self._newest()
+        newest = newest_place(self.directory)
         if newest is None:
             return None
         try:
@@ -193,7 +238,7 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint is damaged.
         """
-        newest = self._newest()
+        newest = newest_place(self.directory)
         return None if newest is None else self._run(newest)["configuration"]
 
     def restore(self, like: TrainState, sampler: Sampler, data: str | None = None) -> Saved | None:
@@ -206,14 +251,14 @@ class Checkpoints:
             are known.
 
         Returns:
-          State, ledger and history, or None.
+          State, ledger, history and the report that is to be told, or None.
 
         Raises:
           ValueError: an array of the state has no entries; the checkpoint belongs to another
             configuration, sampler, model, clip or optimizer, or to other data; it is damaged.
         """
         _check_can_be_saved(like)
-        newest = self._newest()
+        newest = newest_place(self.directory)
         if newest is None:
             return None
         run = self._run(newest)
@@ -240,16 +285,21 @@ class Checkpoints:
                 "ledger says nothing. Use the same data, or another directory."
             )
         try:
-            check_seal(self._folder(newest))
+            check_seal(newest.within(self.directory))
             state = self._read(newest, like)
             ledger = Ledger.from_json(run["ledger"])
             if not newest.step == int(state.step) <= ledger.steps:
                 raise ValueError(
                     f"its state is of step {int(state.step)}, its ledger of {ledger.steps} steps"
                 )
+            if amid_a_batch(state.opt_state):
+                raise ValueError("it was saved amid a logical batch, whose sums are raw")
         except Exception as error:  # of any kind, as above
             raise self._damaged(newest, error) from error
-        return Saved(state, ledger, run["history"])
+        told = told_with(self.directory, newest.within(self.directory) / "run.json")
+        if run["report"] is None or told is None:
+            return Saved(state, ledger, run["history"], run["report"])
+        return Saved(state, ledger, told, None)
 
     def close(self) -> None:
         """Lets another run open the directory."""
@@ -258,9 +308,16 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._unlock()
 
-    def _write(self, place: "_Place", run: dict[str, Any], state: TrainState) -> None:
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(
+                "checkpoints must be open, got closed ones, which another run may have. Open "
+                "new ones."
+            )
+
+    def _write(self, place: Place, run: dict[str, Any], state: TrainState) -> None:
         """All processes write their arrays; the first one writes all else and names the folder."""
-        first, saving = jax.process_index() == 0, self.directory / _SAVING
+        first, saving = jax.process_index() == 0, self.directory / SAVING
         if first:
             shutil.rmtree(saving, ignore_errors=True)
             saving.mkdir()
@@ -272,24 +329,27 @@ class Checkpoints:
         if first:
             write_file(saving / "run.json", json.dumps(run).encode())
             seal(saving)
-            saving.rename(self._folder(place))
+            saving.rename(place.within(self.directory))
             sync_folder(self.directory)
-            for old in self._places()[: -self._keep]:
-                shutil.rmtree(self._folder(old))
+            for old in all_places(self.directory)[: -self._keep]:
+                shutil.rmtree(old.within(self.directory))
         _wait_for_all("jaxdp_checkpoint_ends")
 
-    def _read(self, place: "_Place", like: TrainState) -> TrainState:
+    def _read(self, place: Place, like: TrainState) -> TrainState:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         return self._arrays.restore(
-            self._folder(place) / "state",
+            place.within(self.directory) / "state",
             args=ocp.args.StandardRestore(abstract),  # pyright: ignore[reportCallIssue]
         )
 
-    def _run(self, place: "_Place") -> dict[str, Any]:
-        folder = self._folder(place)
+    def _run(self, place: Place) -> dict[str, Any]:
+        folder = place.within(self.directory)
         try:
             check_seal(folder, only=["run.json"])
-            run = dict(check_keys("run.json", parse((folder / "run.json").read_text()), _KEYS))
+            read: Any = parse((folder / "run.json").read_text())
+            if isinstance(read, dict) and read.get("version") == _BEFORE_REPORTS:
+                read = {"report": None, **read, "version": _VERSION}
+            run = dict(check_keys("run.json", read, _KEYS))
             if (run["format"], run["version"], run["step"]) != (_FORMAT, _VERSION, place.step):
                 raise ValueError(
                     f"run.json holds {run['format']} {run['version']} of step {run['step']}"
@@ -298,85 +358,17 @@ class Checkpoints:
             raise self._damaged(place, error) from error
         return run
 
-    def _damaged(self, place: "_Place", error: Exception) -> ValueError:
-        older = [other for other in self._places() if other < place]
+    def _damaged(self, place: Place, error: Exception) -> ValueError:
+        older = [other for other in all_places(self.directory) if other < place]
         go_on = "begin anew, which spends what it had spent once more"
         if older:
             go_on = f"resume from step {older[-1].step}"
         what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        where = place.within(self.directory)
         return ValueError(
-            f"the checkpoint {self._folder(place)} is damaged ({what}). Put an intact copy in its "
-            f"place, or remove it to {go_on}."
+            f"the checkpoint {where} is damaged ({what}). Put an intact copy in its place, or "
+            f"remove it to {go_on}."
         )
-
-    def _check_what_is_there(self) -> None:
-        """What was renamed, say, would be passed over, and the run would begin anew beside it."""
-        if not self.directory.is_dir():
-            raise ValueError(
-                f"checkpoints must be in a directory, got the file {self.directory}. Move it away."
-            )
-        for path in self.directory.iterdir():
-            known = path.name.startswith(".") or (_NAME.fullmatch(path.name) and path.is_dir())
-            if not known:
-                raise ValueError(
-                    f"{self.directory} must hold checkpoints alone, got {path.name!r}. Move it "
-                    "away, or choose another directory."
-                )
-
-    def _newest(self) -> "_Place | None":
-        places = self._places()
-        return places[-1] if places else None
-
-    def _places(self) -> "list[_Place]":
-        """The places of all checkpoints in the directory, the newest last."""
-        if not self.directory.is_dir():  # which the first process makes
-            return []
-        names = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
-        return sorted(_Place(int(name[1]), int(name[2] or 0)) for name in names if name)
-
-    def _folder(self, place: "_Place") -> Path:
-        step, again = place
-        return self.directory / (f"{step}.{again}" if again else f"{step}")
-
-
-class _Place(NamedTuple):
-    """Which checkpoint of a directory."""
-
-    step: int
-    again: int
-
-
-def _locked(directory: Path) -> int:
-    """Makes the directory if need be and locks it: a file descriptor that holds the lock.
-
-    The lock is the operating system's: it ends with the process, however that ends.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A lock that was there before says nothing of what can be written now.
-        shutil.rmtree(directory / _SAVING, ignore_errors=True)
-        (directory / _SAVING).mkdir()
-        (directory / _SAVING).rmdir()
-    except BlockingIOError as error:
-        os.close(lock)
-        raise OSError(
-            f"another run has the checkpoints in {directory} open. End it (or close its "
-            "Checkpoints), or choose another directory."
-        ) from error
-    except OSError as error:
-        os.close(lock)
-        raise _unwritable(directory, error) from error
-    return lock
-
-
-def _unwritable(directory: Path, error: OSError) -> OSError:
-    reason = error.strerror or error
-    return OSError(f"checkpoints cannot be written in {directory} ({reason}). Choose another one.")
 
 
 def _wait_for_all(where: str) -> None:

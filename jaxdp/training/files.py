@@ -55,10 +55,35 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def write_vouched(path: Path, content: bytes) -> None:
+    """Writes a file that begins with the digest of what follows.
+
+    Raises:
+      OSError: it cannot be written; what was there is untouched.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "note"
+      >>> write_vouched(path, b"told")
+      >>> read_vouched(path)
+      b'told'
+    """
+    write_file(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def read_vouched(path: Path) -> bytes | None:
+    """What `write_vouched` wrote, or None where that is not there as it was written."""
+    try:
+        vouched, _, content = _read(path).partition(b"\n")
+    except OSError:
+        return None
+    return content if vouched == hashlib.sha256(content).hexdigest().encode() else None
+
+
 def seal(folder: Path) -> None:
     """Writes the listing of everything in a folder."""
     names = sorted(_files_in(folder) - {_LISTING})
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in names]
+    lines = [f"{digest(folder / name)}  {name}\n" for name in names]
     write_file(folder / _LISTING, "".join(lines).encode())
 
 
@@ -73,13 +98,13 @@ def check_seal(folder: Path, only: Collection[str] | None = None) -> None:
         lines = _read(folder / _LISTING).decode("ascii").splitlines()
     except (OSError, UnicodeDecodeError):
         raise ValueError(f"its listing {_LISTING} is missing or unreadable") from None
-    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    listed = {name: vouched for vouched, _, name in (line.partition("  ") for line in lines)}
     present = _files_in(folder) - {_LISTING}
     for name in sorted(present ^ listed.keys() if only is None else set(only) - listed.keys()):
         raise ValueError(f"{name} was added" if name in present else f"{name} is missing")
     for name in sorted(listed if only is None else only):
         try:
-            altered = _digest(folder / name) != listed[name]
+            altered = digest(folder / name) != listed[name]
         except OSError:
             raise ValueError(f"{name} cannot be read") from None
         if altered:
@@ -91,7 +116,12 @@ def _files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits.
+
+    Raises:
+      OSError: it cannot be read.
+    """
     with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

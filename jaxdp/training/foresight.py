@@ -238,6 +238,10 @@ def _foreseen(chain: _Chain, opt_state: Any, first: Any, count: Any) -> Foreseen
         right &= _equal(guess, part)
     keys = [each.key for each in chain.released]
     right &= _equal([guess[key] for key in keys], [behind[key] for key in keys])
+    # A step that begins its noise anew draws another number than the state before it tells of. Its
+    # own counter shows that, and perhaps no later one.
+    steps = [each.step for each in chain.released]
+    right &= _equal([guess[step] + 1 for step in steps], [behind[step] for step in steps])
     in_order = jnp.cumprod(right[(first + lanes) % LANES].astype(jnp.int32))
     return Foreseen(
         jnp.stack([behind[each.noise_multiplier] for each in chain.released], axis=1),

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
@@ -16,14 +16,15 @@ from jaxdp.distributed.lost import every_process_needed
 from jaxdp.sampling import Sampler
 from jaxdp.training.arguments import Plan, check_objects, check_plan
 from jaxdp.training.bar import Bar, progress_bar
-from jaxdp.training.charges import Charges
+from jaxdp.training.budget import Budget
+from jaxdp.training.charges import Charge, Charges
 from jaxdp.training.checkpoints import Checkpoints
 from jaxdp.training.identity import check_charged
 from jaxdp.training.loading import Data, LoadedBatch, check_overflow, data_digest, loader
 from jaxdp.training.logs import LogFn, log_function
-from jaxdp.training.reports import Evaluate, Totals, report_row
+from jaxdp.training.reports import Evaluate, Totals, evaluated, report_row
 from jaxdp.training.resume import begin
-from jaxdp.training.run import Progress, Run, can_be_read, interrupts_wait, kept
+from jaxdp.training.run import Due, Progress, Run, can_be_read, interrupts_wait, kept
 from jaxdp.training.step import Step, StepMetrics, TrainState
 from jaxdp.training.watch import IN_FLIGHT, Watch, settled
 
@@ -55,19 +56,19 @@ def fit(
     both (`Ledger.draws`). Two runs on one ledger with the same noise key or the same sampler seed
     are refused; a run that goes on from its state and ledger draws new ones. The first step is
     compiled ahead of its charge; once a step is charged, whatever it raises, it stays charged. Up
-    to two steps are charged and begun while one is under way; what was executed is held against
-    what was charged at reports and in the end, and a run whose noise is other ends.
+    to two steps are charged and begun while one is under way. What every step released, with which
+    noise, is held against what it was charged with, before anybody sees a report and however the
+    run ends: all that was not charged is charged then, and the run ends.
 
-    With `checkpoints`, the run is saved at every report, and begins where the newest checkpoint
-    ended: killed at any moment and started again, it executes the same steps with the same noise
-    and ends in the same state. What `ledger` holds beyond the saved one is added to it; what the
-    saved one was given before is not added again, unless its draws tell that it was released once
-    more: charge a release that every start makes anew, such as a clip value that is selected, with
-    its draws. If `state` has
-    executed as many steps as the checkpoint, the run continues from `state` and `ledger` instead:
-    between two calls you may release something else, change the parameters by it, and charge it.
-    Other data than that of the checkpoint is refused where `data` are arrays, all of
-    which are read for it.
+    With `checkpoints`, the run is saved at every report, before anything of it is shown, and begins
+    where the newest checkpoint ended: killed at any moment and started again, it executes the same
+    steps with the same noise and ends in the same state and history. A report that nobody may have
+    seen is made again first. What `ledger` holds beyond the saved one is added to it, and what both
+    hold counts once (`jaxdp.accounting.union`): charge a release that every start makes anew, such
+    as a clip value that is selected, with its draws. If `state` has executed as many steps as the
+    checkpoint, the run continues from `state` and `ledger` instead: between two calls you may
+    release something else, change the parameters by it, and charge it. Other data than that of the
+    checkpoint is refused where `data` are arrays, all of which are read for it.
 
     An exception, Ctrl-C included, leaves state, ledger and history in reach:
     `jaxdp.training.run_of(error)`. After whole steps the run is saved where there are checkpoints,
@@ -75,7 +76,7 @@ def fit(
     it acts at once.
 
     Args:
-      state: from `training.init`; consumed.
+      state: from `training.init`, or between two logical batches; consumed.
       step: from `training.make_step`.
       sampler: draws the batches, one draw per logical step.
       data: pytree of arrays `[sampler.num_examples, ...]`, or a function that loads the rows of
@@ -89,7 +90,7 @@ def fit(
       ledger: what the data has been charged with before; where `state` comes from an earlier
         `fit`, the ledger of that run.
       evaluate: `params -> dict of numbers`, called at every report. Its names must be others than
-        those of the report.
+        those of the report. The parameters are a copy, to be kept or given away.
       report_every: logical steps between reports; default one epoch.
       log_fn: "logging", "wandb", "tensorboard", "all" or a callable; gets each report.
       checkpoints: where to save and resume.
@@ -106,13 +107,14 @@ def fit(
 
     Raises:
       TypeError: an argument of the wrong type.
-      ValueError: an argument out of range; the ledger misses steps of the state, or what the
-        checkpoint holds; noise or batches that the ledger was charged with before; the data does
-        not fit the sampler; a logical batch may need several physical ones but the chain has no
-        `jaxdp.accumulate`; the chain draws no noise; the accountant cannot account for the
-        sampler's scheme; rows that do not divide among devices or parts of the data; processes
-        that differ in state, sampler, arguments, step (its clip, noise or optimizer), or in what
-        they have reached at a report; a step released other noise than it was charged with.
+      ValueError: an argument out of range; a state amid a logical batch; the ledger misses steps of
+        the state, or what the checkpoint holds, or nobody can tell whether it does; noise or
+        batches that the ledger was charged with before; the data does not fit the sampler; a
+        logical batch may need several physical ones but the chain has no `jaxdp.accumulate`; the
+        chain draws no noise; the accountant cannot account for the sampler's scheme; rows that do
+        not divide among devices or parts of the data; processes that differ in state, sampler,
+        arguments, step (its clip, noise or optimizer), or in what they have reached at a report; a
+        step released other noise than it was charged with.
       ProcessLost: another process of the job has ended.
 
     Example:
@@ -158,7 +160,8 @@ def fit(
     of_data = data_digest(data, sampler) if checkpoints and plan.data_parts == 1 else None
     run = begin(state, ledger, sampler, checkpoints, of_data)
     if jax.process_count() > 1:
-        check_agreement(checkpoint=run.whole, charges=run.ledger.to_json())
+        due = None if run.due is None else run.due.row
+        check_agreement(checkpoint=run.whole, charges=run.ledger.to_json(), report=due)
     with (
         kept(run),
         every_process_needed(_how_to_resume(checkpoints)),
@@ -167,6 +170,7 @@ def fit(
         loop = _Loop(step, sampler, plan, load, checkpoints, of_data, evaluate, log, bar)
         watch = Watch(run)
         with _saved_in_the_end(run, loop, watch):
+            _catch_up(run, loop)
             stopped_by = _executed(run, loop, watch)
     return Run(run.whole, run.ledger, run.history, stopped_by)
 
@@ -219,25 +223,35 @@ def _executed(run: Progress, loop: _Loop, watch: Watch) -> str:
     stopped_by = "steps"
     while run.done < plan.steps:
         charge = charges.coming(run.whole, batches[0].batch, run.done)
+        if charges.waits:  # to look at the steps before it, too, costs nothing more
+            watch.look()
+        watch.compare(charge.noise)
         charged = charge.added(run.ledger)
-        if limit is not None and not limit.allows(run.ledger, *charge, charged):
+        if limit is not None and not _allows(limit, run.ledger, charge, charged):
             stopped_by = "budget"
             break
         if run.done == begun:
             _compile(loop.step, run.whole, batches[0])
         with interrupts_wait():
-            metrics = _advance(run, loop.step, batches, charged)
-            watch.add(charge, metrics)
+            _advance(run, loop.step, batches, charged, watch.begin(charge, len(batches)))
+            watch.wait()
         if run.done < plan.steps:
             batches = loop.load(run.done)  # on the host, while the device computes the present ones
         if run.done % plan.report_every == 0:
             _report(run, loop, watch)
             reported = run.done
         elif watch.is_full or loop.bar.is_due:
-            _show(loop.bar, watch, keep=IN_FLIGHT)
+            watch.look(keep=IN_FLIGHT)
+            _show(loop.bar, watch)
     if run.done > reported:
         _report(run, loop, watch)
     return stopped_by
+
+
+def _allows(limit: Budget, ledger: Ledger, charge: Charge, charged: Ledger) -> bool:
+    return limit.allows(
+        ledger, charge.noise_multipliers, charge.sampling, charge.draws, after=charged
+    )
 
 
 def _compile(step: Step, state: TrainState, loaded: LoadedBatch) -> None:
@@ -248,8 +262,12 @@ def _compile(step: Step, state: TrainState, loaded: LoadedBatch) -> None:
 
 
 def _advance(
-    run: Progress, step: Step, batches: Sequence[LoadedBatch], charged: Ledger
-) -> list[StepMetrics]:
+    run: Progress,
+    step: Step,
+    batches: Sequence[LoadedBatch],
+    charged: Ledger,
+    metrics: list[StepMetrics],
+) -> None:
     """Executes one logical step, charged before anything of it can be released.
 
     Args:
@@ -258,11 +276,9 @@ def _advance(
       step: what is executed.
       batches: the physical batches of the logical step.
       charged: the ledger with this step.
-
-    Returns:
-      What each physical batch looked like.
+      metrics: gets what each physical batch looked like, as far as it comes.
     """
-    state, metrics = run.whole, []
+    state = run.whole
     run.ledger = charged
     # From here on nobody can tell how much of it has run, whatever it raises: a state that is still
     # there may be a copy. So the charge stays, and there is no state to draw the same noise again.
@@ -272,36 +288,64 @@ def _advance(
         metrics.append(batch_metrics)
     run.state = state
     run.done += 1
-    return metrics
+
+
+def _catch_up(run: Progress, loop: _Loop) -> None:
+    """What is left from before: a report that nobody may have seen, and charges that are not saved.
+
+    A release that was made before this run shows nothing of its steps. But the run may end before
+    it is saved again, and the release is made.
+    """
+    if run.due is not None:
+        _tell(run, loop, run.due)
+        run.due = None
+    _save(run, loop)
 
 
 def _report(run: Progress, loop: _Loop, watch: Watch) -> None:
-    """Adds to the history, saves, and tells whoever listens."""
+    """Looks at everything, saves it, and only then tells whoever listens.
+
+    What was shown must be charged for good. A run that is killed goes on from what it has saved,
+    and draws the same noise again for what is not: by other settings of the clip, say, so that the
+    difference to what was shown has none.
+    """
     if jax.process_count() > 1:
         check_agreement(parameters=run.whole.params, charges=run.ledger.to_json())
+    watch.look()
+    watch.check_state()
+    check_charged(run.whole, run.ledger, loop.sampler)
+    row = report_row(run.whole, run.ledger, loop.sampler, loop.plan, watch.totals)
+    _save(run, loop, row)
     _show(loop.bar, watch)
-    check_charged(run.whole, run.ledger)
-    row = report_row(run.whole, run.ledger, loop.sampler, loop.plan, watch.totals, loop.evaluate)
+    _tell(run, loop, Due(row, run.whole.params))
     watch.totals = Totals.begin()
+
+
+def _tell(run: Progress, loop: _Loop, due: Due) -> None:
+    """Completes a report on what is saved, and adds it to the history."""
+    row = evaluated(due.row, loop.evaluate, due.params)
     run.history.append(row)
-    _save(run, loop)
     loop.log(dict(row))
+    if loop.checkpoints is not None:
+        loop.checkpoints.complete(run.history)
     loop.bar.show(epsilon=row["epsilon"])
 
 
-def _show(bar: Bar, watch: Watch, keep: int = 0) -> None:
-    """What all steps did but the last `keep`."""
-    count = watch.look(keep)
-    totals = watch.totals
+def _show(bar: Bar, watch: Watch) -> None:
+    """What was looked at."""
+    totals, count = watch.totals, watch.seen
+    watch.seen = 0
     bar.advance(count, loss=totals.loss, samples_per_second=totals.samples_per_second)
 
 
-def _save(run: Progress, loop: _Loop) -> None:
-    """Once for each step that was come to."""
+def _save(run: Progress, loop: _Loop, report: dict[str, Any] | None = None) -> None:
+    """Once for each step that was come to, with the report that is to be made of it."""
     if loop.checkpoints is not None and run.saved < run.done:
-        run.saved = run.done
         with interrupts_wait():
-            loop.checkpoints.save(run.whole, run.ledger, loop.sampler, run.history, loop.data)
+            loop.checkpoints.save(
+                run.whole, run.ledger, loop.sampler, run.history, loop.data, report
+            )
+            run.saved = run.done
 
 
 @contextlib.contextmanager
@@ -312,13 +356,14 @@ def _saved_in_the_end(run: Progress, loop: _Loop, watch: Watch) -> Iterator[None
     try:
         yield
     except BaseException as error:
-        if can_be_read(run.state) and (problem := settled(watch)):
-            error.add_note(f"jaxdp: {problem}")
-        if can_be_read(run.state) and jax.process_count() == 1:
-            try:
-                _save(run, loop)
-            except Exception as problem:  # of any kind: the user is to see the first one
-                error.add_note(f"jaxdp: the run could not be saved: {problem}")
+        with interrupts_wait():
+            if problem := settled(watch):
+                error.add_note(f"jaxdp: {problem}")
+            if can_be_read(run.state) and jax.process_count() == 1:
+                try:
+                    _save(run, loop)
+                except Exception as problem:  # of any kind: the user is to see the first one
+                    error.add_note(f"jaxdp: the run could not be saved: {problem}")
         raise
 
 

@@ -4,6 +4,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from jaxdp.accounting import Ledger
 from jaxdp.checks import shown
 from jaxdp.sampling import Sampler
@@ -54,14 +57,9 @@ class Totals(NamedTuple):
 
 
 def report_row(
-    state: TrainState,
-    ledger: Ledger,
-    sampler: Sampler,
-    plan: Plan,
-    totals: Totals,
-    evaluate: Evaluate | None,
+    state: TrainState, ledger: Ledger, sampler: Sampler, plan: Plan, totals: Totals
 ) -> dict[str, Any]:
-    """One row of the history.
+    """One row of the history, without what `evaluate` adds to it.
 
     Args:
       state: after the step that is reported.
@@ -69,14 +67,9 @@ def report_row(
       sampler: of the run.
       plan: what ε is stated with.
       totals: of the steps since the last report.
-      evaluate: of the parameters, or None.
-
-    Raises:
-      TypeError: what `evaluate` returns is no mapping from names to numbers.
-      ValueError: it has a name that the row has already.
     """
     step = int(state.step)
-    row = {
+    return {
         "step": step,
         "epoch": step * sampler.expected_batch_size / sampler.num_examples,
         "epsilon": plan.spent(ledger),
@@ -85,11 +78,27 @@ def report_row(
         "nonfinite": totals.nonfinite,
         "samples_per_second": totals.samples_per_second,
     }
-    return row if evaluate is None else row | _evaluated(evaluate, state, row)
 
 
-def _evaluated(evaluate: Evaluate, state: TrainState, row: Mapping[str, Any]) -> dict[str, float]:
-    metrics = evaluate(state.params)
+def evaluated(row: Mapping[str, Any], evaluate: Evaluate | None, params: Any) -> dict[str, Any]:
+    """The same row with what `evaluate` says of the parameters.
+
+    It gets a copy: the next step reuses the buffers of the state, so that whoever keeps what he was
+    given, or gives it away, would lose it or end the run. Memory for it is there, since no step is
+    under way, and a step needs as much for its gradient.
+
+    Args:
+      row: without it.
+      evaluate: of the parameters, or None.
+      params: the parameters that are reported.
+
+    Raises:
+      TypeError: what `evaluate` returns is no mapping from names to numbers.
+      ValueError: it has a name that the row has already.
+    """
+    if evaluate is None:
+        return dict(row)
+    metrics = evaluate(jax.tree.map(jnp.copy, params))
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise TypeError(
             f"evaluate must return a dict of numbers by name, got {shown(metrics)}. Return "
@@ -101,7 +110,7 @@ def _evaluated(evaluate: Evaluate, state: TrainState, row: Mapping[str, Any]) ->
             f"evaluate must return names that the report has not, got {taken}, which come from the "
             f'ledger and the steps. Call yours "test_{taken[0]}", say.'
         )
-    return {name: _number(name, value) for name, value in metrics.items()}
+    return {**row, **{name: _number(name, value) for name, value in metrics.items()}}
 
 
 def _number(name: str, value: Any) -> float:

@@ -1,10 +1,12 @@
 """Where a run begins, so that nothing that was charged is lost."""
 
 from jaxdp.accounting import Ledger
+from jaxdp.accounting.union import united
+from jaxdp.gathering import check_between_batches
 from jaxdp.sampling import Sampler
-from jaxdp.training.checkpoints import Checkpoints
+from jaxdp.training.checkpoints import Checkpoints, Saved
 from jaxdp.training.identity import check_charged
-from jaxdp.training.run import Progress
+from jaxdp.training.run import Due, Progress
 from jaxdp.training.step import TrainState
 
 
@@ -26,40 +28,36 @@ def begin(
 
     Returns:
       State, ledger and history to go on from. The ledger holds all that either of the two held.
+      Where it holds more than the saved one, the run is to be saved before it goes on.
 
     Raises:
-      ValueError: a ledger misses what its state has executed; both ledgers hold draws that they
-        cannot share.
+      ValueError: a state is amid a logical batch; a ledger misses what its state has executed, or
+        holds draws that the state is yet to make; both ledgers hold draws that they cannot share,
+        or something of which nobody can tell whether they share it.
     """
+    check_between_batches(state.opt_state)
     saved = None if checkpoints is None else checkpoints.restore(state, sampler, data)
+    run = _begun(state, ledger, saved)
+    if run.done:
+        check_charged(run.whole, run.ledger, sampler)
+    known = Ledger() if saved is None else saved.ledger
+    if run.ledger != known:
+        run.saved -= 1
+    return run
+
+
+def _begun(state: TrainState, ledger: Ledger, saved: Saved | None) -> Progress:
     done = int(state.step)
-    if saved is not None and (int(saved.state.step) > done or done == 0):
-        check_charged(saved.state, saved.ledger)
-        return Progress(saved.state, _both(saved.ledger, ledger), saved.history)
-    if done == 0:
-        # What the data was charged with before is closed: a new run begins its own epochs.
-        return Progress(state, Ledger().merge(ledger), [])
-    check_charged(state, ledger)
     if saved is None:
-        return Progress(state, ledger, [])
+        # What the data was charged with before is closed: a new run begins its own epochs.
+        return Progress(state, ledger if done else Ledger().merge(ledger), [])
+    due = None if saved.report is None else Due(saved.report, saved.state.params)
+    if int(saved.state.step) > done or done == 0:
+        return Progress(saved.state, united(saved.ledger, ledger), saved.history, due)
     if not ledger.extends(saved.ledger):
         raise ValueError(
             f"ledger must hold what the checkpoint of step {int(saved.state.step)} was charged "
             "with, got one that does not extend it. Pass ledger=run.ledger with run.state, or "
             "another directory."
         )
-    return Progress(state, ledger, saved.history)
-
-
-def _both(saved: Ledger, given: Ledger) -> Ledger:
-    """What was saved, and what else the data was charged with since.
-
-    A script that is started again states again what it stated the first time: that is no other
-    release. What it states beyond that is one. Of a release that it made once more, with other
-    random numbers, the draws tell.
-    """
-    if saved.extends(given):
-        return saved
-    if given.extends(saved):
-        return given
-    return saved.merge(given)
+    return Progress(state, ledger, saved.history, due)

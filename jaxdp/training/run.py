@@ -39,6 +39,18 @@ class Run(NamedTuple):
     stopped_by: str
 
 
+class Due(NamedTuple):
+    """A report that is to be made.
+
+    Attributes:
+      row: without what `evaluate` adds to it.
+      params: that it is of.
+    """
+
+    row: dict[str, Any]
+    params: Any
+
+
 @dataclass
 class Progress:
     """How far a run has come. It changes as the run goes on, so that an exception can carry it.
@@ -47,6 +59,7 @@ class Progress:
       state: after the last whole step; None during a step, which consumes it.
       ledger: charged with what is, or is about to be, executed.
       history: the reports so far.
+      due: a report of the checkpoint that nobody may have seen, or None.
       done: whole steps executed.
       saved: of these, how many need not be saved any more.
     """
@@ -54,6 +67,7 @@ class Progress:
     state: TrainState | None
     ledger: Ledger
     history: list[dict[str, Any]]
+    due: Due | None = None
     done: int = field(init=False)
     saved: int = field(init=False)
 

@@ -10,14 +10,19 @@ from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, Groups, taken_whole
 from jaxdp.checks import check_bool, check_callable, check_instance
-from jaxdp.clipping import ClipAdaptiveState
 from jaxdp.engine import walker
 from jaxdp.engine.liveness import UNHEARD, live_paths
-from jaxdp.engine.sums import Running
 from jaxdp.engine.walker import Equation, Path
+from jaxdp.gathering import emptied
 from jaxdp.per_sample import PerSampleGrads
 from jaxdp.problem import check_arrays, merged_tree, with_gradient
-from jaxdp.released import Released, check_whole, executed_noise_multipliers, initial_state
+from jaxdp.released import (
+    Released,
+    check_whole,
+    executed_noise_multipliers,
+    initial_state,
+    noise_steps,
+)
 from jaxdp.training.foresight import Ahead, nobody
 from jaxdp.trees import path_name
 
@@ -53,11 +58,14 @@ class StepMetrics(NamedTuple):
       nonfinite: how many samples counted for nothing, their gradient not being finite, int32.
       noise_multipliers: of the Gaussians that the last logical step released, float32 [R], read
         from the state behind this batch: what a ledger must hold. Public.
+      noise_steps: the step that the noise of each comes to next, int32 [R], read there, too: one
+        further than the draw that was made last. Public.
 
     Example:
       >>> import jax.numpy as jnp
       >>> counts = {"samples": jnp.int32(2), "nonfinite": jnp.int32(0)}
-      >>> metrics = StepMetrics(jnp.float32(3), **counts, noise_multipliers=jnp.ones(1))
+      >>> noise = {"noise_multipliers": jnp.ones(1), "noise_steps": jnp.array([1])}
+      >>> metrics = StepMetrics(jnp.float32(3), **counts, **noise)
       >>> print(metrics.loss_sum, metrics.samples)
       3.0 2
     """
@@ -66,6 +74,7 @@ class StepMetrics(NamedTuple):
     samples: jax.Array
     nonfinite: jax.Array
     noise_multipliers: jax.Array
+    noise_steps: jax.Array
 
 
 class Step(NamedTuple):
@@ -190,11 +199,15 @@ def make_step(
         grads = _grads(returned)
         with taken_whole():
             updates, opt_state = chain.update(grads, state.opt_state, state.params, is_last=is_last)
+        multipliers = _multipliers(updates, opt_state)
         params = _updated(state.params, updates, grads.groups)
         losses, nonfinite = _losses(returned, mask)
-        executed = jnp.concatenate([jnp.ravel(each) for each in _multipliers(opt_state)])
         metrics = StepMetrics(
-            jnp.sum(losses), jnp.sum(mask, dtype=jnp.int32), nonfinite, executed
+            loss_sum=jnp.sum(losses),
+            samples=jnp.sum(mask, dtype=jnp.int32),
+            nonfinite=nonfinite,
+            noise_multipliers=_in_a_row(multipliers),
+            noise_steps=_in_a_row(noise_steps(opt_state)),
         )
         step = state.step + jnp.asarray(is_last, jnp.int32)
         return TrainState(step, params, opt_state, key), metrics
@@ -208,11 +221,11 @@ def make_step(
         states: list[optax.OptState] = []
         for is_last in endings:
             with taken_whole():
-                _, opt_state = chain.update(
+                updates, opt_state = chain.update(
                     _grads(returned), state.opt_state, state.params, is_last=is_last
                 )
             check_whole(tx.init, state.params, state.opt_state, opt_state)
-            _multipliers(opt_state)
+            _multipliers(updates, opt_state)
             states.append(opt_state)
         return states
 
@@ -222,7 +235,7 @@ def make_step(
         empty, key = jax.tree.map(jnp.zeros_like, (batch, state.key))
         asked = state._replace(opt_state=_rehearsed(state.opt_state), key=key)
         [opt_state] = after(asked, empty, nobody(batch), [True])
-        return jnp.stack(_multipliers(opt_state))
+        return jnp.stack(executed_noise_multipliers(opt_state))
 
     def noise_multipliers(state: TrainState, batch: Any) -> jax.Array:
         return _quietly(coming, state, batch)
@@ -231,14 +244,25 @@ def make_step(
     return Step(jitted, jax.jit(noise_multipliers), Ahead.of(jitted, after))
 
 
-def _multipliers(opt_state: optax.OptState) -> list[jax.Array]:
+def _multipliers(updates: Any, opt_state: optax.OptState) -> list[jax.Array]:
+    """Those of what a chain has released. Where its updates are still sums of samples, what its
+    state tells is of something else, such as the count of an adaptive clip."""
     released = executed_noise_multipliers(opt_state)
-    if not released:
+    if not released or any(map(_is_raw, jax.tree.leaves(updates, is_leaf=_is_raw))):
         raise ValueError(
             "the chain must draw noise to be private, got neither jaxdp.add_noise nor another "
-            "noised release. Put jaxdp.add_noise(...) behind the clip."
+            "noised release of the gradients. Put jaxdp.add_noise(...) behind the clip."
         )
     return released
+
+
+def _in_a_row(numbers: list[jax.Array]) -> jax.Array:
+    """Of every release, and of every member where a state has several, float32 or int32 [R]."""
+    return jnp.concatenate([jnp.ravel(each) for each in numbers])
+
+
+def _is_raw(node: Any) -> bool:
+    return isinstance(node, PerSampleGrads | Bounded)
 
 
 def _quietly(fun: Callable[..., Any], *arguments: Any) -> Any:
@@ -260,21 +284,16 @@ def _rehearsed(opt_state: optax.OptState) -> optax.OptState:
     """A state with other noise to come, and no sums or counts of samples."""
 
     def replaced(node: Any) -> Any:
-        if isinstance(node, Released):
-            return node.rehearsed()
-        if isinstance(node, ClipAdaptiveState):
-            counts = jnp.zeros_like(node.counts)
-            return node._replace(released=node.released.rehearsed(), counts=counts)
-        return jax.tree.map(jnp.zeros_like, node) if isinstance(node, Running) else node
+        return node.rehearsed() if isinstance(node, Released) else node
 
-    own = Released | ClipAdaptiveState | Running
-    return jax.tree.map(replaced, opt_state, is_leaf=lambda node: isinstance(node, own))
+    empty = emptied(opt_state)
+    return jax.tree.map(replaced, empty, is_leaf=lambda node: isinstance(node, Released))
 
 
 def _grads(returned: Any) -> Any:
     """What goes into the chain: a handle, or a `Bounded` beside its losses."""
     grads = returned[0] if isinstance(returned, tuple) and len(returned) == 2 else returned
-    if not isinstance(grads, PerSampleGrads | Bounded) or isinstance(returned, Bounded):
+    if not _is_raw(grads) or isinstance(returned, Bounded):
         raise TypeError(
             "grads_fn must return jaxdp.PerSampleGrads, or a Bounded and its losses, got "
             f"{type(returned).__name__}. Take it from jaxdp.per_sample_grads(loss_fn), or from "

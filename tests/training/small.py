@@ -1,5 +1,6 @@
 """A training job so small that a test may run it many times; its steps are compiled once."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -45,6 +46,13 @@ def step_of(tx: Chain) -> training.Step:
     return training.make_step(jaxdp.per_sample_grads(loss_fn), tx)
 
 
+def foreseen(step: training.Step) -> training.Step:
+    """A step that runs something else, and is believed to release what the chain's program says: so
+    nothing of it is read before a report."""
+    assert step.ahead is not None
+    return step._replace(ahead=dataclasses.replace(step.ahead, run=step.run))
+
+
 def start(tx: Chain, params: tuple[float, ...] = INITIAL) -> training.TrainState:
     return training.init(jnp.asarray(params), tx)
 
@@ -83,6 +91,10 @@ def fit(
         report_every=report_every,
         **({"delta": DELTA, "progress": False, "accountant": "rdp"} | options),
     )
+
+
+def forbidden(*arguments: Any) -> Any:
+    raise AssertionError("nothing may be executed")
 
 
 def assert_same(got: training.Run, want: training.Run) -> None:

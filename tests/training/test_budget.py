@@ -265,6 +265,48 @@ def test_a_bound_holds_for_a_number_of_new_noise_multipliers_only(
     assert len(asked) == 4  # of the steps with new noise multipliers 0, 64, 128 and 192
 
 
+def off_the_grid(k: int) -> float:
+    """The k-th noise multiplier of a kind of its own, where they are rounded."""
+    return 2.0 * 2 ** ((k + 0.9) / 32)
+
+
+def test_a_step_that_makes_the_ledger_round_is_asked_about_as_it_is() -> None:
+    """Rounded ahead of the question it would be one of the 32 that the ledger holds exactly."""
+    scheme, sigma = PoissonSampling(0.001), 2.002
+    ledger = Ledger().charge(2.0, scheme)
+    for k in range(31):
+        ledger = ledger.charge(off_the_grid(k), scheme)
+    exact, rounded = (
+        ledger.charge(each, scheme).epsilon(DELTA, accountant="rdp") for each in (2.0, sigma)
+    )
+    assert exact < rounded
+    assert not Budget((exact + rounded) / 2, DELTA, "rdp").allows(ledger, [sigma], scheme)
+    assert Budget(rounded, DELTA, "rdp").allows(ledger, [sigma], scheme)
+
+
+def test_an_exact_answer_is_for_steps_that_are_rounded_alike_alone() -> None:
+    """A kind more, of more noise, and the grid of the ledger's own answer is twice as coarse."""
+    scheme, ledger = PoissonSampling(0.001), Ledger()
+    for k in range(3, 66):
+        ledger = ledger.charge(off_the_grid(k), scheme)
+    twice = ledger.charge(off_the_grid(0), scheme, 2)
+    fine, coarse = (twice.charge(off_the_grid(k), scheme).epsilon(DELTA) for k in range(2))
+    assert fine < coarse
+    budget = Budget((fine + coarse) / 2, DELTA)
+    for _ in range(2):
+        assert budget.allows(ledger, [off_the_grid(0)], scheme)
+        ledger = ledger.charge(off_the_grid(0), scheme)
+    assert not budget.allows(ledger, [off_the_grid(1)], scheme)
+    assert budget.allows(ledger, [off_the_grid(0)], scheme)
+
+
+def test_a_step_without_noise_is_not_allowed_where_noise_is_rounded() -> None:
+    ledger = Ledger()
+    for k in range(40):
+        ledger = ledger.charge(off_the_grid(k), POISSON)
+    assert not Budget(8.0, DELTA, "rdp").allows(ledger, [0.0], POISSON)
+
+
 def test_the_grid_of_a_bound_is_no_finer_than_that_of_what_it_grants() -> None:
     """As the note at `_MOST_NEW` says, for every number of mechanisms in the bound."""
     for few in range(1, 1025):

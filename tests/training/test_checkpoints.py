@@ -184,8 +184,8 @@ def assert_saved_is(directory: Path, expected: training.Run) -> None:
     store = training.Checkpoints(directory)
     saved = store.restore(initial(), sampler())
     store.close()
-    assert saved is not None
-    assert_same(*saved, expected)
+    assert saved is not None and saved.report is None
+    assert_same(saved.state, saved.ledger, saved.history, expected)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +208,17 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
     # moment that the clock chooses; the test below has every moment of a save.
     for where, count in [("file", 45), ("rows", 9), ("clock", 1)]:
         assert killed(tmp_path, where, count)
+    assert not killed(tmp_path, "never", 0)
+    assert_saved_is(tmp_path, uninterrupted)
+
+
+def test_what_a_killed_run_has_shown_is_saved(tmp_path: Path, uninterrupted: training.Run) -> None:
+    """Killed while it evaluates step 6: to execute that step once more, with the same noise and
+    another clip, say, would show what the noise hides."""
+    assert killed(tmp_path, "evaluate", 2)
+    saved = restored(tmp_path, sampler())
+    assert saved is not None and int(saved.state.step) == saved.ledger.steps == 6
+    assert saved.report is not None and [row["step"] for row in saved.history] == [3]
     assert not killed(tmp_path, "never", 0)
     assert_saved_is(tmp_path, uninterrupted)
 
@@ -273,7 +284,11 @@ def test_every_moment_of_a_save_leaves_a_whole_checkpoint_or_none(
         if saved is not None:
             assert saved.ledger.steps == found[-1]
             reports = found[-1] // REPORT_EVERY
-            assert timeless(saved.history) == timeless(uninterrupted.history[:reports])
+            *earlier, last = uninterrupted.history[:reports]
+            told = saved.history
+            if saved.report is not None:  # nobody has seen it: it is made again
+                told = [*told, saved.report | {"norm": last["norm"]}]
+            assert timeless(told) == timeless([*earlier, last])
     assert set(found) == {0, REPORT_EVERY, 2 * REPORT_EVERY} and found == sorted(found)
 
 
@@ -342,7 +357,10 @@ def test_keeping_no_checkpoint_is_refused(tmp_path: Path, keep: int) -> None:
 
 
 def files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != ".lock")
+    """Those of the checkpoints; the note beside them is no part of any."""
+    return sorted(
+        path for path in directory.rglob("*") if path.is_file() and path.parent != directory
+    )
 
 
 def any_of(random: np.random.Generator, paths: list[Path]) -> Path:
@@ -493,7 +511,9 @@ def assert_whole_or_refused(directory: Path, intact: dict[int, Saved]) -> bool:
     # Never the beginning: what was executed has been charged.
     assert saved is not None
     want = intact[int(saved.state.step)]
-    assert_same(*saved, training.Run(*want, stopped_by="steps"))
+    assert saved.report == want.report
+    run = training.Run(want.state, want.ledger, want.history, stopped_by="steps")
+    assert_same(saved.state, saved.ledger, saved.history, run)
     return False
 
 

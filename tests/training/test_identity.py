@@ -132,7 +132,7 @@ def test_a_second_run_on_the_same_random_numbers_is_refused(run: Callable[[], No
 
 
 def test_a_state_that_was_continued_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="got step 2 of 'gradient noise'"):
+    with pytest.raises(ValueError, match="got steps 2 to 3 of 'gradient noise' .* a second time"):
         state_from_before()
 
 
@@ -247,10 +247,117 @@ def test_an_optimizer_that_has_trained_on_other_data_goes_on() -> None:
     assert [each.first for each in run.ledger.draws] == [0, 3]
 
 
+# What was charged by hand.
+
+POISSON = PoissonSampling(0.25)
+
+
+def by_hand_once(count: int, sigma: Any = 2.0, scheme: Any = POISSON) -> Ledger:
+    return Ledger().charge(sigma, scheme, count)
+
+
 def test_steps_that_were_charged_by_hand_may_be_those_of_the_state() -> None:
+    """A loop of one's own that named no draws, or a ledger from before these were noted."""
     first = fit()
-    plain = Ledger().charge(2.0, PoissonSampling(0.25), steps=4)
-    assert fit(state=first.state, steps=6, ledger=plain).ledger.steps == 6
+    run = fit(state=first.state, steps=6, ledger=by_hand_once(4))
+    assert run.ledger.steps == 6
+    more = fit(state=run.state, steps=8, ledger=run.ledger)
+    assert more.ledger.steps == 8
+    # Another sampler may follow: what was drawn since stands between.
+    other = poisson(2, sampling_rate=0.5)
+    assert fit(state=more.state, steps=9, ledger=more.ledger, sampler=other).ledger.steps == 9
+
+
+def test_releases_of_one_step_may_be_charged_by_hand_as_one() -> None:
+    tx = chain(adaptive=5)
+    for sigma in ([4.0, 2.0], [2.0, 4.0], (2.0**-2 + 4.0**-2) ** -0.5):
+        first = fit(tx)
+        assert fit(tx, state=first.state, steps=6, ledger=by_hand_once(4, sigma)).ledger.steps == 6
+
+
+def test_a_schedule_may_be_charged_by_hand() -> None:
+    """The state tells of its last step alone."""
+    noise = jaxdp.add_noise(lambda step: 2.0 + step, jax.random.key(0))
+    behind = jaxdp.accumulate(optax.chain(noise, optax.sgd(0.1)))
+    tx = optax.chain(jaxdp.clip_flat(1.0), behind)
+    with jax.numpy_dtype_promotion("standard"):
+        first, ledger = fit(tx), Ledger()
+        for sigma in (2.0, 3.0, 4.0, 5.0):
+            ledger = ledger.charge(sigma, POISSON)
+        assert fit(tx, state=first.state, steps=6, ledger=ledger).ledger.steps == 6
+
+
+def drawn_once(count: int, sigma: float = 2.0) -> Ledger:
+    """Of another run."""
+    return fit(chain(7, sigma=sigma), poisson(9), steps=count).ledger
+
+
+# Ledgers of as many steps, none of which can be those of the state.
+OTHERS: dict[str, Callable[[], Ledger]] = {
+    "another noise": lambda: by_hand_once(4, 20.0),
+    "less noise": lambda: by_hand_once(4, 1.0),
+    "another rate": lambda: by_hand_once(4, scheme=PoissonSampling(0.01)),
+    "another scheme": lambda: by_hand_once(4, scheme=ShuffledEpochs(4)),
+    "more steps": lambda: by_hand_once(5),
+    "more steps ahead of them": lambda: by_hand_once(3, 3.0).charge(2.0, POISSON, 4),
+    "the last step alone": lambda: by_hand_once(3, 2.0, PoissonSampling(0.1)).charge(2.0, POISSON),
+    "of a run that was closed": lambda: Ledger().merge(by_hand_once(4)),
+    "of a run that was closed by another": lambda: drawn_once(1).merge(by_hand_once(4)),
+    "ahead of another run": lambda: Ledger((), (*by_hand_once(4).current, *drawn_once(1).current)),
+    "behind another run": lambda: drawn_once(4).charge(2.0, POISSON, 4),
+}
+
+
+@pytest.mark.parametrize("ledger", OTHERS.values(), ids=OTHERS.keys())
+def test_steps_of_something_else_do_not_pass_for_those_of_the_state(
+    ledger: Callable[[], Ledger],
+) -> None:
+    """An earlier model that was charged by hand, and the ledger of this run forgotten."""
+    first = fit()
+    says = "got 0 of the 4 draws of 'gradient noise' .* charged by hand pass for these only if"
+    with pytest.raises(ValueError, match=says):
+        fit(state=first.state, steps=6, ledger=ledger())
+
+
+def test_the_charges_of_an_earlier_model_do_not_stand_in_for_a_forgotten_run() -> None:
+    """As a user forgets it: `ledger=ledger` where `run.ledger` was meant."""
+    ledger = Ledger().charge(20.0, PoissonSampling(0.01), 50)
+    run = fit(steps=50, ledger=ledger, report_every=50)
+    with pytest.raises(ValueError, match="got 0 of the 50 draws .* Pass ledger=run.ledger"):
+        fit(state=run.state, steps=51, ledger=ledger)
+    assert fit(state=run.state, steps=51, ledger=run.ledger).ledger.steps == 101
+
+
+def test_draws_in_the_midst_are_not_stood_in_for() -> None:
+    """Only what came first can have been charged before draws were noted."""
+    first = fit(steps=6)
+    [entry] = first.ledger.current
+    assert isinstance(entry, LedgerEntry)
+    head, middle, tail = (
+        LedgerEntry(
+            entry.noise_multipliers,
+            entry.sampling,
+            2,
+            tuple(Draws(*each.stream, start, 2) for each in entry.draws),
+        )
+        for start in (0, 2, 4)
+    )
+    plain = LedgerEntry(entry.noise_multipliers, entry.sampling, 2)
+    ledger = Ledger((), (plain, middle, tail))
+    assert fit(state=first.state, steps=6, ledger=ledger).ledger == ledger
+    for run in ((head, plain, tail), (plain, head, tail), (head, middle, plain)):
+        again = fit(steps=6)
+        with pytest.raises(ValueError, match="got 4 of the 6 draws"):
+            fit(state=again.state, steps=6, ledger=Ledger((), run))
+
+
+def test_a_state_that_is_behind_its_ledger_is_refused() -> None:
+    """It would draw once more what was drawn; also where no step is left that would."""
+    first = fit(steps=4)
+    for steps in (2, 4):
+        early = fit(steps=2)
+        with pytest.raises(ValueError, match="must be new to the ledger, got steps 2 to 3 of 'gra"):
+            fit(state=early.state, steps=steps, ledger=first.ledger)
 
 
 # Where shuffled steps lie.

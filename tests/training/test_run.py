@@ -236,6 +236,55 @@ def test_half_a_logical_batch_is_no_state_to_go_on_from() -> None:
     assert left.state is None and left.ledger.steps == step + 1
 
 
+def amid_a_batch(adaptive: int = -1) -> training.TrainState:
+    """A state of a loop of one's own, behind the first of several physical batches."""
+    tx, sampler = chain(adaptive=adaptive), poisson()
+    first = next(parts[0] for step in range(8) if len(parts := sampler.draw(step)) > 1)
+    assert not first.is_last
+    begun, _ = step_of(tx).run(small.start(tx), DATA[first.indices], first.mask, False)
+    return begun
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(("adaptive", "named"), [(-1, "in Acc"), (5, "in ClipAdaptiveState, Acc")])
+def test_a_state_amid_a_logical_batch_is_no_state_to_begin_from(
+    steps: int, adaptive: int, named: str
+) -> None:
+    """The next step would add its whole batch on top: one sample contributes twice."""
+    seen: list[Any] = []
+    with pytest.raises(ValueError, match=f"between two logical batches, got raw sums .*{named}"):
+        fit(
+            chain(adaptive=adaptive),
+            state=amid_a_batch(adaptive),
+            steps=steps,
+            evaluate=seen.append,
+            data=lambda indices: seen.append(indices),
+        )
+    assert not seen
+
+
+def test_a_state_amid_a_logical_batch_is_not_saved(tmp_path: Path) -> None:
+    """Its sums are raw, and so would be the file."""
+    store = training.Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="between two logical batches, got raw sums"):
+        store.save(amid_a_batch(), Ledger(), poisson(), [])
+    assert store.restore(small.start(chain()), poisson()) is None
+    store.close()
+
+
+def test_a_state_amid_a_logical_batch_is_not_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that an earlier jaxdp saved."""
+    store = training.Checkpoints(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxdp.training.checkpoints.check_between_batches", lambda state: None)
+        store.save(amid_a_batch(), Ledger(), poisson(), [])
+    with pytest.raises(ValueError, match=r"is damaged \(it was saved amid a logical batch, whose"):
+        fit(checkpoints=store)
+    store.close()
+
+
 def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
     """Between a state that is consumed and the one that takes its place there is none."""
     fails, true = Fails(4, interrupt), step_of(chain())

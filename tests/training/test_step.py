@@ -72,8 +72,9 @@ def test_only_the_last_part_of_a_logical_batch_is_a_step() -> None:
     step, state = made(chain())
     before = jax.device_get(state.params)
     for is_last, count in [(False, 0), (False, 0), (True, 1), (False, 1), (True, 2)]:
-        state, _ = step.run(state, EXAMPLES, ALL, is_last)
+        state, metrics = step.run(state, EXAMPLES, ALL, is_last)
         assert state.step.dtype == jnp.int32 and int(state.step) == count
+        assert metrics.noise_steps.tolist() == [count]
         moved = not np.array_equal(state.params["w"], before["w"])
         assert moved == (count > 0)  # nothing is released before the end
 
@@ -197,6 +198,22 @@ def _strip() -> optax.GradientTransformation:
         return updates.value, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+@pytest.mark.parametrize("params", [new_params(), jnp.zeros(3)], ids=["dict", "array"])
+@pytest.mark.parametrize("behind", [(), (optax.identity(),)], ids=["alone", "with another"])
+def test_a_chain_whose_counts_alone_have_noise_has_none(params: Any, behind: Any) -> None:
+    """An adaptive clip draws noise, but none for the gradients."""
+    clip = jaxdp.clip_adaptive(1.0, key=KEY, count_noise_multiplier=6.0, expected_batch_size=4.0)
+    tx = optax.chain(clip, *behind)
+    loss: Any = loss_fn if isinstance(params, dict) else lambda params, x: params @ x
+    step, state = training.make_step(jaxdp.per_sample_grads(loss), tx), training.init(params, tx)
+    for ask in (
+        lambda: step.noise_multipliers(state, EXAMPLES),
+        lambda: step.run(state, EXAMPLES, ALL, True),
+    ):
+        with pytest.raises(ValueError, match="^the chain must draw noise to be private, got neith"):
+            ask()
 
 
 @pytest.mark.anew
