@@ -108,7 +108,7 @@ def test_what_is_emptied_gathers_nothing_and_keeps_all_else(tx: Any) -> None:
 
 def test_states_within_states_are_emptied() -> None:
     """Also where the outer one gathers nothing."""
-    nested = jaxdp.accumulate(jaxdp.accumulate(NOISE))
+    nested: Any = jaxdp.accumulate(jaxdp.accumulate(NOISE))
     whole: Any = nested.init(PARAMS)
     _, amid = nested.update(jaxdp.Bounded(PARAMS, 1.0), whole, PARAMS, is_last=False)
     state = whole._replace(inner_state=amid._replace(inner_state=NOISE.init(PARAMS)))
