@@ -13,6 +13,8 @@ from jaxdp.released import executed_noise_multipliers, noise_draws
 from jaxdp.sampling import Sampler
 from jaxdp.training.step import TrainState
 
+_WHAT_NEXT = "Pass ledger=run.ledger with run.state."
+
 
 def step_draws(
     noise: Sequence[tuple[str, str, int]], sampler: Sampler, step: int
@@ -51,11 +53,10 @@ def check_charged(state: TrainState, ledger: Ledger, sampler: Sampler) -> None:
       sampler: draws the steps that follow.
     """
     done = int(state.step)
-    advice = "Pass ledger=run.ledger with run.state."
     if ledger.steps < done:
         raise ValueError(
             f"ledger must hold every step that was executed, got {ledger.steps} steps for a state "
-            f"after {done}. {advice}"
+            f"after {done}. {_WHAT_NEXT}"
         )
     for purpose, fingerprint, drawn in noise_draws(state.opt_state):
         stream = purpose, fingerprint
@@ -69,15 +70,20 @@ def check_charged(state: TrainState, ledger: Ledger, sampler: Sampler) -> None:
         missing = drawn - first - held
         in_front = all(each.first >= first + missing for each in known if each.end > first)
         if missing and not (in_front and missing == _by_hand(state, ledger, sampler, stream)):
-            said = (
-                " Steps that were charged by hand pass for these only if they are as many, begin "
-                "the last run of the ledger, and have the noise and the sampling of this one."
-            )
-            raise ValueError(
-                f"ledger must hold every step that was executed, got {held} of the "
-                f"{drawn - first} draws of {purpose!r} that the state has behind it. {advice}"
-                f"{said if _steps_without_draws(ledger.entries) else ''}"
-            )
+            raise _missing(ledger, purpose, held, drawn - first)
+
+
+def _missing(ledger: Ledger, purpose: str, held: int, drawn: int) -> ValueError:
+    by_hand = ""
+    if _steps_without_draws(ledger.entries):
+        by_hand = (
+            " Steps that were charged by hand pass for these only if they are as many, begin the "
+            "last run of the ledger, and have the noise and the sampling of this one."
+        )
+    return ValueError(
+        f"ledger must hold every step that was executed, got {held} of the {drawn} draws of "
+        f"{purpose!r} that the state has behind it.{by_hand} {_WHAT_NEXT}"
+    )
 
 
 def _by_hand(state: TrainState, ledger: Ledger, sampler: Sampler, stream: tuple[str, str]) -> int:

@@ -159,9 +159,7 @@ def fit(
     # Where each process has a part of the data alone, none can tell for all.
     of_data = data_digest(data, sampler) if checkpoints and plan.data_parts == 1 else None
     run = begin(state, ledger, sampler, checkpoints, of_data)
-    if jax.process_count() > 1:
-        due = None if run.due is None else run.due.row
-        check_agreement(checkpoint=run.whole, charges=run.ledger.to_json(), report=due)
+    _check_same_begin(run)
     with (
         kept(run),
         every_process_needed(_how_to_resume(checkpoints)),
@@ -210,6 +208,13 @@ def _check_same_everywhere(
         ledger=ledger.to_json(),
         arguments=plan.to_dict() | {"checkpoints": checkpoints is not None},
     )
+
+
+def _check_same_begin(run: Progress) -> None:
+    """Refuses processes that have read different checkpoints."""
+    if jax.process_count() > 1:
+        due = None if run.due is None else run.due.row
+        check_agreement(checkpoint=run.whole, charges=run.ledger.to_json(), report=due)
 
 
 def _executed(run: Progress, loop: _Loop, watch: Watch) -> str:

@@ -144,9 +144,9 @@ class Watch:
         """Adds one step to the totals, and charges it if need be."""
         read: list[StepMetrics] = [jax.tree.map(np.asarray, batch) for batch in step.metrics]
         found = releases(step.charge, read, ended=len(read) == step.parts)
-        if said := otherwise(step.charge, found):
+        if sentence := otherwise(step.charge, found):
             self.run.ledger = with_releases(self.run.ledger, step.charge, found)
-            raise ValueError(f"a step must release the noise that it was charged with, {said}")
+            raise ValueError(f"a step must release the noise that it was charged with, {sentence}")
         self.totals = self.totals.add(read)
 
 
