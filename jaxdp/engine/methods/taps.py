@@ -111,7 +111,7 @@ class Taps:
         which it grows by more is left out."""
         dtypes = {a.dtype for eqn in walker.equations(self.plan.program) for a in eqn.outputs}
         half = any(jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32 for d in dtypes)
-        return 2.0**-7 if half else 2.0**-14
+        return 2.0**-8 if half else 2.0**-17
 
     def _passes(self, batch: Batch, weighting: Weighting | None) -> Reduction:
         plan, count = self.plan, batch.mask.shape[0]
