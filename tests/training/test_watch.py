@@ -328,7 +328,7 @@ def test_a_state_with_another_key_is_no_state_to_go_on_from(ahead: bool) -> None
 
     step = true._replace(run=run)
     seen: list[Any] = []
-    with pytest.raises(ValueError, match="must go on with the noise that the step was") as error:
+    with pytest.raises(ValueError) as error:
         small.fit(
             sampler=whole(),
             step=small.foreseen(step) if ahead else step,
@@ -337,6 +337,7 @@ def test_a_state_with_another_key_is_no_state_to_go_on_from(ahead: bool) -> None
             evaluate=lambda params: {"": seen.append(params) or 0.0},
         )
     left = training.run_of(error.value)
+    assert str(error.value).startswith("the state behind a step must go on with the noise that ")
     assert left is not None and left.state is None and not seen
     assert charges(left.ledger) == [((2.0,), 2, True), ((2.0,), 1, True)]
 
