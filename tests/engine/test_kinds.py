@@ -294,13 +294,16 @@ def test_convolutions(name: str) -> None:
     check(CONVOLUTIONS[name], OF_PRODUCTS if pointwise else OF_PATCHES, "gram", "rows")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stride", "spread", "dilation", "low", "high"),
-    list(itertools.product((1, 2, 3), (1, 2), (1, 3), (-1, 0, 2), (-2, 1))),
-)
-def test_every_window(stride: int, spread: int, dilation: int, low: int, high: int) -> None:
-    site = conv_site(
+WINDOWS = list(itertools.product((1, 2, 3), (1, 2), (1, 3), (-1, 0, 2), (-2, 1)))
+
+
+def outputs_of_window(stride: int, spread: int, dilation: int, low: int, high: int) -> int:
+    """How many outputs the kernel of 3 has over an axis of 8."""
+    return (7 * spread + 1 + low + high - (2 * dilation + 1)) // stride + 1
+
+
+def site_of_window(stride: int, spread: int, dilation: int, low: int, high: int) -> Site:
+    return conv_site(
         (1, 8, 2),
         (3, 2, 2),
         strides=(stride,),
@@ -308,7 +311,18 @@ def test_every_window(stride: int, spread: int, dilation: int, low: int, high: i
         lhs_dilation=(spread,),
         rhs_dilation=(dilation,),
     )
-    check(site, OF_PATCHES, "gram", "rows")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [each for each in WINDOWS if outputs_of_window(*each) > 0])
+def test_every_window(window: tuple[int, ...]) -> None:
+    check(site_of_window(*window), OF_PATCHES, "gram", "rows")
+
+
+@pytest.mark.parametrize("window", [each for each in WINDOWS if outputs_of_window(*each) <= 0])
+def test_a_window_without_outputs_is_no_factor(window: tuple[int, ...]) -> None:
+    (use,) = plan_of(site_of_window(*window)).uses.values()
+    assert use.kind is None and use.reason == "a convolution without output"
 
 
 # ---- gather and dynamic_slice -------------------------------------------------------------------
