@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxdp.engine.methods.base import Reducer
 from jaxdp.engine.reduction import Batch, Reduction, Rows
 from jaxdp.engine.weighting import Weighting
+from jaxdp.shares import names_in
 
 
 class RowSharding(NamedTuple):
@@ -64,7 +65,7 @@ def row_sharding(batch: Any, sharding: NamedSharding | None) -> RowSharding | No
             f"sharding must spread the rows of the batch alone, got {sharding.spec}. Name axes of "
             "the mesh in its first entry only."
         )
-    rows = RowSharding(sharding.mesh, _names(first))
+    rows = RowSharding(sharding.mesh, names_in(first))
     count = jax.tree.leaves(batch)[0].shape[0]
     if count % rows.devices:
         raise ValueError(
@@ -76,15 +77,8 @@ def row_sharding(batch: Any, sharding: NamedSharding | None) -> RowSharding | No
 
 def _typed(leaf: Any) -> RowSharding | None:
     sharding = jax.typeof(leaf).sharding
-    axes = _names(next(iter(sharding.spec), None))
+    axes = names_in(next(iter(sharding.spec), None))
     return RowSharding(sharding.mesh, axes) if axes else None
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The axes that one entry of a partition spec names."""
-    if entry is None:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def on_each_device(
