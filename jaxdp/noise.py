@@ -261,12 +261,17 @@ def _noised(
     def release(
         index: int, path: Any, leaf: jax.Array, group: int | None, parameter: Any
     ) -> jax.Array:
-        if group is None:
-            return leaf if parameter is None else leaf.astype(jnp.result_type(parameter))
-        leaf = leaf.astype(accumulation_dtype(leaf.dtype))
-        std = _deviation(sigma, stds[group], sensitivities[group], leaf.dtype)
-        share = share_of(leaf, rows) if drawn_by_place(key) else None
-        return _with_noise(leaf, std, leaf_key(key, index, path), parameter, share)
+        at, share = jax.typeof(leaf).sharding, None
+        if group is not None:
+            leaf = leaf.astype(accumulation_dtype(leaf.dtype))
+            std = _deviation(sigma, stds[group], sensitivities[group], leaf.dtype)
+            share = share_of(leaf, rows) if drawn_by_place(key) else None
+            leaf = _with_noise(leaf, std, leaf_key(key, index, path), share)
+        if parameter is not None:
+            # Before it is gathered: half a precision is half the numbers to send.
+            leaf = leaf.astype(jnp.result_type(parameter))
+        whole = leaf if share is None else placed(leaf, at)
+        return whole if parameter is None else placed_like(whole, parameter)
 
     released = [
         release(index, path, leaf, group, parameter)
@@ -278,25 +283,19 @@ def _noised(
 
 
 def _with_noise(
-    leaf: jax.Array, std: jax.Array, key: jax.Array, parameter: Any, share: NamedSharding | None
+    leaf: jax.Array, std: jax.Array, key: jax.Array, share: NamedSharding | None
 ) -> jax.Array:
-    """One leaf of the sum, released; each device adds noise to its share, where there is one."""
+    """One leaf of the sum with noise; where there are shares each device has that of its own."""
     at = jax.typeof(leaf).sharding if share is None else share
 
-    def run(leaf: jax.Array, std: jax.Array, key: jax.Array, parameter: Any) -> jax.Array:
+    def noised(leaf: jax.Array, std: jax.Array, key: jax.Array) -> jax.Array:
         part = leaf if share is None else placed(leaf, share)
         noise = _normal_like(part, key, at)
         # By selection: where σ is zero, Δ may be as large as it likes.
-        noised = jnp.where(is_zero(std), part, part + std * noise)
-        if parameter is not None:
-            noised = noised.astype(jnp.result_type(parameter))
-        # Cast before it is gathered: half a precision is half the numbers to send.
-        whole = noised if share is None else placed(noised, jax.typeof(leaf).sharding)
-        return whole if parameter is None else placed_like(whole, parameter)
+        return jnp.where(is_zero(std), part, part + std * noise)
 
-    # What is drawn on several devices is one program on all of them.
-    released = jax.jit(run) if _is_divided(at) else run
-    return released(leaf, std, key, parameter)
+    # What is drawn on several devices is one program on all of them, outside of `jit`, too.
+    return jax.jit(noised)(leaf, std, key) if _is_divided(at) else noised(leaf, std, key)
 
 
 def _deviation(sigma: jax.Array, unit: jax.Array, sensitivity: jax.Array, dtype: Any) -> jax.Array:

@@ -17,10 +17,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.sharding import PartitionSpec as P
 
 from jaxdp.engine.methods.base import Reducer
+from jaxdp.engine.parts import Cut, gathered_when_used
 from jaxdp.engine.reduction import Batch, Reduction, Rows
 from jaxdp.engine.weighting import Weighting
 from jaxdp.shares import names_in
@@ -41,6 +43,29 @@ class RowSharding(NamedTuple):
     def devices(self) -> int:
         """How many parts the rows are spread over."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    def cut_of(self, array: Any) -> Cut | None:
+        """How an array is cut along these axes of the mesh, as its type says; None where each
+        device has all of it."""
+        entries = [names_in(entry) for entry in jax.typeof(array).sharding.spec]
+        cut = [axis for axis, names in enumerate(entries) if set(names) & set(self.axes)]
+        if len(cut) != 1 or not set(entries[cut[0]]) <= set(self.axes):
+            return None
+        return Cut(cut[0] - len(entries), entries[cut[0]])
+
+    def spec_of_cut(self, array: Any) -> PartitionSpec:
+        """The same as `jax.shard_map` takes it."""
+        cut = self.cut_of(array)
+        return P() if cut is None else P(*[None] * (jnp.ndim(array) + cut.axis), cut.names)
+
+    def added_up(self, total: jax.Array, cut: Cut | None) -> jax.Array:
+        """The sum over all devices; of one that is cut the part of this device."""
+        if cut is None:
+            return jax.lax.psum(total, self.axes)
+        axis = total.ndim + cut.axis
+        part = jax.lax.psum_scatter(total, cut.names, scatter_dimension=axis, tiled=True)
+        others = tuple(name for name in self.axes if name not in cut.names)
+        return jax.lax.psum(part, others) if others else part
 
 
 def row_sharding(batch: Any, sharding: NamedSharding | None) -> RowSharding | None:
@@ -93,7 +118,8 @@ def on_each_device(
     Args:
       run: `(common, its rows) -> (sums over its rows, results by row)`.
       rows: where they lie.
-      common: arrays that all devices see in the same way, any pytree.
+      common: arrays that all devices see in the same way, any pytree. What types say to be cut along
+        the axes of the rows is gathered where `run` uses it (`engine.parts`).
       by_row: pytree of `[B, ...]`.
       like: what has the structure of the sums, to be spread over the mesh as these are.
 
@@ -102,9 +128,13 @@ def on_each_device(
     """
 
     def on_one(common: Any, by_row: Any) -> tuple[Any, Any]:
-        sums, results = run(common, by_row)
-        return jax.lax.psum(sums, rows.axes), results
+        with gathered_when_used(common, cuts) as wholes:
+            sums, results = run(wholes, by_row)
+        leaves, treedef = jax.tree.flatten(sums)
+        added = map(rows.added_up, leaves, map(rows.cut_of, jax.tree.leaves(like)))
+        return jax.tree.unflatten(treedef, added), results
 
+    cuts = list(map(rows.cut_of, jax.tree.leaves(common)))
     split = P(rows.axes)
     explicit = tuple(
         name
@@ -114,8 +144,8 @@ def on_each_device(
     mapped = jax.shard_map(
         on_one,
         mesh=None if explicit else rows.mesh,
-        in_specs=(P(), split),
-        out_specs=(P(), split),
+        in_specs=(jax.tree.map(rows.spec_of_cut, common), split),
+        out_specs=(jax.tree.map(rows.spec_of_cut, like), split),
         axis_names=frozenset(rows.axes),
         # A loss is written for one device: with types that tell what varies, every loop in it that
         # begins with zeros would have to say that they do.

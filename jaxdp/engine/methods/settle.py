@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.numerics import accumulation_dtype
+from jaxdp.engine.parts import on_any_device
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, stacked, zero_sums
 from jaxdp.engine.weighting import finite_rows
@@ -59,12 +60,16 @@ def settle(run: Callable[[Batch], Reduction], batch: Batch, start: Reduction) ->
     def step(state: _State) -> _State:
         nothing = state.reduction._replace(sums=start.sums)
         done = _State(state.counted, jnp.logical_or(state.settled, True), nothing)
-        return jax.lax.cond(jnp.any(state.counted), again, lambda _: done, state)
+        some = jnp.any(state.counted)
+        after = jax.lax.cond(on_any_device(some), again, lambda _: done, state)
+        # A device that has nobody left goes along where others gather parameters with it.
+        return jax.tree.map(lambda new, old: jnp.where(some, new, old), after, done)
 
     # The first pass stands outside of the loop, in which XLA runs convolutions thirty times
     # slower on a CPU. The loop runs where a sample is not finite, or where there is none.
     first = again(_State(batch.mask, zeros((), bool, batch.mask), start))
-    return jax.lax.while_loop(lambda state: ~state.settled, step, first).reduction
+    unsettled = lambda state: on_any_device(~state.settled)
+    return jax.lax.while_loop(unsettled, step, first).reduction
 
 
 def nothing_seen(plan: Plan, leaves: Sequence[Any], mask: jax.Array, *, sums: bool) -> Reduction:

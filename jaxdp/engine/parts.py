@@ -1,0 +1,142 @@
+"""Parameters of which each device holds a part, gathered where they are used.
+
+A device that computes from its own rows needs whole parameters, but not all of them at a time. So
+its part of one goes through the program in the place of the whole, through loops, which take a slice
+of it at each step, and into rematerialised blocks. The equation that computes with it gathers it,
+and gathers it again for its derivative: nobody keeps the whole.
+
+    with gathered_when_used(params, cuts) as wholes:
+        ...         # `instrument.run` finds the parts of these wholes; who takes them gets wholes
+
+All devices must reach a gathering together: no loop or branch around one may depend on the rows of
+one device alone (`on_any_device`).
+"""
+
+# JAX leaves some arguments of its functions without a type.
+# pyright: reportUnknownMemberType=false
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdp.engine.walker import Equation
+
+
+class Cut(NamedTuple):
+    """How an array is cut in parts.
+
+    Attributes:
+      axis: along which axis of it, counted from the last one, so that a slice of a stack is cut
+        along the same one.
+      names: of the axes of devices that hold a part each, the outermost first.
+    """
+
+    axis: int
+    names: tuple[str, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InParts:
+    """An array of which this device holds a part. It goes through transformations of JAX."""
+
+    part: jax.Array
+    cut: Cut = field(metadata={"static": True})
+
+    def whole(self) -> jax.Array:
+        """The whole of it, from all devices that hold a part."""
+        axis = self.part.ndim + self.cut.axis
+        return jax.lax.all_gather(self.part, self.cut.names, axis=axis, tiled=True)
+
+
+class _Held(NamedTuple):
+    by_id: Mapping[int, InParts]  # by the id of the whole
+    names: tuple[str, ...]  # of all axes along which something is cut
+
+
+_held: ContextVar[_Held] = ContextVar("held", default=_Held(MappingProxyType({}), ()))
+
+
+@contextlib.contextmanager
+def gathered_when_used(
+    params: Any, cuts: Sequence[Cut | None]
+) -> Generator[Any]:
+    """Within, the wholes of these parameters are known by their parts.
+
+    Args:
+      params: pytree of what this device holds of each.
+      cuts: for each leaf how it is cut; None for one that is whole.
+
+    Yields:
+      The same pytree with wholes. One that nobody takes is never gathered.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    pairs = list(zip(leaves, cuts, strict=True))
+    parts = [leaf if cut is None else InParts(leaf, cut) for leaf, cut in pairs]
+    wholes = whole(parts)
+    by_id = {id(w): part for w, part in zip(wholes, parts, strict=True) if isinstance(part, InParts)}
+    names = dict.fromkeys(name for part in by_id.values() for name in part.cut.names)
+    token = _held.set(_Held(by_id, tuple(names)))
+    try:
+        yield jax.tree.unflatten(treedef, wholes)
+    finally:
+        _held.reset(token)
+
+
+def part_of(value: Any) -> Any:
+    """The part of a whole that is known by it; any other value is what it was."""
+    return _held.get().by_id.get(id(value), value)
+
+
+def whole(values: Sequence[Any]) -> list[Any]:
+    """The values, with the whole of each that is held in parts."""
+    return [value.whole() if isinstance(value, InParts) else value for value in values]
+
+
+def is_stacked(value: Any) -> bool:
+    """Whether a loop may take slices of it along its first axis: not if it is cut along that."""
+    return not isinstance(value, InParts) or value.part.ndim + value.cut.axis > 0
+
+
+def on_any_device(flag: jax.Array) -> jax.Array:
+    """Whether it is true on one of the devices that gather together; where nothing is gathered every
+    device goes its own way."""
+    names = _held.get().names
+    return jax.lax.pmax(flag.astype(jnp.int32), names) > 0 if names else flag
+
+
+def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """The equation applied to these values; where parts are enough, its result is in parts, too."""
+    view = _view(eqn, values)
+    return gathered(eqn.bind, values) if view is None else [view]
+
+
+def gathered(fun: Callable[..., Any], values: Sequence[Any], *others: Any) -> Any:
+    """`fun(values, *others)`, with what is held in parts gathered for it, and once more for its
+    derivative."""
+    if not any(isinstance(value, InParts) for value in values):
+        return fun(values, *others)
+
+    def on_wholes(values: Sequence[Any], *others: Any) -> Any:
+        return fun(whole(values), *others)
+
+    return jax.checkpoint(on_wholes, prevent_cse=False)(values, *others)
+
+
+def _view(eqn: Equation, values: Sequence[Any]) -> InParts | None:
+    """What an equation makes of an array entry by entry, or by turning its axes."""
+    (operand,) = values if len(values) == 1 else (None,)
+    if not isinstance(operand, InParts):
+        return None
+    ndim, cut = operand.part.ndim, operand.cut
+    if eqn.name == "transpose":
+        cut = cut._replace(axis=eqn.params["permutation"].index(ndim + cut.axis) - ndim)
+    elif eqn.name not in ("convert_element_type", "reduce_precision"):
+        return None
+    return replace(operand, part=eqn.bind([operand.part])[0], cut=cut)
