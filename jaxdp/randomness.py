@@ -103,7 +103,8 @@ def leaf_key(key: jax.Array, index: int, path: Any) -> jax.Array:
 def drawn_by_place(key: jax.Array) -> bool:
     """Whether what is drawn from a key at a place depends on nothing but that place: then devices
     can draw parts of an array, each its own, that are those of the whole."""
-    return str(jax.random.key_impl(key)) == "threefry2x32" and jax.config.jax_threefry_partitionable
+    threefry = str(jax.random.key_impl(key)) == "threefry2x32"
+    return threefry and bool(jax.config.read("jax_threefry_partitionable"))
 
 
 def fingerprint(key: jax.Array) -> str:

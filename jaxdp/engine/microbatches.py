@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.methods.base import Reducer
+from jaxdp.engine.parts import sums_held
 from jaxdp.engine.reduction import Batch, Reduction, Rows, zero_sums
 from jaxdp.engine.sums import Running
 from jaxdp.engine.weighting import Weighting
@@ -33,7 +34,7 @@ class Microbatched(NamedTuple):
 
         def reduce(microbatch: Batch) -> tuple[list[jax.Array], Reduction]:
             reduction = self.reducer.reduce(microbatch, weighting)
-            return reduction.sums, reduction._replace(sums=[])
+            return sums_held(reduction.sums, self.leaves), reduction._replace(sums=[])
 
         zeros = [] if weighting is None else zero_sums(self.leaves, batch.mask)
         sums, by_row = added_up(reduce, batch, self.size, zeros)

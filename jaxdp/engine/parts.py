@@ -1,19 +1,23 @@
 """Parameters of which each device holds a part, gathered where they are used.
 
 A device that computes from its own rows needs whole parameters, but not all of them at a time. So
-its part of one goes through the program in the place of the whole, through loops, which take a slice
+its part of one goes through the program in the place of the whole: into loops, which take a slice
 of it at each step, and into rematerialised blocks. The equation that computes with it gathers it,
 and gathers it again for its derivative: nobody keeps the whole.
 
     with gathered_when_used(params, cuts) as wholes:
         ...         # `instrument.run` finds the parts of these wholes; who takes them gets wholes
 
+Sums over the rows of all devices go the other way: each device keeps its part (`scattered`).
+
 All devices must reach a gathering together: no loop or branch around one may depend on the rows of
 one device alone (`on_any_device`).
 """
 
-# JAX leaves some arguments of its functions without a type.
+# JAX leaves some of its types unknown.
+# pyright: reportUnknownArgumentType=false
 # pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -26,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.walker import Equation
+from jaxdp.varying import devices_along
 
 
 class Cut(NamedTuple):
@@ -54,19 +59,27 @@ class InParts:
         axis = self.part.ndim + self.cut.axis
         return jax.lax.all_gather(self.part, self.cut.names, axis=axis, tiled=True)
 
+    @classmethod
+    def zeros(cls, shape: Sequence[int], dtype: Any, cut: Cut) -> "InParts":
+        """Zeros, as a whole of this shape."""
+        part = list(shape)
+        part[cut.axis] //= devices_along(frozenset(cut.names))
+        return cls(jnp.zeros(part, dtype), cut)
 
-class _Held(NamedTuple):
-    by_id: Mapping[int, InParts]  # by the id of the whole
-    names: tuple[str, ...]  # of all axes along which something is cut
+
+class _Known(NamedTuple):
+    """A whole, and the part of it that this device holds."""
+
+    whole: jax.Array
+    part: InParts
 
 
-_held: ContextVar[_Held] = ContextVar("held", default=_Held(MappingProxyType({}), ()))
+# By the id of the whole, which is kept, so that no other array has its id.
+_known: ContextVar[Mapping[int, _Known]] = ContextVar("known", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
-def gathered_when_used(
-    params: Any, cuts: Sequence[Cut | None]
-) -> Generator[Any]:
+def gathered_when_used(params: Any, cuts: Sequence[Cut | None]) -> Generator[Any]:
     """Within, the wholes of these parameters are known by their parts.
 
     Args:
@@ -77,21 +90,25 @@ def gathered_when_used(
       The same pytree with wholes. One that nobody takes is never gathered.
     """
     leaves, treedef = jax.tree.flatten(params)
-    pairs = list(zip(leaves, cuts, strict=True))
+    pairs = zip(leaves, cuts, strict=True)
     parts = [leaf if cut is None else InParts(leaf, cut) for leaf, cut in pairs]
     wholes = whole(parts)
-    by_id = {id(w): part for w, part in zip(wholes, parts, strict=True) if isinstance(part, InParts)}
-    names = dict.fromkeys(name for part in by_id.values() for name in part.cut.names)
-    token = _held.set(_Held(by_id, tuple(names)))
+    known = {
+        id(array): _Known(array, part)
+        for array, part in zip(wholes, parts, strict=True)
+        if isinstance(part, InParts)
+    }
+    token = _known.set(known)
     try:
         yield jax.tree.unflatten(treedef, wholes)
     finally:
-        _held.reset(token)
+        _known.reset(token)
 
 
 def part_of(value: Any) -> Any:
     """The part of a whole that is known by it; any other value is what it was."""
-    return _held.get().by_id.get(id(value), value)
+    known = _known.get().get(id(value))
+    return value if known is None else known.part
 
 
 def whole(values: Sequence[Any]) -> list[Any]:
@@ -99,16 +116,68 @@ def whole(values: Sequence[Any]) -> list[Any]:
     return [value.whole() if isinstance(value, InParts) else value for value in values]
 
 
+def scattered(total: jax.Array, cut: Cut) -> InParts:
+    """The sum of an array over all devices that hold a part of it: each keeps its own."""
+    axis = total.ndim + cut.axis
+    part = jax.lax.psum_scatter(total, cut.names, scatter_dimension=axis, tiled=True)
+    return InParts(part, cut)
+
+
+def sums_held(sums: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+    """Sums over the rows of a device for these parameters; of one that is held in parts the sum
+    over all devices, in parts."""
+
+    def held(total: Any, leaf: Any) -> Any:
+        part = part_of(leaf)
+        if isinstance(total, InParts) or not isinstance(part, InParts):
+            return total
+        return scattered(total, part.cut)
+
+    return list(map(held, sums, leaves))
+
+
+def slot(value: Any, counts: jax.Array) -> Any:
+    """A whole of zeros for zeros in parts, which are sent to nobody; its cotangent is scattered.
+
+    Args:
+      value: zeros, in parts or whole.
+      counts: whether the cotangent on this device counts; it is zero by selection where not.
+    """
+    if not isinstance(value, InParts):
+        return value
+    cut, shape = value.cut, jax.eval_shape(InParts.whole, value).shape
+
+    @jax.custom_vjp
+    def zeros(part: jax.Array, counts: jax.Array) -> jax.Array:
+        del counts
+        return jnp.zeros(shape, part.dtype)
+
+    def forward(part: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return zeros(part, counts), counts
+
+    def backward(counts: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
+        counted = jnp.where(counts, cotangent, jnp.zeros_like(cotangent))
+        return scattered(counted, cut).part, None
+
+    zeros.defvjp(forward, backward)
+    return zeros(value.part, counts)
+
+
 def is_stacked(value: Any) -> bool:
     """Whether a loop may take slices of it along its first axis: not if it is cut along that."""
     return not isinstance(value, InParts) or value.part.ndim + value.cut.axis > 0
 
 
+def gathering() -> bool:
+    """Whether devices must go together, since something is held in parts."""
+    return bool(_known.get())
+
+
 def on_any_device(flag: jax.Array) -> jax.Array:
-    """Whether it is true on one of the devices that gather together; where nothing is gathered every
-    device goes its own way."""
-    names = _held.get().names
-    return jax.lax.pmax(flag.astype(jnp.int32), names) > 0 if names else flag
+    """Whether it is true on one of the devices that gather together; where nothing is gathered
+    each device goes its own way."""
+    names = {name for known in _known.get().values() for name in known.part.cut.names}
+    return jax.lax.pmax(flag.astype(jnp.int32), tuple(sorted(names))) > 0 if names else flag
 
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:

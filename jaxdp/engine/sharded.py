@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.sharding import PartitionSpec as P
 
 from jaxdp.engine.methods.base import Reducer
-from jaxdp.engine.parts import Cut, gathered_when_used
+from jaxdp.engine.parts import Cut, InParts, gathered_when_used, scattered
 from jaxdp.engine.reduction import Batch, Reduction, Rows
 from jaxdp.engine.weighting import Weighting
 from jaxdp.shares import names_in
@@ -58,12 +58,12 @@ class RowSharding(NamedTuple):
         cut = self.cut_of(array)
         return P() if cut is None else P(*[None] * (jnp.ndim(array) + cut.axis), cut.names)
 
-    def added_up(self, total: jax.Array, cut: Cut | None) -> jax.Array:
-        """The sum over all devices; of one that is cut the part of this device."""
+    def added_up(self, total: jax.Array | InParts, like: Any) -> jax.Array:
+        """The sum over all devices; of what is cut the part of this device."""
+        cut = self.cut_of(like)
         if cut is None:
             return jax.lax.psum(total, self.axes)
-        axis = total.ndim + cut.axis
-        part = jax.lax.psum_scatter(total, cut.names, scatter_dimension=axis, tiled=True)
+        part = (total if isinstance(total, InParts) else scattered(total, cut)).part
         others = tuple(name for name in self.axes if name not in cut.names)
         return jax.lax.psum(part, others) if others else part
 
@@ -116,10 +116,11 @@ def on_each_device(
     """Runs a function on every device with the rows that lie there.
 
     Args:
-      run: `(common, its rows) -> (sums over its rows, results by row)`.
+      run: `(common, its rows) -> (sums over its rows, results by row)`. What is cut may come in
+        parts already, added up over all rows.
       rows: where they lie.
-      common: arrays that all devices see in the same way, any pytree. What types say to be cut along
-        the axes of the rows is gathered where `run` uses it (`engine.parts`).
+      common: arrays that all devices see in the same way, any pytree. What types say to be cut
+        along the axes of the rows is gathered where `run` uses it (`engine.parts`).
       by_row: pytree of `[B, ...]`.
       like: what has the structure of the sums, to be spread over the mesh as these are.
 
@@ -130,8 +131,8 @@ def on_each_device(
     def on_one(common: Any, by_row: Any) -> tuple[Any, Any]:
         with gathered_when_used(common, cuts) as wholes:
             sums, results = run(wholes, by_row)
-        leaves, treedef = jax.tree.flatten(sums)
-        added = map(rows.added_up, leaves, map(rows.cut_of, jax.tree.leaves(like)))
+        treedef = jax.tree.structure(like)
+        added = map(rows.added_up, treedef.flatten_up_to(sums), jax.tree.leaves(like))
         return jax.tree.unflatten(treedef, added), results
 
     cuts = list(map(rows.cut_of, jax.tree.leaves(common)))

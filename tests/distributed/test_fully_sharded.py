@@ -1,4 +1,4 @@
-"""Parameters that are spread along the axis of the rows: each device gathers what it computes with."""
+"""Parameters that are spread along the axis of the rows: a device gathers what it computes with."""
 
 # optax and shard_map type less than they let through.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxdp
-from jaxdp.distributed import exchanged
+from jaxdp.engine.parts import Cut, InParts, gathered_when_used, gathering, on_any_device, part_of
 from tests import helpers
 from tests.helpers import KEY
 
@@ -39,7 +39,8 @@ PLACES = {
 TRAINABLE = dict.fromkeys(PARAMS, True) | {"frozen": False}
 # The rows of the second device are masked, and the third has one that is not finite.
 MASK = jnp.arange(ROWS) // 4 != 1
-BATCH = (jax.random.randint(KEY, (ROWS, POSITIONS), 0, 12), jnp.ones(ROWS).at[9].set(jnp.inf))
+TOKENS = jax.random.randint(KEY, (ROWS, POSITIONS), 0, 12)
+BATCH = (TOKENS, jnp.ones(ROWS).at[9].set(jnp.inf))
 
 
 def loss_fn(params: Any, example: Any, *, remat: bool, dtype: Any = jnp.float32) -> jax.Array:
@@ -73,12 +74,17 @@ def asked(params: Any, batch: Any, mask: Any, *, remat: bool = False, **options:
     }
 
 
-def spread() -> tuple[Any, Any, Any]:
+def mesh_of(**axes: int) -> jax.sharding.Mesh:
+    kinds = (jax.sharding.AxisType.Explicit,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+
+
+def spread(batch: Any = BATCH, mask: Any = MASK) -> tuple[Any, Any, Any]:
     """Parameters, batch and mask on four devices."""
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = mesh_of(data=DEVICES)
     places = {name: NamedSharding(mesh, spec) for name, spec in PLACES.items()}
     rows = NamedSharding(mesh, P("data"))
-    return jax.tree.map(jax.device_put, PARAMS, places), *jax.device_put((BATCH, MASK), rows)
+    return jax.tree.map(jax.device_put, PARAMS, places), *jax.device_put((batch, mask), rows)
 
 
 def gathers(compiled: Any) -> list[tuple[int, ...]]:
@@ -118,10 +124,83 @@ def test_layers_are_gathered_one_at_a_time(case: str) -> None:
         assert total.sharding.is_equivalent_to(held[0][name].sharding, total.ndim)
 
 
-@pytest.mark.parametrize("method", ["dense", "auto"])
+@pytest.mark.parametrize("method", ["dense", "slots"])
 def test_whoever_needs_wholes_gets_wholes(method: str) -> None:
-    run = jax.jit(functools.partial(asked, method=method))
-    got = run(*spread())
-    helpers.assert_trees_close(
-        jax.device_get(got), run(PARAMS, BATCH, MASK), rtol=2e-5, atol=2e-5
-    )
+    """Rows of gradients, and sums that the caller weighs."""
+
+    def run(params: Any, batch: Any, mask: Any) -> Any:
+        loss = functools.partial(loss_fn, remat=False)
+        grads = jaxdp.per_sample_grads(loss, trainable=TRAINABLE, method=method)
+        found = grads(params, batch, mask)
+        return grads(params, batch, mask).materialize(), found.weighted_sum(jnp.arange(16.0))
+
+    given = TOKENS, jnp.ones(ROWS)
+    got = jax.jit(run)(*spread(given))
+    expected = jax.jit(run)(PARAMS, given, MASK)
+    helpers.assert_trees_close(jax.device_get(got), expected, rtol=2e-5, atol=2e-4)
+
+
+# Which rows are masked, which of them are not finite: of each device none, some or all.
+ROWS_OF = {
+    "what is masked is not finite": (MASK, jnp.where(MASK, 1.0, jnp.nan)),
+    "nobody is left of a device": (MASK, jnp.where(jnp.arange(ROWS) < 12, 1.0, jnp.inf)),
+    "nobody is left": (MASK, jnp.full(ROWS, jnp.nan)),
+    "nobody is there": (jnp.zeros(ROWS, bool), jnp.full(ROWS, jnp.nan)),
+}
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", ["taps", "taps in microbatches", "fused", "microbatches"])
+@pytest.mark.parametrize("rows", list(ROWS_OF))
+def test_devices_go_together_whoever_is_left_on_each(rows: str, case: str) -> None:
+    """A device without samples gathers with the others, and what it computes poisons nobody."""
+    mask, scale = ROWS_OF[rows]
+    run = jax.jit(functools.partial(asked, **OPTIONS[case]))
+    got = run(*spread((TOKENS, scale), mask))
+    expected = run(PARAMS, (TOKENS, scale), mask)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(expected["sum"]))
+    helpers.assert_trees_close(jax.device_get(got), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.anew
+@pytest.mark.parametrize("case", ["taps, remat", "slots"])
+def test_parameters_that_are_spread_along_some_of_the_axes(case: str) -> None:
+    """Rows along two axes and parts along one of them, beside a model that XLA spreads."""
+    mesh = mesh_of(pod=2, data=2, model=2)
+    places = {name: NamedSharding(mesh, spec) for name, spec in PLACES.items()}
+    places["up"] = NamedSharding(mesh, P(None, "model", "data"))
+    places["down"] = NamedSharding(mesh, P(None, None, ("pod", "data")))
+    rows = NamedSharding(mesh, P(("pod", "data")))
+    held = jax.tree.map(jax.device_put, PARAMS, places), *jax.device_put((BATCH, MASK), rows)
+    run = jax.jit(functools.partial(asked, **OPTIONS[case]))
+    got = run(*held)
+    expected = run(PARAMS, BATCH, MASK)
+    helpers.assert_trees_close(jax.device_get(got), expected, rtol=2e-5, atol=2e-5)
+    for name in set(PARAMS) - {"frozen"}:
+        assert got["sum"][name].sharding.is_equivalent_to(places[name], PARAMS[name].ndim)
+
+
+@pytest.mark.parametrize("flags", [(False, False, True, False), (False,) * 4, (True,) * 4])
+def test_where_devices_gather_they_decide_together(flags: tuple[bool, ...]) -> None:
+    mesh = mesh_of(data=4)
+
+    def run(part: jax.Array, flag: jax.Array) -> jax.Array:
+        assert not gathering()
+        with gathered_when_used([part], [Cut(-1, ("data",))]) as (whole,):
+            assert gathering() and isinstance(part_of(whole), InParts)
+            return on_any_device(flag)
+
+    spec = P("data")
+    decided = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    given = jax.device_put((jnp.zeros(8), jnp.array(flags)), NamedSharding(mesh, spec))
+    assert jax.device_get(jax.jit(decided)(*given)).tolist() == [any(flags)] * 4
+
+
+@pytest.mark.anew
+def test_sums_of_a_rematerialised_stack_are_scattered_layer_by_layer() -> None:
+    run = jax.jit(functools.partial(asked, method="taps", remat=True))
+    text = str(run.lower(*spread()).compile().as_text())
+    shapes = set(re.findall(r"= f32\[([\d,]*)\]\S* reduce-scatter\(", text))
+    assert {"8,4", "16,2"} <= shapes  # a quarter of a layer of either kernel
+    assert not {"3,8,4", "3,2,16", "3,16,2"} & shapes
+    assert f"f32[{LAYERS},{WIDTH},{HIDDEN}]" not in text
