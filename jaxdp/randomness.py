@@ -103,8 +103,8 @@ def leaf_key(key: jax.Array, index: int, path: Any) -> jax.Array:
 def drawn_by_place(key: jax.Array) -> bool:
     """Whether what is drawn from a key at a place depends on nothing but that place: then devices
     can draw parts of an array, each its own, that are those of the whole."""
-    threefry = str(jax.random.key_impl(key)) == "threefry2x32"
-    return threefry and bool(jax.config.read("jax_threefry_partitionable"))
+    by_place = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+    return str(jax.random.key_impl(key)) == "threefry2x32" and by_place
 
 
 def fingerprint(key: jax.Array) -> str:

@@ -36,7 +36,8 @@ def share_of(array: jax.Array, rows: NamedSharding | None = None) -> NamedShardi
       even number of entries for each device: numbers of a normal distribution are drawn in pairs.
     """
     held = jax.typeof(array).sharding
-    mesh, axes = _where_it_is_the_same(held, rows)
+    mesh, same = _where_it_is_the_same(held, rows)
+    axes = [name for name in same if mesh.shape[name] > 1]
     if array.size < WORTH_SHARING or not axes:
         return None
     entries = [names_in(entry) for entry in held.spec]
