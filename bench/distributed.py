@@ -1,5 +1,5 @@
-"""Claim: across devices a private step costs what it costs on one, and exchanges what an ordinary one
-does.
+"""Claim: across devices a private step costs what it costs on one, and exchanges what an ordinary
+one does.
 
     python bench/distributed.py [--rounds N]
 
@@ -8,11 +8,11 @@ over 1, 2 and 8 of them, as a ratio to the ordinary all-reduced gradient of the 
 same devices. "Weak" keeps the rows of each device, "strong" those of the batch. "Noise" adds what
 `add_noise` draws, each device its share, which is gathered.
 
-First counts, in operations of one device (`bench/operations.py`): these hold on any device. Then
-times, in one process and in turns, medians: virtual devices share the cores of this machine, so
-that a number drawn by each of them takes eight times what it takes a device of its own. `--rounds 0`
-counts alone. What devices exchange is read off the compiled program, in numbers per step. Written
-to `bench/results/distributed_<device>.json`.
+First counts, in operations of one device (`bench/operations.py`). Then times, in one process and in
+turns, medians: virtual devices share the cores of this machine, so that a number drawn by each of
+them takes eight times what it takes a device of its own. `--rounds 0` counts alone. What devices
+exchange is read off the compiled program, in numbers per step. Written to
+`bench/results/distributed_<device>.json`.
 """
 
 import argparse

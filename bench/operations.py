@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from jax.stages import Compiled
 
-_MOVES = frozenset(
-    "parameter constant iota broadcast reshape bitcast copy transpose slice concatenate pad reverse "
-    "gather dynamic-slice dynamic-update-slice tuple get-tuple-element opt-barrier after-all "
-    "partition-id replica-id copy-start copy-done".split()
-)
-_FREE = frozenset("parameter constant tuple get-tuple-element bitcast opt-barrier".split())
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier"}
+_MOVES = _FREE | {
+    *("iota", "broadcast", "reshape", "copy", "transpose", "slice", "concatenate", "pad"),
+    *("reverse", "gather", "dynamic-slice", "dynamic-update-slice", "copy-start", "copy-done"),
+    *("after-all", "partition-id", "replica-id"),
+}
 _EXCHANGES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 

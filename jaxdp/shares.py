@@ -19,7 +19,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # From so many entries on it takes longer to draw noise for them than to gather it.
-WORTH_SHARING = 2**14
+WORTH_SHARING = 2**13
 
 
 def share_of(array: jax.Array, rows: NamedSharding | None = None) -> NamedSharding | None:
