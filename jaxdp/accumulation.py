@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, is_zero, taken_whole
 from jaxdp.checks import check_instance
-from jaxdp.engine.reduction import zero_sum
+from jaxdp.engine.reduction import sum_dtype
 from jaxdp.engine.sums import Running
 from jaxdp.gathering import Gathers
 from jaxdp.randomness import drawn_alone
@@ -99,9 +99,8 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
     behind = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AccumulateState:
-        zeros = jax.tree.map(lambda leaf: zero_sum(jax.eval_shape(jnp.asarray, leaf)), params)
         return AccumulateState(
-            Running.start(zeros),
+            Running.start(jax.tree.map(_zero_sum, params)),
             jnp.zeros((len(jax.tree.leaves(params)),), jnp.float32),
             initial_state(behind.init, params),
         )
@@ -150,6 +149,12 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return jax.lax.cond(jnp.asarray(is_last, bool), end, go_on)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _zero_sum(param: ArrayLike) -> jax.Array:
+    """The sum over no samples, spread over devices as the parameter is and later sums will be: a
+    step would be compiled once more for what it makes of another layout."""
+    return jnp.zeros_like(param, dtype=sum_dtype(jnp.result_type(param)))
 
 
 def _at_the_end(is_last: ArrayLike, total: Bounded, inner_state: Any) -> tuple[Any, Any]:

@@ -319,7 +319,9 @@ def per_sample_grads(
         method that fits; where none does, microbatches that fit. Where rows lie on several devices
         it is the budget of each device, for its own rows.
       microbatch_size: at most this many samples at a time. Needs their memory only; the numbers
-        are the same up to the order of summation.
+        are the same up to the order of summation. Where all rows are masked, as at the end of a
+        batch that is filled up, nothing is computed: how long a step takes tells how many samples
+        it had, up to a microbatch.
       trainable: bool, or a pytree prefix of the parameters of bools: leaves under False are
         frozen. They are not differentiated, get no noise, and are zero in the sum. Integer leaves
         are always frozen. What follows the noise may move them all the same, as weight decay does:

@@ -124,20 +124,19 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     for leaf in jax.tree.leaves(state):
         check_instance("state", leaf, jax.Array, advice="Convert its leaves with jnp.asarray.")
 
-    def everywhere(leaf: jax.Array) -> jax.Array:
+    def everywhere(leaf: jax.Array, by_axis: bool) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            words = everywhere(jax.random.key_data(leaf))
+            words = everywhere(jax.random.key_data(leaf), by_axis=True)
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
         # device_put would take NaN on two processes for different values.
         host = np.asarray(leaf)
         # Named as a step names it: what a layout is called is part of what is compiled for it.
-        named = AxisType.Explicit in mesh.axis_types
-        spread = NamedSharding(mesh, P(*[None] * host.ndim) if named else P())
+        spread = NamedSharding(mesh, P(*[None] * host.ndim) if by_axis else P())
         return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])
 
     def spread(leaf: jax.Array) -> jax.Array:
         there = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-        return leaf if there else everywhere(leaf)
+        return leaf if there else everywhere(leaf, by_axis=AxisType.Explicit in mesh.axis_types)
 
     def in_shares(node: Any) -> Any:
         if not isinstance(node, AccumulateState):

@@ -10,7 +10,7 @@ and gathers it again for its derivative: nobody keeps the whole.
 
 Sums over the rows of all devices go the other way: each device keeps its part (`scattered`).
 
-All devices must reach a gathering together: no loop or branch around one may depend on the rows of
+All devices must reach an exchange together: no loop or branch around one may depend on the rows of
 one device alone (`on_any_device`).
 """
 
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.walker import Equation
-from jaxdp.varying import devices_along
+from jaxdp.varying import devices_along, sample_axes
 
 
 class Cut(NamedTuple):
@@ -168,16 +168,31 @@ def is_stacked(value: Any) -> bool:
     return not isinstance(value, InParts) or value.part.ndim + value.cut.axis > 0
 
 
-def gathering() -> bool:
-    """Whether devices must go together, since something is held in parts."""
-    return bool(_known.get())
+def together(rows: Any) -> tuple[str, ...]:
+    """The axes of devices that hold other rows and must go through loops and branches together,
+    since they exchange something on the way: what is held in parts, or, where the mesh has further
+    axes along which the model is spread, whatever the loss exchanges. A collective permute, for
+    one, waits for every device of the mesh.
+
+    Args:
+      rows: an array of the rows of a batch.
+    """
+    cut = {name for known in _known.get().values() for name in known.part.cut.names}
+    spread = sample_axes(rows)
+    shared = frozenset(jax.sharding.get_abstract_mesh().axis_names) - spread
+    return tuple(sorted(cut | spread if shared else cut))
 
 
-def on_any_device(flag: jax.Array) -> jax.Array:
-    """Whether it is true on one of the devices that gather together; where nothing is gathered
-    each device goes its own way."""
-    names = {name for known in _known.get().values() for name in known.part.cut.names}
-    return jax.lax.pmax(flag.astype(jnp.int32), tuple(sorted(names))) > 0 if names else flag
+def on_any_device(flags: jax.Array, rows: Any) -> jax.Array:
+    """Which flags are set on one of the devices that must go together; where none must, each device
+    has its own.
+
+    Args:
+      flags: `[...]` bool.
+      rows: an array of the rows of a batch.
+    """
+    names = together(rows)
+    return jax.lax.pmax(flags.astype(jnp.int32), names) > 0 if names else flags
 
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:

@@ -67,10 +67,14 @@ class Batch(NamedTuple):
     weights: jax.Array | None = None
 
 
+def sum_dtype(dtype: Any) -> Any:
+    """What the sum over samples is held in for a parameter of this dtype."""
+    return accumulation_dtype(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
 def zero_sum(leaf: Any) -> jax.Array:
     """The sum over no samples for a parameter of this shape and dtype."""
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.zeros(leaf.shape, accumulation_dtype(leaf.dtype) if floating else leaf.dtype)
+    return jnp.zeros(leaf.shape, sum_dtype(leaf.dtype))
 
 
 def zero_sums(leaves: Sequence[Any], mask: jax.Array) -> list[Any]:

@@ -100,6 +100,7 @@ class Checkpoints:
       >>> store.save(state, Ledger(), sampler, history=[])
       >>> store.sampler() == sampler, store.configuration()
       (True, {'threshold': 0.1})
+      >>> store.complete(history=[])  # nothing is still to be told of it
       >>> int(store.restore(state, sampler).state.step)
       0
       >>> store.close()

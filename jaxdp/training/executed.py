@@ -8,13 +8,16 @@ time: it is charged as none.
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from jaxdp.accounting import Draws, Ledger, SamplingScheme
+from jaxdp.accounting import Draws, Ledger
 from jaxdp.training.charges import Charge
 from jaxdp.training.identity import same_noise
 from jaxdp.training.step import StepMetrics
+
+# More draws of one noise in one step are not counted, but taken for no noise.
+_MOST = 1000
 
 
 class Release(NamedTuple):
@@ -50,18 +53,29 @@ def releases(charge: Charge, metrics: Iterable[StepMetrics], *, ended: bool) -> 
     told = [(each.noise_multipliers.tolist(), each.noise_steps.tolist()) for each in metrics]
     before = [[each.first for each in charge.noise], *(steps for _, steps in told)]
     return [
-        Release.of(multipliers, _drawn(charge, steps))
+        _release(charge, multipliers, before[number], steps)
         for number, (multipliers, steps) in enumerate(told)
         if steps != before[number] or (ended and number == len(told) - 1)
     ]
 
 
-def _drawn(charge: Charge, steps: list[int]) -> list[Draws | None]:
-    """What was drawn last, by the steps that come next; nothing where they are of other noise."""
-    if len(steps) != len(charge.noise):
-        return []
-    pairs = zip(charge.noise, steps, strict=True)
-    return [Draws(*each.stream, step - 1) if step else None for each, step in pairs]
+def _release(
+    charge: Charge, multipliers: list[float], before: list[int], after: list[int]
+) -> Release:
+    """What was released while the steps of the noise went from here to there. Where that are
+    several for one Gaussian, each may have been one, and where they are too many, anything."""
+    if not len(multipliers) == len(before) == len(after) == len(charge.noise):
+        return Release.of(multipliers, [])
+    counts = [end - begin for begin, end in zip(before, after, strict=True)]
+    if max(counts, default=0) > _MOST:
+        return Release.of([0.0], [])
+    drawn = [
+        Draws(*each.stream, step - 1) if step else None
+        for each, step in zip(charge.noise, after, strict=True)
+    ]
+    pairs = zip(multipliers, counts, strict=True)
+    more = [sigma for sigma, count in pairs for _ in range(count - 1)]
+    return Release(multipliers + more, [*drawn, *[None] * len(more)])
 
 
 def otherwise(charge: Charge, found: Sequence[Release]) -> str:
@@ -108,30 +122,21 @@ def with_releases(ledger: Ledger, charge: Charge, found: Iterable[Release]) -> L
       found: what it released.
 
     Returns:
-      The longer ledger. Noise that another release has drawn counts as none.
+      The longer ledger. All that was released of one batch counts as one step, and noise that
+      another release has drawn as none.
     """
-    noted = set(charge.noise)
-    for release in found:
-        ledger = _with(ledger, release, charge.sampling, noted)
-        noted.difference_update(each for each in release.draws if each is not None)
-    return ledger
-
-
-def _with(
-    ledger: Ledger, release: Release, sampling: SamplingScheme, noted: Collection[Draws]
-) -> Ledger:
-    """With one more release; `noted` are the draws that were noted for it already."""
-    sigmas, new = list[float](), list[Draws]()
-    for sigma, draw in zip(*release, strict=True):
+    noted, sigmas, new = set(charge.noise), list[float](), dict[tuple[str, str], Draws]()
+    for sigma, draw in (each for release in found for each in zip(*release, strict=True)):
         if not 0 <= sigma < math.inf:  # NaN is neither
             sigma = 0.0
-        if draw is not None and draw not in noted:
-            if _holds(ledger, draw):
-                sigma = 0.0
-            else:
-                new.append(draw)
+        if draw in noted:  # with the charge of the step
+            noted.remove(draw)
+        elif draw is not None and _holds(ledger, draw):
+            sigma = 0.0
+        elif draw is not None:
+            new[draw.stream] = draw  # of several, a charge of one step names the last
         sigmas.append(sigma)
-    return ledger.charge(sigmas or [0.0], sampling, draws=new)
+    return ledger.charge(sigmas or [0.0], charge.sampling, draws=list(new.values()))
 
 
 def _holds(ledger: Ledger, draw: Draws) -> bool:

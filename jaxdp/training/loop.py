@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
@@ -303,7 +303,6 @@ def _catch_up(run: Progress, loop: _Loop) -> None:
     """
     if run.due is not None:
         _tell(run, loop, run.due)
-        run.due = None
     _save(run, loop)
 
 
@@ -320,9 +319,10 @@ def _report(run: Progress, loop: _Loop, watch: Watch) -> None:
     watch.check_state()
     check_charged(run.whole, run.ledger, loop.sampler)
     row = report_row(run.whole, run.ledger, loop.sampler, loop.plan, watch.totals)
-    _save(run, loop, row)
+    run.due = Due(row, run.whole.params)
+    _save(run, loop)
     _show(loop.bar, watch)
-    _tell(run, loop, Due(row, run.whole.params))
+    _tell(run, loop, run.due)
     watch.totals = Totals.begin()
 
 
@@ -330,6 +330,7 @@ def _tell(run: Progress, loop: _Loop, due: Due) -> None:
     """Completes a report on what is saved, and adds it to the history."""
     row = evaluated(due.row, loop.evaluate, due.params)
     run.history.append(row)
+    run.due = None
     loop.log(dict(row))
     if loop.checkpoints is not None:
         loop.checkpoints.complete(run.history)
@@ -343,9 +344,10 @@ def _show(bar: Bar, watch: Watch) -> None:
     bar.advance(count, loss=totals.loss, samples_per_second=totals.samples_per_second)
 
 
-def _save(run: Progress, loop: _Loop, report: dict[str, Any] | None = None) -> None:
+def _save(run: Progress, loop: _Loop) -> None:
     """Once for each step that was come to, with the report that is to be made of it."""
     if loop.checkpoints is not None and run.saved < run.done:
+        report = None if run.due is None else run.due.row
         with interrupts_wait():
             loop.checkpoints.save(
                 run.whole, run.ledger, loop.sampler, run.history, loop.data, report

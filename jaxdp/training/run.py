@@ -59,7 +59,7 @@ class Progress:
       state: after the last whole step; None during a step, which consumes it.
       ledger: charged with what is, or is about to be, executed.
       history: the reports so far.
-      due: a report of the checkpoint that nobody may have seen, or None.
+      due: a report that nobody may have seen, or None. It is saved with the state that it is of.
       done: whole steps executed.
       saved: of these, how many need not be saved any more.
     """

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxdp
-from jaxdp.engine.parts import Cut, InParts, gathered_when_used, gathering, on_any_device, part_of
+from jaxdp.engine.parts import Cut, InParts, gathered_when_used, on_any_device, part_of, together
 from tests import helpers
 from tests.helpers import KEY
 
@@ -185,10 +185,10 @@ def test_where_devices_gather_they_decide_together(flags: tuple[bool, ...]) -> N
     mesh = mesh_of(data=4)
 
     def run(part: jax.Array, flag: jax.Array) -> jax.Array:
-        assert not gathering()
+        assert not together(flag)
         with gathered_when_used([part], [Cut(-1, ("data",))]) as (whole,):
-            assert gathering() and isinstance(part_of(whole), InParts)
-            return on_any_device(flag)
+            assert together(flag) and isinstance(part_of(whole), InParts)
+            return on_any_device(flag, flag)
 
     spec = P("data")
     decided = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)

@@ -520,7 +520,8 @@ def test_one_sample_more_moves_the_sum_by_no_more_than_the_threshold(
     w = jnp.ones((9, 7), dtype)
     fewer, more = total(w, np.arange(1001) < 1000), total(w, np.arange(1001) < 1001)
     moved = np.linalg.norm(np.asarray(more, np.float64) - np.asarray(fewer, np.float64))
-    assert abs(moved - 1) <= 1e-3
+    # Where values are in half precision, the weights of taps leave room for 2⁻⁸ of the norm.
+    assert 1 - 2**-8 - 1e-3 <= moved <= 1 + 1e-3
 
 
 # ---- half precision -----------------------------------------------------------------------------
@@ -629,6 +630,6 @@ def test_ids_out_of_range_hide_nothing(name: str, method: str) -> None:
     v = random(1, 5)[:1]
     batch = (np.array([[3, 7]], np.int32), np.concatenate([v, -v], axis=1))
     attack = Attack(OUTSIDE[name], ones(4, 5), batch)
-    # Taps round up by the size of the terms, here of two rows that cancel.
-    np.testing.assert_allclose(norms(attack, method), true_norms(attack), rtol=1e-5, atol=2e-3)
+    # Taps bound by 1/256 of the terms what is left of two rows that cancel.
+    np.testing.assert_allclose(norms(attack, method), true_norms(attack), rtol=1e-5, atol=1e-2)
     assert contributions(attack, method, np.array([0.01]))[0] <= 1 + TOLERANCE

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.numerics import accumulation_dtype
-from jaxdp.engine.parts import InParts, gathering, on_any_device
+from jaxdp.engine.parts import InParts, on_any_device, together
 from jaxdp.engine.plan import Plan
 from jaxdp.engine.reduction import Batch, Reduction, stacked
 from jaxdp.engine.weighting import finite_rows
@@ -56,7 +56,7 @@ def settle(run: Callable[[Batch], Reduction], batch: Batch, start: Reduction) ->
         left = counted & finite_rows(reduction.norms)
         some, sums = jnp.any(counted), reduction.sums
         settled = jnp.all(left == counted)
-        if gathering():
+        if together(batch.mask):
             # A device on which nobody counts goes along for the others, and adds nothing.
             sums = [_zero_unless(some, total) for total in sums]
         else:
@@ -66,13 +66,17 @@ def settle(run: Callable[[Batch], Reduction], batch: Batch, start: Reduction) ->
     def step(state: _State) -> _State:
         nothing = state.reduction._replace(sums=jax.tree.map(jnp.zeros_like, state.reduction.sums))
         done = _State(state.counted, jnp.logical_or(state.settled, True), nothing)
-        some = on_any_device(jnp.any(state.counted))
+        some = on_any_device(jnp.any(state.counted), batch.mask)
         return jax.lax.cond(some, again, lambda _: done, state)
 
     # The first pass stands outside of the loop, in which XLA runs convolutions thirty times
     # slower on a CPU. The loop runs where a sample is not finite, or where there is none.
     first = again(_State(batch.mask, zeros((), bool, batch.mask), start))
-    return jax.lax.while_loop(lambda state: on_any_device(~state.settled), step, first).reduction
+
+    def unsettled(state: _State) -> jax.Array:
+        return on_any_device(~state.settled, batch.mask)
+
+    return jax.lax.while_loop(unsettled, step, first).reduction
 
 
 def _zero_unless(some: jax.Array, total: Any) -> Any:

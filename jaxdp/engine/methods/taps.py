@@ -108,8 +108,8 @@ class Taps:
 
     @property
     def _margin(self) -> float:
-        """By how much of itself a norm may grow from the first pass to the second. A sample of
-        which it grows by more is left out."""
+        """By how much of itself a norm may grow from the first pass to the second: the weights
+        leave room for it. A sample of which it grows by more is left out."""
         dtypes = {a.dtype for eqn in walker.equations(self.plan.program) for a in eqn.outputs}
         half = any(jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32 for d in dtypes)
         return 2.0**-8 if half else 2.0**-17
@@ -155,10 +155,9 @@ class Taps:
         # The second pass may compute another cotangent from the same numbers, rounded in another
         # way: what it adds is bounded by its own norm, which is held against this one.
         norms = stacked(_certified_norms(gradients, tapped, seen, count), batch.mask)
-        norms = norms * (1 + self._margin)
         sums = []
         if weighting is not None:
-            weights = weighting.weights(norms, batch)
+            weights = weighting.weights(norms * (1 + self._margin), batch)
             sums = [leaf.weighted_sum(weights[:, k]) for k, leaf in enumerate(gradients)]
             # Behind a barrier: XLA would see that both passes have the same cotangents, and keep
             # those of the first.
