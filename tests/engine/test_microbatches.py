@@ -270,11 +270,13 @@ def test_devices_that_share_a_model_look_again_together(empty: bool, method: str
     mask = mask_of([*range(8, 16)] if empty else [*range(16)], 16)
     spoiled = (batch[0].at[9].set(jnp.nan), *batch[1:])
 
-    def on(mesh: jax.sharding.Mesh, batch: Any) -> Any:
-        return on_mesh(passed_on, mesh, None, method)(params, batch, mask)
-
-    total, norms, _ = on(mesh_of(data=2, model=4), spoiled)
-    expected, found, _ = on(mesh_of(data=1, model=4), spoiled)
+    run = on_mesh(passed_on, mesh_of(data=2, model=4), None, method)
+    program, _ = walker.trace(run, params, spoiled, mask)
+    loops = [eqn for eqn in walker.equations(program) if eqn.name == "while"]
+    assert any("pmax" in str(eqn.params["cond_jaxpr"]) for eqn in loops)
+    total, norms, _ = run(params, spoiled, mask)
+    alone = on_mesh(passed_on, mesh_of(data=1, model=4), None, method)
+    expected, found, _ = alone(params, spoiled, mask)
     assert not jnp.isfinite(norms[9]) and jnp.all(jnp.isfinite(norms[10:]))
     helpers.assert_trees_close((total, norms[10:]), (expected, found[10:]))
 
