@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdp.engine.effects import with_nobody_beside
 from jaxdp.engine.methods.base import Reducer
 from jaxdp.engine.parts import on_any_device, sums_held
 from jaxdp.engine.reduction import Batch, Reduction, Rows, zero_sums
@@ -28,11 +29,13 @@ class Microbatched(NamedTuple):
       reducer: of one microbatch.
       leaves: parameters that have a gradient.
       size: of a microbatch.
+      alone: whether one sample must be all that there is to see (`effects.with_nobody_beside`).
     """
 
     reducer: Reducer
     leaves: list[Any]
     size: int
+    alone: bool = False
 
     def reduce(self, batch: Batch, weighting: Weighting | None) -> Reduction:
         """Norms, and weighted sums if `weighting` is given, added up over microbatches."""
@@ -41,6 +44,8 @@ class Microbatched(NamedTuple):
             reduction = self.reducer.reduce(microbatch, weighting)
             return sums_held(reduction.sums, self.leaves), reduction._replace(sums=[])
 
+        if self.alone:
+            batch = with_nobody_beside(self.leaves, batch)
         empty = [] if weighting is None else zero_sums(self.leaves, batch.mask)
         sums, by_row = added_up(reduce, batch, self.size, empty)
         return by_row._replace(sums=sums)
@@ -51,6 +56,8 @@ class Microbatched(NamedTuple):
         def rows(nothing: tuple[()], microbatch: Batch) -> tuple[tuple[()], Rows]:
             return nothing, self.reducer.rows(microbatch)
 
+        if self.alone:
+            batch = with_nobody_beside(self.leaves, batch)
         return _one_by_one(rows, (), batch, self.size)[1]
 
 
