@@ -5,11 +5,14 @@ one does.
 
 On eight virtual devices of this machine's CPU: per-layer clipping under `jit` with the batch spread
 over 1, 2 and 8 of them, as a ratio to the ordinary all-reduced gradient of the same batch on the
-same devices; in one process and in turns, medians. "Weak" keeps the rows of each device, "strong"
-those of the batch. "Noise" adds what `add_noise` draws: every device draws the same, so that
-virtual devices, which share the cores, pay for it several times; real ones pay once. What devices
-exchange is read off the compiled program, in numbers per step.
-Written to `bench/results/distributed_<device>.json`.
+same devices. "Weak" keeps the rows of each device, "strong" those of the batch. "Noise" adds what
+`add_noise` draws, each device its share, which is gathered.
+
+First counts, in operations of one device (`bench/operations.py`). Then times, in one process and in
+turns, medians: virtual devices share the cores of this machine, so that a number drawn by each of
+them takes eight times what it takes a device of its own. `--rounds 0` counts alone. What devices
+exchange is read off the compiled program, in numbers per step. Written to
+`bench/results/distributed_<device>.json`.
 """
 
 import argparse
@@ -25,6 +28,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import operations  # noqa: E402
 import optax  # noqa: E402
 import timing  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
@@ -91,7 +95,7 @@ def steps_of(case: Case, sharding: NamedSharding) -> dict[str, Any]:
         return optax.losses.softmax_cross_entropy(logits, example[1])
 
     clip = jaxdp.clip_per_layer(1.0)
-    noise = jaxdp.add_noise(1.0, jax.random.key(0))
+    noise = jaxdp.add_noise(1.0, jax.random.key(0), sharding=sharding)
     grads_fn = jaxdp.per_sample_grads(loss_fn, sharding=sharding)
 
     def ordinary(params: Any, batch: Any) -> Any:
@@ -108,7 +112,7 @@ def steps_of(case: Case, sharding: NamedSharding) -> dict[str, Any]:
 
 
 def measure(case: Case, devices: int, rows: int, rounds: int) -> dict[str, Any]:
-    """Medians in turns, in milliseconds, and what is exchanged."""
+    """Operations and bytes of a device, what is exchanged, and milliseconds: medians in turns."""
     # Axes are automatic: with explicit ones JAX cannot differentiate every ordinary model.
     some = jax.devices()[:devices]
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=some)
@@ -120,13 +124,19 @@ def measure(case: Case, devices: int, rows: int, rounds: int) -> dict[str, Any]:
     compiled = {
         name: step.lower(params, batch).compile() for name, step in steps_of(case, sharding).items()
     }
-    runs = {name: timing.waiting(step, params, batch) for name, step in compiled.items()}
-    for run in runs.values():
-        run()
+    costs = {name: operations.cost(step) for name, step in compiled.items()}
+    times: dict[str, float] = {}
+    if rounds:
+        runs = {name: timing.waiting(step, params, batch) for name, step in compiled.items()}
+        for run in runs.values():
+            run()
+        times = timing.medians(timing.in_turns(runs, rounds))
     return {
         "devices": devices,
         "rows": rows,
-        "milliseconds": timing.medians(timing.in_turns(runs, rounds)),
+        "operations": {name: found.operations for name, found in costs.items()},
+        "bytes": {name: found.bytes for name, found in costs.items()},
+        "milliseconds": times,
         "exchanged": {name: jaxdp.distributed.exchanged(step) for name, step in compiled.items()},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
@@ -135,14 +145,18 @@ def measure(case: Case, devices: int, rows: int, rounds: int) -> dict[str, Any]:
 def table_of(results: list[dict[str, Any]]) -> Table:
     """One row for each measurement."""
     drawn = Table(
-        title=f"Against the ordinary all-reduced gradient (goal {GOAL})", title_justify="left"
+        title=f"Against the ordinary all-reduced gradient (goal {GOAL}), clipped and with noise",
+        title_justify="left",
     )
-    columns = ("model", "scaling", "devices", "rows", "ordinary", "clipped", "with noise")
+    columns = ("model", "scaling", "devices", "rows", "operations", "bytes", "ordinary", "time")
     for column in (*columns, "exchanged, ordinary", "private"):
         drawn.add_column(column)
+
+    def ratios(of: dict[str, float]) -> str:
+        return ", ".join(f"{of[name] / of['ordinary']:.2f}" for name in ("clipped", "noised"))
+
     for row in results:
         times = row["milliseconds"]
-        ratios = [f"{times[name] / times['ordinary']:.2f}" for name in ("clipped", "noised")]
         numbers = [
             ", ".join(f"{kind} {count:,}" for kind, count in row["exchanged"][name].items()) or "–"
             for name in ("ordinary", "noised")
@@ -152,8 +166,10 @@ def table_of(results: list[dict[str, Any]]) -> Table:
             row["scaling"],
             str(row["devices"]),
             str(row["rows"]),
-            f"{times['ordinary']:.1f} ms",
-            *ratios,
+            ratios(row["operations"]),
+            ratios(row["bytes"]),
+            f"{times['ordinary']:.1f} ms" if times else "–",
+            ratios(times) if times else "–",
             *numbers,
         )
     return drawn
@@ -173,7 +189,7 @@ def main() -> None:
                 rows = case.weak * devices if scaling == "weak" else case.strong
                 found = measure(case, devices, rows, options.rounds)
                 results.append({"model": name, "scaling": scaling} | found)
-    Console(width=200).print(table_of(results))
+    Console(width=220).print(table_of(results))
     out.write_text(json.dumps(results, indent=1) + "\n")
 
 

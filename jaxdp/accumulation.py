@@ -20,6 +20,7 @@ from jaxdp.engine.sums import Running
 from jaxdp.gathering import Gathers
 from jaxdp.randomness import drawn_alone
 from jaxdp.released import Released, initial_state
+from jaxdp.shares import placed_like
 
 
 @Gathers.register
@@ -122,7 +123,8 @@ def accumulate(inner: optax.GradientTransformation) -> optax.GradientTransformat
                 f"accumulate must get the jaxdp.Bounded of a clip, got {type(updates).__name__}. "
                 "Put it right behind the clip, around jaxdp.add_noise and the optimizer."
             )
-        sums = state.sums.add(updates.value)
+        # Each device adds to the sums that it holds.
+        sums = state.sums.add(jax.tree.map(placed_like, updates.value, state.sums.total))
         sensitivities = jnp.maximum(state.sensitivities, _of_leaves(updates))
         total = updates.with_value(sums.value, _of_groups(sensitivities, updates))
         whole, ready = _at_the_end(is_last, total, state.inner_state)

@@ -51,7 +51,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxdp.shares import names_in, placed
 
 _WORD = 2.0**-32
 _FEW_WORDS = 2**17  # as many as a cache holds
@@ -72,8 +74,8 @@ def normal(
       key: a JAX key of any implementation. Each member of a `vmap` gets the numbers of its own key.
       shape: of the result.
       dtype: float32 or float64.
-      out_sharding: where the axes of a mesh are explicit, how the result lies on it. The numbers
-        are the same for every sharding.
+      out_sharding: how the result lies on a mesh. The numbers are the same for every sharding, and
+        each device draws those of its own part.
 
     Returns:
       An array of that shape. Two numbers share three words of the generator (four in float64).
@@ -103,7 +105,7 @@ def normal(
     both = jnp.stack(box_muller(*words), axis + 1)
     drawn = both.reshape(*whole[:axis], 2 * pairs, *whole[axis + 1 :])
     drawn = jax.lax.slice_in_dim(drawn, 0, whole[axis], axis=axis).reshape(shape)
-    return drawn if out_sharding is None else jax.sharding.reshard(drawn, out_sharding)
+    return drawn if out_sharding is None else placed(drawn, out_sharding)
 
 
 def laplace(key: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -205,8 +207,12 @@ def _bits_of(key: jax.Array, shape: tuple[int, ...], sharding: NamedSharding | N
     gets then says nothing of its own key and step, and repeats while the first stands still.
     """
 
+    explicit = sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
+
     def draw(key: jax.Array) -> jax.Array:
-        return jax.random.bits(key, shape, jnp.uint32, out_sharding=sharding)
+        words = jax.random.bits(key, shape, jnp.uint32, out_sharding=sharding if explicit else None)
+        # Over axes that are automatic XLA is told behind the draw.
+        return words if sharding is None or explicit else placed(words, sharding)
 
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return draw(key)
@@ -238,8 +244,7 @@ def _of_words(
     if sharding is None:
         return None
     spec = [*sharding.spec, *(None,) * (len(halved) - len(sharding.spec))]
-    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-    parts = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
+    parts = math.prod(sharding.mesh.shape[name] for name in names_in(spec[axis]))
     if not even or halved[axis] % parts:
         spec[axis] = None
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from jaxdp.bounded import Bounded, is_zero, root_sum_squares
@@ -38,9 +39,10 @@ from jaxdp.checks import check_sequence, shown
 from jaxdp.distributions import normal
 from jaxdp.engine.numerics import accumulation_dtype
 from jaxdp.per_sample import PerSampleGrads
-from jaxdp.randomness import GRADIENT_NOISE, drawn_alone, leaf_key
+from jaxdp.randomness import GRADIENT_NOISE, drawn_alone, drawn_by_place, leaf_key
 from jaxdp.released import Released
 from jaxdp.schedules import FloatOrSchedule, check_number, check_schedule, value_at
+from jaxdp.shares import placed, placed_like, share_of
 from jaxdp.varying import devices_along, varying_axes
 
 
@@ -48,6 +50,7 @@ def add_noise(
     noise_multiplier: FloatOrSchedule,
     key: jax.Array,
     allocation: str | Sequence[float] = "global",
+    sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds Gaussian noise calibrated to the sensitivity of a `jaxdp.Bounded`.
 
@@ -64,13 +67,18 @@ def add_noise(
         to its own sensitivity. A sequence of K numbers c_k > 0 does so, too, and multiplies the
         noise of group k by c_k. "optimal" gives the least total noise power at the same privacy
         as "global".
+      sharding: of the rows of the batch, where parameters are the same on all devices under `jit`.
+        The numbers are the same without it; with it each device draws its share of them alone. A
+        mesh with explicit axes, as `jax.make_mesh` makes them, says by itself what lies where.
 
     Returns:
       A transformation from `Bounded` to plain arrays: noise is drawn and added in at least
       float32, then cast to the dtypes of the parameters where `update` is given them. Integer and
       frozen leaves get zeros. Everything behind it is post-processing. On several devices it is
-      drawn once: replicas of a leaf draw the same, and where a leaf is spread over devices each
-      draws its own part.
+      drawn once: where a leaf is spread over devices each draws its own part, where it is the same
+      on several each draws a share, adds it and gathers what the others made (a small leaf is drawn
+      by all alike), and the result lies as the parameter does. Which devices there are changes no
+      number.
 
     The result is NaN wherever the stated noise cannot be drawn: in all leaves where a schedule of σ
     goes below zero or is not finite; where σ > 0 and a sample can move a leaf whose standard
@@ -119,16 +127,10 @@ def add_noise(
         sigma = jnp.where(_whole(is_last) & alone & (sigma >= 0), sigma, jnp.nan)
         sensitivity = jnp.atleast_1d(bounded.sensitivity)
         stds = allocated.deviations(sensitivity, _group_sizes(bounded, sensitivity.dtype))
-        noised = _noised(bounded, sigma, stds, draw)
-        if params is not None:
-            noised = jax.tree.map(_as_parameter, noised, params)
+        noised = _noised(bounded, sigma, stds, draw, params, sharding)
         return noised, state.after(sigma * allocated.effective(sensitivity.size))
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _as_parameter(leaf: jax.Array, parameter: Any) -> jax.Array:
-    return leaf.astype(jnp.result_type(parameter))
 
 
 def _whole(is_last: ArrayLike) -> jax.Array:
@@ -244,24 +246,56 @@ def _group_sizes(bounded: Bounded, dtype: Any) -> jax.Array:
     return jnp.asarray(sizes, dtype)
 
 
-def _noised(bounded: Bounded, sigma: jax.Array, stds: jax.Array, key: jax.Array) -> Any:
+def _noised(
+    bounded: Bounded,
+    sigma: jax.Array,
+    stds: jax.Array,
+    key: jax.Array,
+    params: optax.Params | None,
+    rows: NamedSharding | None,
+) -> Any:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(bounded.value)
+    parameters = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
     sensitivities = jnp.atleast_1d(bounded.sensitivity)
 
-    def release(index: int, path: Any, leaf: jax.Array, group: int | None) -> jax.Array:
-        if group is None:
-            return leaf
-        leaf = leaf.astype(accumulation_dtype(leaf.dtype))
-        std = _deviation(sigma, stds[group], sensitivities[group], leaf.dtype)
-        noise = _normal_like(leaf, leaf_key(key, index, path))
-        # By selection: where σ is zero, Δ may be as large as it likes.
-        return jnp.where(is_zero(std), leaf, leaf + std * noise)
+    def release(
+        index: int, path: Any, leaf: jax.Array, group: int | None, parameter: Any
+    ) -> jax.Array:
+        at, share = jax.typeof(leaf).sharding, None
+        if group is not None:
+            leaf = leaf.astype(accumulation_dtype(leaf.dtype))
+            std = _deviation(sigma, stds[group], sensitivities[group], leaf.dtype)
+            share = share_of(leaf, rows) if drawn_by_place(key) else None
+            leaf = _with_noise(leaf, std, leaf_key(key, index, path), share)
+        if parameter is not None:
+            # Before it is gathered: half a precision is half the numbers to send.
+            leaf = leaf.astype(jnp.result_type(parameter))
+        whole = leaf if share is None else placed(leaf, at)
+        return whole if parameter is None else placed_like(whole, parameter)
 
     released = [
-        release(index, path, leaf, group)
-        for index, ((path, leaf), group) in enumerate(zip(leaves, bounded.groups, strict=True))
+        release(index, path, leaf, group, parameter)
+        for index, ((path, leaf), group, parameter) in enumerate(
+            zip(leaves, bounded.groups, parameters, strict=True)
+        )
     ]
     return jax.tree.unflatten(treedef, released)
+
+
+def _with_noise(
+    leaf: jax.Array, std: jax.Array, key: jax.Array, share: NamedSharding | None
+) -> jax.Array:
+    """One leaf of the sum with noise; where there are shares each device has that of its own."""
+    at = jax.typeof(leaf).sharding if share is None else share
+
+    def noised(leaf: jax.Array, std: jax.Array, key: jax.Array) -> jax.Array:
+        part = leaf if share is None else placed(leaf, share)
+        noise = _normal_like(part, key, at)
+        # By selection: where σ is zero, Δ may be as large as it likes.
+        return jnp.where(is_zero(std), part, part + std * noise)
+
+    # What is drawn on several devices is one program on all of them, outside of `jit`, too.
+    return jax.jit(noised)(leaf, std, key) if _is_divided(at) else noised(leaf, std, key)
 
 
 def _deviation(sigma: jax.Array, unit: jax.Array, sensitivity: jax.Array, dtype: Any) -> jax.Array:
@@ -276,11 +310,13 @@ def _deviation(sigma: jax.Array, unit: jax.Array, sensitivity: jax.Array, dtype:
     return jnp.where(is_zero(sigma), jnp.zeros_like(std), std)
 
 
-def _normal_like(leaf: jax.Array, key: jax.Array) -> jax.Array:
+def _normal_like(leaf: jax.Array, key: jax.Array, at: NamedSharding) -> jax.Array:
     """Standard normal noise for a leaf, each part of it made where it lies: the same on all devices
     that hold the same part, independent on those that hold others."""
     for axis in sorted(varying_axes(leaf)):
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    sharding = jax.typeof(leaf).sharding
-    divided = any(entry is not None for entry in sharding.spec)
-    return normal(key, leaf.shape, leaf.dtype, sharding if divided else None)
+    return normal(key, leaf.shape, leaf.dtype, at if _is_divided(at) else None)
+
+
+def _is_divided(at: NamedSharding) -> bool:
+    return any(entry is not None for entry in at.spec)

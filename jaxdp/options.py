@@ -70,4 +70,4 @@ class Options(NamedTuple):
         choice = self.choice(problem)
         if choice.microbatch_size is None:
             return choice.method
-        return Microbatched(choice.method, problem.leaves, choice.microbatch_size)
+        return Microbatched(choice.method, problem.leaves, choice.microbatch_size, choice.alone)

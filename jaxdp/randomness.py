@@ -100,6 +100,13 @@ def leaf_key(key: jax.Array, index: int, path: Any) -> jax.Array:
     return _folded(key, f"{index}{jax.tree_util.keystr(path)}")
 
 
+def drawn_by_place(key: jax.Array) -> bool:
+    """Whether what is drawn from a key at a place depends on nothing but that place: then devices
+    can draw parts of an array, each its own, that are those of the whole."""
+    by_place = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+    return str(jax.random.key_impl(key)) == "threefry2x32" and by_place
+
+
 def fingerprint(key: jax.Array) -> str:
     """Names a key without telling it: SHA-256 of its implementation and words, 64 hex digits.
 

@@ -58,21 +58,6 @@ def summed_over_devices(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.psum(array, along) if along else array
 
 
-def agreed(flags: jax.Array, rows: Any) -> jax.Array:
-    """Flags by which devices choose whether to compute on some of their rows of a batch: each for
-    itself, or all for one that has to.
-
-    Devices that differ in their rows exchange nothing on the way. But where the mesh has further
-    axes, along which the model is spread, an exchange may wait for every device of the mesh, as a
-    collective permute does on a CPU. There a flag that is set on one device is set on all.
-    """
-    spread = sample_axes(rows)
-    others = frozenset(jax.sharding.get_abstract_mesh().axis_names) - spread
-    if not spread or not others:
-        return flags
-    return jax.lax.pmax(flags.astype(jnp.int32), tuple(sorted(spread))) > 0
-
-
 def devices_along(axes: frozenset[str]) -> int:
     """The number of devices along these axes together."""
     return math.prod(jax.lax.axis_size(axis) for axis in axes)

@@ -559,6 +559,11 @@ def product_in_the_frequency_domain(p: Any, x: Any) -> Any:
     return total(jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(p["k"]), 6))
 
 
+@program({"k": (6,)}, (6,))
+def factor_that_is_complex(p: Any, x: Any) -> Any:
+    return total(jnp.real(jnp.fft.fft(p["k"] * x) * (0.3 + 1j)))
+
+
 # ---- loops --------------------------------------------------------------------------------------
 
 

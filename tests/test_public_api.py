@@ -22,6 +22,7 @@ ROOMS = {
     "jaxdp.trees": 0,
     "jaxdp.schedules": 0,
     "jaxdp.randomness": 0,
+    "jaxdp.shares": -1,
     "jaxdp.distributions": 0,
     "jaxdp.coupling": 0,
     "jaxdp.varying": 0,

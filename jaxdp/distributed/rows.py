@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxdp.accumulation import AccumulateState
 from jaxdp.checks import (
     check_array,
     check_callable,
@@ -16,6 +17,7 @@ from jaxdp.checks import (
     check_integer,
     shown,
 )
+from jaxdp.shares import placed, share_of
 
 _INDICES = "Pass those of the rows of the whole batch."
 
@@ -107,7 +109,8 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
       mesh: the devices, as in `data_parallel().mesh`; an abstract mesh names none, and is refused.
 
     Returns:
-      The state, with every other array copied to all devices of the mesh.
+      The state, with every other array copied to all devices of the mesh. Of the sums that
+      `jaxdp.accumulate` holds each device has a share where the axes of the mesh are explicit.
 
     Raises:
       TypeError: `mesh` is no mesh of devices, or a leaf is no array of JAX.
@@ -131,8 +134,19 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
         spread = NamedSharding(mesh, P(*[None] * host.ndim) if by_axis else P())
         return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])
 
-    def placed(leaf: jax.Array) -> jax.Array:
+    def spread(leaf: jax.Array) -> jax.Array:
         there = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
         return leaf if there else everywhere(leaf, by_axis=AxisType.Explicit in mesh.axis_types)
 
-    return jax.tree.map(placed, state)
+    def in_shares(node: Any) -> Any:
+        if not isinstance(node, AccumulateState):
+            return node
+        return node._replace(sums=jax.tree.map(_own_share, node.sums))
+
+    everything = jax.tree.map(spread, state)
+    return jax.tree.map(in_shares, everything, is_leaf=lambda n: isinstance(n, AccumulateState))
+
+
+def _own_share(array: jax.Array) -> jax.Array:
+    share = share_of(array)
+    return array if share is None else placed(array, share)

@@ -154,6 +154,7 @@ def _followed(eqn: Equation, values: list[_Value], numbers: Iterator[int]) -> _V
 
 def _constant(array: Any) -> _Value:
     # Only a number of the program's text: an array may be traced.
-    if isinstance(array, int | float | np.generic | np.ndarray) and np.size(array) == 1:
+    known = isinstance(array, int | float | np.generic | np.ndarray) and np.size(array) == 1
+    if known and not np.iscomplexobj(array):
         return _Value(number=float(np.reshape(array, ())))
     return _Value()

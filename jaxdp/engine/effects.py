@@ -13,7 +13,7 @@ it. This module names the equations of which that is not certain:
   key of its first row, so that what each sample is drawn depends on another one;
 * whatever brings its own rule for a batch, and so may look at all samples at once: callbacks and
   foreign functions that are not mapped one by one, `custom_vmap`, kernels, primitives that are not
-  JAX's. With a batch of one there is nothing else to look at.
+  JAX's. With a batch of one, and no `vmap` around it, there is nothing else to look at.
 
 What is not known to be harmless is named, too: a new effect is refused until somebody has thought
 about it. Backward rules are programs as well; who asks must trace the gradient.
@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
 from jaxdp.engine import walker
 from jaxdp.engine.plan import one_example
@@ -104,13 +105,16 @@ def check(
     leaves: list[jax.Array],
     batch: Batch,
     excused: Set[Excuse] = frozenset(),
-) -> None:
+) -> bool:
     """Raises at the first hazard of a loss, or of its gradient, that nothing excuses.
 
     Args:
       program: of the loss of one example.
       loss, leaves, batch: the loss itself, its parameters, its samples.
       excused: the circumstances.
+
+    Returns:
+      Whether it is excused by a batch of one sample: see `with_nobody_beside`.
 
     Raises:
       ValueError: what is wrong, with its line.
@@ -125,7 +129,8 @@ def check(
     if any(eqn.own_derivative for eqn in walker.equations(program)):
         differentiated, _ = walker.trace(gradient, leaves, one_example(batch.examples))
         seen += _refused(hazards(differentiated, apart), excused)
-    if any(hazard.excuse == "alone" for hazard in seen):
+    alone = any(hazard.excuse == "alone" for hazard in seen)
+    if alone:
         # Their rules for a batch are programs, too.
         def first_row(leaf: jax.Array) -> jax.Array:
             return leaf[:1]
@@ -133,6 +138,25 @@ def check(
         rows = jax.tree.map(first_row, batch.examples)
         mapped, _ = walker.trace(jax.vmap(gradient, in_axes=(None, 0)), leaves, rows)
         _refused(hazards(mapped, apart), excused)
+    return alone
+
+
+@custom_vmap
+def with_nobody_beside(leaves: list[jax.Array], batch: Batch) -> Batch:
+    """The batch, of which a loss with hazards of its own sees one sample at a time. A `vmap` around
+    that would show it one of each member."""
+    del leaves
+    return batch
+
+
+@with_nobody_beside.def_vmap
+def _somebody_beside(size: int, *arguments: Any) -> Any:
+    del arguments
+    raise ValueError(
+        "loss_fn must compute on one example alone, got a vmap around microbatch_size=1, so that a "
+        f"callback, kernel or generator of it may see the examples of all {size} members. Compute "
+        "the members one after the other, with jax.lax.map."
+    )
 
 
 def _refuse_hidden_samples(program: Program, leaves: list[jax.Array], batch: Batch) -> None:

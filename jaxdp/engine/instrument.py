@@ -14,13 +14,15 @@ its slot, which is the operand's, and what it captures is its own affair.
 # pyright: reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine import walker
+from jaxdp.engine import parts, walker
+from jaxdp.engine.parts import part_of, whole
 from jaxdp.engine.uses import Use, by_path
 from jaxdp.engine.walker import Equation, Path, Program
 
@@ -155,7 +157,8 @@ def run(
         for number in at.get(path, []):
             use = uses[number]
             if use.kind is None:
-                values[use.operand] = attach(values[use.operand], slots[number])
+                (operand,) = whole([values[use.operand]])
+                values[use.operand] = attach(operand, slots[number])
             else:
                 factored.append(number)
         if path in inside:
@@ -164,19 +167,22 @@ def run(
             captures.update(captured_inside)
             return outputs
         if not factored:
-            return eqn.bind(values)
+            return parts.bind(eqn, values)
         (number,) = factored  # a second parameter would leave no operand to the sample
         use = uses[number]
         if number in taps.arrays:
-            outputs, captures[number] = taps.apply(use, values, slots[number], taps.arrays[number])
+            apply = functools.partial(taps.apply, use)
+            tapped = parts.gathered(apply, values, slots[number], taps.arrays[number])
+            outputs, captures[number] = tapped
             return outputs
         captures[number] = captured(use, values)
-        outputs = eqn.bind(values)
+        outputs = parts.bind(eqn, values)
         if number in slots:
             outputs[0] = attach(outputs[0], slots[number])
         return outputs
 
-    return walker.evaluate(program, args, rule, path=path), captures
+    args = [part_of(value) for value in args]
+    return whole(walker.evaluate(program, args, rule, lift=part_of, path=path)), captures
 
 
 def captured(use: Use, values: Sequence[Any]) -> list[Any]:
@@ -210,7 +216,8 @@ def _run_inside(
     scan = eqn.scan
     assert scan is not None, eqn.name
     first_xs = scan.constants + scan.carry
-    constants, init = values[: scan.constants], values[scan.constants : first_xs]
+    constants, init = values[: scan.constants], whole(values[scan.constants : first_xs])
+    stacks = [value if parts.is_stacked(value) else value.whole() for value in values[first_xs:]]
 
     def body(carry: list[Any], step: tuple[list[Any], ByUse]) -> tuple[list[Any], Any]:
         xs, slots = step
@@ -221,7 +228,7 @@ def _run_inside(
     carry, (ys, captures) = jax.lax.scan(
         body,
         init,
-        (values[first_xs:], slots),
+        (stacks, slots),
         length=scan.length,
         reverse=scan.reverse,
         unroll=scan.unroll,

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdp.engine.effects import with_nobody_beside
 from jaxdp.engine.methods.base import Reducer
+from jaxdp.engine.parts import on_any_device, sums_held
 from jaxdp.engine.reduction import Batch, Reduction, Rows, zero_sums
 from jaxdp.engine.sums import Running
 from jaxdp.engine.weighting import Weighting
-from jaxdp.varying import agreed, zeros
+from jaxdp.varying import zeros
 
 # (carried, a microbatch) -> (carried, results by row)
 Visit = Callable[[Any, Batch], tuple[Any, Any]]
@@ -27,19 +29,23 @@ class Microbatched(NamedTuple):
       reducer: of one microbatch.
       leaves: parameters that have a gradient.
       size: of a microbatch.
+      alone: whether one sample must be all that there is to see (`effects.with_nobody_beside`).
     """
 
     reducer: Reducer
     leaves: list[Any]
     size: int
+    alone: bool = False
 
     def reduce(self, batch: Batch, weighting: Weighting | None) -> Reduction:
         """Norms, and weighted sums if `weighting` is given, added up over microbatches."""
 
         def reduce(microbatch: Batch) -> tuple[list[jax.Array], Reduction]:
             reduction = self.reducer.reduce(microbatch, weighting)
-            return reduction.sums, reduction._replace(sums=[])
+            return sums_held(reduction.sums, self.leaves), reduction._replace(sums=[])
 
+        if self.alone:
+            batch = with_nobody_beside(self.leaves, batch)
         empty = [] if weighting is None else zero_sums(self.leaves, batch.mask)
         sums, by_row = added_up(reduce, batch, self.size, empty)
         return by_row._replace(sums=sums)
@@ -50,6 +56,8 @@ class Microbatched(NamedTuple):
         def rows(nothing: tuple[()], microbatch: Batch) -> tuple[tuple[()], Rows]:
             return nothing, self.reducer.rows(microbatch)
 
+        if self.alone:
+            batch = with_nobody_beside(self.leaves, batch)
         return _one_by_one(rows, (), batch, self.size)[1]
 
 
@@ -109,7 +117,7 @@ def _one_by_one(visit: Visit, start: Any, batch: Batch, size: int) -> tuple[Any,
         # keep a second copy.
         return jax.lax.cond(holds_a_sample, visit_at, skip, carried, place)
 
-    visited = agreed(jnp.any(microbatches.mask, axis=1), batch.mask)
+    visited = on_any_device(jnp.any(microbatches.mask, axis=1), batch.mask)
     carried, by_row = jax.lax.scan(step, start, (jnp.arange(len(visited)), visited))
 
     def joined(leaf: jax.Array) -> jax.Array:

@@ -5,12 +5,14 @@
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.numerics import accumulation_dtype
+from jaxdp.engine.parts import InParts, part_of
 from jaxdp.engine.rounding import ROOT, lost, rounded_up
 from jaxdp.varying import devices_along, summed_over_devices, vary, varying_axes
 
@@ -36,14 +38,15 @@ class Reduction(NamedTuple):
     """Weighted sums over the batch, and what was seen on the way.
 
     Attributes:
-      sums: for each leaf Σ_i w_i g_i, in at least float32.
+      sums: for each leaf Σ_i w_i g_i, in at least float32. Of a leaf that is held in parts it may
+        be the sum over the rows of all devices, in parts, too (`engine.parts.InParts`).
       norms: certified `[B, L]`: what sample i adds to the sum of leaf l has the norm
         w_il · norms_il at most (`factors.base.Factored.certified_norms`); zero in masked rows.
       losses: `[B]`, or None; zero in masked rows.
       aux: pytree of `[B, ...]`.
     """
 
-    sums: list[jax.Array]
+    sums: list[Any]
     norms: jax.Array
     losses: jax.Array | None
     aux: Any
@@ -74,9 +77,17 @@ def zero_sum(leaf: Any) -> jax.Array:
     return jnp.zeros(leaf.shape, sum_dtype(leaf.dtype))
 
 
-def zero_sums(leaves: Sequence[Any], mask: jax.Array) -> list[jax.Array]:
-    """The sums over no samples, varying over devices as sums over these rows do."""
-    return [vary(zero_sum(leaf), varying_axes((leaf, mask))) for leaf in leaves]
+def zero_sums(leaves: Sequence[Any], mask: jax.Array) -> list[Any]:
+    """The sums over no samples, varying over devices as sums over these rows do; in parts where the
+    leaf is held in parts (`engine.parts`)."""
+
+    def zeros(leaf: Any) -> Any:
+        held = part_of(leaf)
+        if isinstance(held, InParts):
+            return replace(held, part=zero_sum(held.part))
+        return vary(zero_sum(leaf), varying_axes((leaf, mask)))
+
+    return list(map(zeros, leaves))
 
 
 def stacked(columns: list[jax.Array], mask: jax.Array) -> jax.Array:

@@ -17,12 +17,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.sharding import PartitionSpec as P
 
 from jaxdp.engine.methods.base import Reducer
+from jaxdp.engine.parts import Cut, InParts, gathered_when_used, scattered
 from jaxdp.engine.reduction import Batch, Reduction, Rows
 from jaxdp.engine.weighting import Weighting
+from jaxdp.shares import names_in
 
 
 class RowSharding(NamedTuple):
@@ -40,6 +43,29 @@ class RowSharding(NamedTuple):
     def devices(self) -> int:
         """How many parts the rows are spread over."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    def cut_of(self, array: Any) -> Cut | None:
+        """How an array is cut along these axes of the mesh, as its type says; None where each
+        device has all of it."""
+        entries = [names_in(entry) for entry in jax.typeof(array).sharding.spec]
+        cut = [axis for axis, names in enumerate(entries) if set(names) & set(self.axes)]
+        if len(cut) != 1 or not set(entries[cut[0]]) <= set(self.axes):
+            return None
+        return Cut(cut[0] - len(entries), entries[cut[0]])
+
+    def spec_of_cut(self, array: Any) -> PartitionSpec:
+        """The same as `jax.shard_map` takes it."""
+        cut = self.cut_of(array)
+        return P() if cut is None else P(*[None] * (jnp.ndim(array) + cut.axis), cut.names)
+
+    def added_up(self, total: jax.Array | InParts, like: Any) -> jax.Array:
+        """The sum over all devices; of what is cut the part of this device."""
+        cut = self.cut_of(like)
+        if cut is None:
+            return jax.lax.psum(total, self.axes)
+        part = (total if isinstance(total, InParts) else scattered(total, cut)).part
+        others = tuple(name for name in self.axes if name not in cut.names)
+        return jax.lax.psum(part, others) if others else part
 
 
 def row_sharding(batch: Any, sharding: NamedSharding | None) -> RowSharding | None:
@@ -64,7 +90,7 @@ def row_sharding(batch: Any, sharding: NamedSharding | None) -> RowSharding | No
             f"sharding must spread the rows of the batch alone, got {sharding.spec}. Name axes of "
             "the mesh in its first entry only."
         )
-    rows = RowSharding(sharding.mesh, _names(first))
+    rows = RowSharding(sharding.mesh, names_in(first))
     count = jax.tree.leaves(batch)[0].shape[0]
     if count % rows.devices:
         raise ValueError(
@@ -76,15 +102,8 @@ def row_sharding(batch: Any, sharding: NamedSharding | None) -> RowSharding | No
 
 def _typed(leaf: Any) -> RowSharding | None:
     sharding = jax.typeof(leaf).sharding
-    axes = _names(next(iter(sharding.spec), None))
+    axes = names_in(next(iter(sharding.spec), None))
     return RowSharding(sharding.mesh, axes) if axes else None
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The axes that one entry of a partition spec names."""
-    if entry is None:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def on_each_device(
@@ -97,9 +116,11 @@ def on_each_device(
     """Runs a function on every device with the rows that lie there.
 
     Args:
-      run: `(common, its rows) -> (sums over its rows, results by row)`.
+      run: `(common, its rows) -> (sums over its rows, results by row)`. What is cut may come in
+        parts already, added up over all rows.
       rows: where they lie.
-      common: arrays that all devices see in the same way, any pytree.
+      common: arrays that all devices see in the same way, any pytree. What types say to be cut
+        along the axes of the rows is gathered where `run` uses it (`engine.parts`).
       by_row: pytree of `[B, ...]`.
       like: what has the structure of the sums, to be spread over the mesh as these are.
 
@@ -108,9 +129,13 @@ def on_each_device(
     """
 
     def on_one(common: Any, by_row: Any) -> tuple[Any, Any]:
-        sums, results = run(common, by_row)
-        return jax.lax.psum(sums, rows.axes), results
+        with gathered_when_used(common, cuts) as wholes:
+            sums, results = run(wholes, by_row)
+        treedef = jax.tree.structure(like)
+        added = map(rows.added_up, treedef.flatten_up_to(sums), jax.tree.leaves(like))
+        return jax.tree.unflatten(treedef, added), results
 
+    cuts = list(map(rows.cut_of, jax.tree.leaves(common)))
     split = P(rows.axes)
     explicit = tuple(
         name
@@ -120,8 +145,8 @@ def on_each_device(
     mapped = jax.shard_map(
         on_one,
         mesh=None if explicit else rows.mesh,
-        in_specs=(P(), split),
-        out_specs=(P(), split),
+        in_specs=(jax.tree.map(rows.spec_of_cut, common), split),
+        out_specs=(jax.tree.map(rows.spec_of_cut, like), split),
         axis_names=frozenset(rows.axes),
         # A loss is written for one device: with types that tell what varies, every loop in it that
         # begins with zeros would have to say that they do.

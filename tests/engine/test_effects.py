@@ -319,6 +319,22 @@ def test_one_sample_at_a_time_sees_no_other(name: str) -> None:
         np.testing.assert_allclose(clipped, alone, atol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["custom_vmap", "callback of copies", "own primitive"])
+def test_one_sample_of_each_member_is_more_than_one(name: str, compiled: bool) -> None:
+    """What sees one sample at a time would see one of each member of an ensemble."""
+    loss = _plain(BODIES[name][0])
+    batches = jnp.stack([X, X[::-1]])
+    for method in ("slots", "taps", "dense"):
+        grads_fn = jaxdp.per_sample_grads(loss, method=method, microbatch_size=1)
+        member = functools.partial(_summed, grads_fn)
+        member = jax.jit(member) if compiled else member
+        with pytest.raises(ValueError, match=r"vmap around microbatch_size=1.*jax\.lax\.map"):
+            jax.vmap(member)(batches)
+        one_by_one = jax.lax.map(member, batches)
+        np.testing.assert_allclose(one_by_one[1], member(batches[1]), rtol=1e-5)
+
+
 def test_loops_of_equinox_run_one_sample_at_a_time() -> None:
     """Their loops ask all samples of a batch whether one of them goes on."""
 
@@ -337,9 +353,9 @@ def test_loops_of_equinox_run_one_sample_at_a_time() -> None:
     check_against_oracle(loss, W, jnp.asarray(X), **options)
 
 
-def _summed(grads_fn: Any, rows: np.ndarray) -> np.ndarray:
+def _summed(grads_fn: Any, rows: Any) -> jax.Array:
     clip: Any = jaxdp.clip_flat(1.0)
-    return np.asarray(clip.update(grads_fn(W, rows), clip.init(W), W)[0].value)
+    return clip.update(grads_fn(W, rows), clip.init(W), W)[0].value
 
 
 def test_a_rule_for_a_batch_is_looked_into() -> None:
@@ -485,8 +501,10 @@ def test_keys_that_draw_together_in_a_batch_are_refused(loss: Loss, impl: str) -
     for method in ("auto", "taps", "dense"):
         with pytest.raises(ValueError, match=r"draws a whole batch from the key of one.*threefry"):
             jaxdp.per_sample_grads(loss, method=method)(W, batch).norms()
-    alone = jaxdp.per_sample_grads(loss, microbatch_size=1)(W, batch)
-    assert alone.norms().shape == (4,)
+    alone = jaxdp.per_sample_grads(loss, microbatch_size=1)
+    assert alone(W, batch).norms().shape == (4,)
+    with pytest.raises(ValueError, match=r"vmap around microbatch_size=1"):
+        jax.vmap(lambda w: alone(w, batch).norms())(jnp.stack([W, W]))
     fine = (X, jax.random.split(jax.random.key(0, impl="threefry2x32"), len(X)))
     for method in ("slots", "taps", "dense"):
         check_against_oracle(loss, W, fine, method=method, double=False)

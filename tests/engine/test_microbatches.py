@@ -18,7 +18,7 @@ import jaxdp
 from jaxdp.distributed import exchanged
 from jaxdp.engine import microbatches, walker
 from jaxdp.engine.numerics import select_rows
-from jaxdp.varying import agreed
+from jaxdp.engine.parts import on_any_device
 from tests import helpers
 
 METHODS = ("slots", "taps", "fused", "dense")
@@ -91,7 +91,7 @@ def compiled(method: str) -> Callable[..., Any]:
     @jax.jit
     def run(params: Any, batch: Any, mask: jax.Array, all_of_them: bool) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(microbatches, "agreed", lambda flags, rows: flags | all_of_them)
+            patch.setattr(microbatches, "on_any_device", lambda flags, rows: flags | all_of_them)
             return asked(method, params, batch, mask)
 
     return run
@@ -184,11 +184,11 @@ def test_sums_are_kept_once() -> None:
 # ---- devices ------------------------------------------------------------------------------------
 
 
-def on_mesh(loss: Any, mesh: jax.sharding.Mesh, size: int | None) -> Any:
+def on_mesh(loss: Any, mesh: jax.sharding.Mesh, size: int | None, method: str = "slots") -> Any:
     """Sums and norms where rows are spread along "data"."""
 
     def run(params: Any, batch: Any, mask: jax.Array) -> Any:
-        grads_fn = jaxdp.per_sample_grads(loss, has_aux=True, method="slots", microbatch_size=size)
+        grads_fn = jaxdp.per_sample_grads(loss, has_aux=True, method=method, microbatch_size=size)
         grads = grads_fn(params, batch, mask)
         reduce = jaxdp.distributed.all_reduce("data")
         total, _ = reduce.update(clipped(grads), reduce.init(params), params)
@@ -235,7 +235,7 @@ def test_devices_that_share_a_model_have_one_flag() -> None:
     flags = jnp.array([True, False, False, False, False, False])
 
     def run(flags: jax.Array) -> jax.Array:
-        return agreed(flags, flags)
+        return on_any_device(flags, flags)
 
     def found(mesh: jax.sharding.Mesh, **options: Any) -> list[bool]:
         mapped = jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data"), **options)
@@ -260,6 +260,25 @@ def test_devices_that_share_a_model_skip_together(members: str) -> None:
     program, _ = walker.trace(run, params, batch, mask)
     assert "pmax" in {eqn.name for eqn in walker.equations(program)}
     helpers.assert_trees_close(run(params, batch, mask), whole)
+
+
+@pytest.mark.parametrize("method", ["taps", "fused"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_devices_that_share_a_model_look_again_together(empty: bool, method: str) -> None:
+    """One finds a sample that is not finite, and the others go through the pass with it."""
+    params, batch = problem(16)
+    mask = mask_of([*range(8, 16)] if empty else [*range(16)], 16)
+    spoiled = (batch[0].at[9].set(jnp.nan), *batch[1:])
+
+    run = on_mesh(passed_on, mesh_of(data=2, model=4), None, method)
+    program, _ = walker.trace(run, params, spoiled, mask)
+    loops = [eqn for eqn in walker.equations(program) if eqn.name == "while"]
+    assert any("pmax" in str(eqn.params["cond_jaxpr"]) for eqn in loops)
+    total, norms, _ = run(params, spoiled, mask)
+    alone = on_mesh(passed_on, mesh_of(data=1, model=4), None, method)
+    expected, found, _ = alone(params, spoiled, mask)
+    assert not jnp.isfinite(norms[9]) and jnp.all(jnp.isfinite(norms[10:]))
+    helpers.assert_trees_close((total, norms[10:]), (expected, found[10:]))
 
 
 @pytest.mark.sweep

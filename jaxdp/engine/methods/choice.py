@@ -30,12 +30,14 @@ _MORE_MEMORY = 1.1
 
 
 class Choice(NamedTuple):
-    """A method, its name, how many samples at a time (None: all), and why."""
+    """A method, its name, how many samples at a time (None: all), and why; whether it is right only
+    as long as one sample is all there is (`effects.with_nobody_beside`)."""
 
     name: str
     method: Method
     microbatch_size: int | None
     reason: str
+    alone: bool = False
 
 
 def method_names() -> tuple[str, ...]:
@@ -68,7 +70,7 @@ def choose(
         return Choice("dense", Dense(loss, leaves), None, "the batch is empty")
     names = _AUTO if name == "auto" else (name,)
     traced = TracedLoss.of(loss, leaves, one_example(batch.examples))
-    _check(traced, batch, names, alone=microbatch_size == 1)
+    alone = _check(traced, batch, names, alone=microbatch_size == 1)
     candidates = {each: METHODS[each].of(traced) for each in names}
     if memory_budget is not None:
         choice = _within(memory_budget, candidates, traced, batch, microbatch_size)
@@ -90,17 +92,19 @@ def choose(
             choice = Choice("taps", candidates["taps"], microbatch_size, reason)
     else:
         choice = _with_stacks(candidates["slots"], traced, batch, microbatch_size)
-    return _in_blocks(choice, count)
+    return _in_blocks(choice, count)._replace(alone=alone)
 
 
-def _check(traced: TracedLoss, batch: Batch, names: tuple[str, ...], *, alone: bool) -> None:
-    """Raises at what none of these methods computes rightly."""
+def _check(traced: TracedLoss, batch: Batch, names: tuple[str, ...], *, alone: bool) -> bool:
+    """Raises at what none of these methods computes rightly. Whether something is computed rightly
+    since one sample at a time is all there is."""
     excused: set[effects.Excuse] = {"alone"} if alone else set()
     excused |= frozenset.intersection(*(METHODS[name].excuses for name in names))
-    effects.check(traced.program, traced.loss, traced.leaves, batch, excused)
+    needed = effects.check(traced.program, traced.loss, traced.leaves, batch, excused)
     for statistic in own_statistics(traced.program, len(traced.leaves)):
         if statistic.over_batch_alone:
             raise BatchStatisticsError.at(statistic.eqn.source)
+    return needed
 
 
 def _in_blocks(choice: Choice, count: int) -> Choice:

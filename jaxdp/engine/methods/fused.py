@@ -49,7 +49,7 @@ class Fused:
         """Norms, and weighted sums if `weighting` is given."""
         if weighting is None:
             return self._slots.reduce(batch, weighting)
-        start = nothing_seen(self.plan, self.leaves, batch.mask, sums=True)
+        start = nothing_seen(self.plan, self.leaves, batch.mask)
         return settle(lambda batch: self._pass(batch, weighting), batch, start)
 
     def rows(self, batch: Batch) -> Rows:

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxdp.engine.numerics import accumulation_dtype
+from jaxdp.engine.parts import InParts, on_any_device, together
 from jaxdp.engine.plan import Plan
-from jaxdp.engine.reduction import Batch, Reduction, stacked, zero_sums
+from jaxdp.engine.reduction import Batch, Reduction, stacked
 from jaxdp.engine.weighting import finite_rows
 from jaxdp.varying import zeros
 
@@ -36,7 +37,7 @@ def settle(run: Callable[[Batch], Reduction], batch: Batch, start: Reduction) ->
     Args:
       run: the pass. Rows of its batch that are masked have weight zero, and are finite.
       batch: the rows.
-      start: what no row at all gives.
+      start: what is seen of no row at all.
     """
 
     def again(state: _State) -> _State:
@@ -53,27 +54,42 @@ def settle(run: Callable[[Batch], Reduction], batch: Batch, start: Reduction) ->
         before = state.reduction._replace(sums=[])
         by_row = jax.tree.map(seen, reduction._replace(sums=[]), before)
         left = counted & finite_rows(reduction.norms)
-        settled = jnp.all(left == counted) & jnp.any(counted)
-        return _State(left, settled, by_row._replace(sums=reduction.sums))
+        some, sums = jnp.any(counted), reduction.sums
+        settled = jnp.all(left == counted)
+        if together(batch.mask):
+            # A device on which nobody counts goes along for the others, and adds nothing.
+            sums = [_zero_unless(some, total) for total in sums]
+        else:
+            settled &= some
+        return _State(left, settled, by_row._replace(sums=sums))
 
     def step(state: _State) -> _State:
-        nothing = state.reduction._replace(sums=start.sums)
+        nothing = state.reduction._replace(sums=jax.tree.map(jnp.zeros_like, state.reduction.sums))
         done = _State(state.counted, jnp.logical_or(state.settled, True), nothing)
-        return jax.lax.cond(jnp.any(state.counted), again, lambda _: done, state)
+        some = on_any_device(jnp.any(state.counted), batch.mask)
+        return jax.lax.cond(some, again, lambda _: done, state)
 
     # The first pass stands outside of the loop, in which XLA runs convolutions thirty times
     # slower on a CPU. The loop runs where a sample is not finite, or where there is none.
     first = again(_State(batch.mask, zeros((), bool, batch.mask), start))
-    return jax.lax.while_loop(lambda state: ~state.settled, step, first).reduction
+
+    def unsettled(state: _State) -> jax.Array:
+        return on_any_device(~state.settled, batch.mask)
+
+    return jax.lax.while_loop(unsettled, step, first).reduction
 
 
-def nothing_seen(plan: Plan, leaves: Sequence[Any], mask: jax.Array, *, sums: bool) -> Reduction:
-    """The reduction over none of the rows."""
+def _zero_unless(some: jax.Array, total: Any) -> Any:
+    """By selection. What is in parts is a sum over all devices, each of which has selected."""
+    return total if isinstance(total, InParts) else jnp.where(some, total, jnp.zeros_like(total))
+
+
+def nothing_seen(plan: Plan, leaves: Sequence[Any], mask: jax.Array) -> Reduction:
+    """What is seen of none of the rows."""
     loss, aux = plan.outputs(plan.program.outputs)
 
     def by_row(shape: Any) -> jax.Array:
         return zeros((*mask.shape, *shape.shape), shape.dtype, mask)
 
     norms = [zeros(mask.shape, accumulation_dtype(leaf.dtype), mask) for leaf in leaves]
-    totals = zero_sums(leaves, mask) if sums else []
-    return Reduction(totals, stacked(norms, mask), by_row(loss), jax.tree.map(by_row, aux))
+    return Reduction([], stacked(norms, mask), by_row(loss), jax.tree.map(by_row, aux))

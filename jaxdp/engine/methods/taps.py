@@ -37,7 +37,7 @@ Gradient Clipping" (a second, reweighted pass).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from typing import Any, ClassVar, cast
@@ -45,9 +45,9 @@ from typing import Any, ClassVar, cast
 import jax
 import jax.numpy as jnp
 
-from jaxdp.engine import instrument, walker
+from jaxdp.engine import instrument, parts, walker
 from jaxdp.engine.assemble import LeafGradients, assemble, joined_norms
-from jaxdp.engine.boxes import Box, Target, disjoint, indices
+from jaxdp.engine.boxes import Box, Target, disjoint, indices, row_major
 from jaxdp.engine.effects import Excuse
 from jaxdp.engine.explanation import LeafExplanation
 from jaxdp.engine.factors.base import Addends
@@ -56,6 +56,7 @@ from jaxdp.engine.kinds.base import Record, multiplies, stored_bits
 from jaxdp.engine.methods.settle import nothing_seen, settle
 from jaxdp.engine.methods.slots import Slots, with_twins, zero_slots
 from jaxdp.engine.numerics import accumulation_dtype, held, once
+from jaxdp.engine.parts import Cut, InParts, part_of
 from jaxdp.engine.plan import Plan, TracedLoss
 from jaxdp.engine.precision import FLOAT32, as_operand, precision_of
 from jaxdp.engine.reduction import Batch, Reduction, Rows, stacked
@@ -87,7 +88,7 @@ class Taps:
 
     def reduce(self, batch: Batch, weighting: Weighting | None) -> Reduction:
         """Norms, and weighted sums if `weighting` is given."""
-        start = nothing_seen(self.plan, self.leaves, batch.mask, sums=weighting is not None)
+        start = nothing_seen(self.plan, self.leaves, batch.mask)
         return settle(lambda batch: self._passes(batch, weighting), batch, start)
 
     def rows(self, batch: Batch) -> Rows:
@@ -123,7 +124,7 @@ class Taps:
             operands: instrument.ByUse, slots: instrument.ByUse, sums: Any, example: Any
         ) -> tuple[Any, Any]:
             args = plan.arguments(self.leaves, example)
-            slots, taps = {**operands, **slots}, Replacement(_tap, sums)
+            slots, taps = {**operands, **slots}, Replacement(partial(_tap, counts), sums)
             outputs, captures = instrument.run(plan.program, plan.uses, args, slots, taps)
             gates = {number: captures.pop(number)[0] for number in tapped}
             loss, aux = plan.outputs(outputs)
@@ -133,11 +134,9 @@ class Taps:
             in_axes = (None, 0, 0, 0)
             return jax.vmap(one, in_axes)(operands, slots, sums, batch.examples)
 
+        counts = jnp.any(batch.mask)
         # The same for all samples: what the second pass gives is summed over them.
-        operands = {
-            number: zeros((*use.lengths, *use.aval.shape), use.aval.dtype, use.aval)
-            for number, use in tapped.items()
-        }
+        operands = {number: _zero_operand(use, self.leaves) for number, use in tapped.items()}
         start = {
             number: zeros(
                 (count, len(use.view or ())),
@@ -169,7 +168,7 @@ class Taps:
             right = jnp.all(weights <= weighting.weights(again, batch), axis=1)
             norms = jnp.where(right[:, None], norms, jnp.inf)
             for number, total in totals.items():
-                _add_to_leaves(sums, tapped[number], total)
+                _add_to_leaves(sums, tapped[number], total, self.leaves)
         return Reduction(sums, norms, losses, aux)
 
 
@@ -249,24 +248,58 @@ def _opened(
     return {number: of_use(tapped[number], gate) for number, gate in gates.items()}
 
 
-def _add_to_leaves(sums: list[jax.Array], use: Use, total: jax.Array) -> None:
+def _zero_operand(use: Use, leaves: list[Any]) -> jax.Array | InParts:
+    """Zeros for the operand of a use, at every step of its loops; in parts if its leaf is."""
+    shape, dtype = (*use.lengths, *use.aval.shape), use.aval.dtype
+    cut = _cut_of_operand(use, leaves)
+    return zeros(shape, dtype, use.aval) if cut is None else InParts.zeros(shape, dtype, cut)
+
+
+def _cut_of_operand(use: Use, leaves: list[Any]) -> Cut | None:
+    """How the operand of a use is cut if its leaf is: known where it shows the whole leaf, axis by
+    axis, and each of them once."""
+    assert use.view  # or it is not tapped
+    part, *others = use.view
+    known, axes = part_of(leaves[part.source]), row_major(leaves[part.source].shape)
+    whole = part.shape == use.aval.shape and sorted((*part.loops, *part.dims)) == sorted(axes)
+    if others or not whole or len({*axes}) < len(axes) or not isinstance(known, InParts):
+        return None
+    if (axis := axes[known.cut.axis]) not in part.dims:
+        return None
+    return known.cut._replace(axis=part.dims.index(axis) - len(part.dims))
+
+
+def _add_to_leaves(
+    sums: list[jax.Array], use: Use, total: jax.Array | InParts, leaves: list[Any]
+) -> None:
     """Adds Σ_i w_i g_i of the operand of a use, `[*lengths, *operand.shape]`, to the sums of the
     leaves that it shows."""
+    assert use.view  # or it is not tapped
+    if isinstance(total, InParts):
+        # Of the whole leaf, so that no other use adds to its sum.
+        part = use.view[0]
+        leaf, known = leaves[part.source], part_of(leaves[part.source])
+        axes = dict(zip(row_major(leaf.shape), row_major(known.part.shape), strict=True))
+        dims = [axes[dim] for dim in (*part.loops, *part.dims)]
+        own = total.part.astype(accumulation_dtype(leaf.dtype))
+        sums[part.source] = replace(known, part=Target.whole(known.part.shape).place(own, dims))
+        return
     steps = (slice(None),) * len(use.lengths)
-    for part, at in zip(use.view or (), use.boxes, strict=True):
+    for part, at in zip(use.view, use.boxes, strict=True):
         leaf = sums[part.source]
         shown = total[(*steps, *indices(part.window))].astype(leaf.dtype)
         sums[part.source] += Target(at, leaf.shape).place(shown, (*part.loops, *part.dims))
 
 
 def _tap(
-    use: Use, values: list[Any], slot: jax.Array, accumulator: jax.Array
+    counts: jax.Array, use: Use, values: list[Any], slot: Any, accumulator: jax.Array
 ) -> tuple[list[Any], list[Any]]:
-    """The outputs of the equation, and its gate.
+    """The outputs of the equation, and its gate. `counts` is whether any sample of the batch does.
 
     The equation is linear in the parameter, so that with the slot in its place, which is zero, it
     has the same cotangent: that of the slot, and never of the parameter itself.
     """
+    slot = parts.slot(slot, counts)
     # The sum and the norm of a pass see the same operand.
     values = [v if n == use.operand else once(v) for n, v in enumerate(values)]
     apart = [jax.lax.stop_gradient(value) for value in values]
