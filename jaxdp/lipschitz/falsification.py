@@ -26,8 +26,8 @@ TOLERANCE = 1e-5
 """How far a ratio may exceed one, since norms are rounded, too."""
 
 
-# The largest number of classes, examples and steps, which int32 counts.
-_MOST = 2**31 - 1
+# The largest number of examples of an attack, and of its steps: more would take gigabytes, or hours.
+_MOST = 100_000
 
 
 class Attack(NamedTuple):
@@ -117,8 +117,8 @@ def falsify(
         bound is infinite are attacked with norms up to 1000.
       key: the JAX key of the random inputs.
       classes: integer leaves of the example get values in 0..classes-1.
-      count: number of examples for each kind of attack.
-      steps: number of steps of gradient ascent.
+      count: number of examples for each kind of attack, at most 100,000.
+      steps: number of steps of gradient ascent, at most 100,000.
       **kwargs: further arguments of the loss.
 
     Returns:
@@ -134,9 +134,9 @@ def falsify(
       True 1.0
     """
     advice = "A few dozen are usual."
-    for name, number in (("classes", classes), ("count", count)):
-        check_integer(name, number, minimum=1, maximum=_MOST, advice=advice)
-    check_integer("steps", steps, minimum=0, maximum=_MOST, advice=advice)
+    classes = check_integer("classes", classes, minimum=1, maximum=2**31 - 1, advice=advice)
+    count = check_integer("count", count, minimum=1, maximum=_MOST, advice=advice)
+    steps = check_integer("steps", steps, minimum=0, maximum=_MOST, advice=advice)
     limits = input_limits(input_bound, example)
     names = pose_one(loss_fn, params, example, kwargs, trainable).names
     grads_fn = per_sample_grads(loss_fn, trainable=trainable)
