@@ -12,8 +12,10 @@ Example:
 import math
 from collections.abc import Sequence
 
-from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, identity
+import numpy as np
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
+from jaxdp.accounting.masses import Masses
 from jaxdp.accounting.mechanisms.base import Counted
 from jaxdp.accounting.mechanisms.gaussian import MOST_SAMPLED_STEPS
 from jaxdp.accounting.question import RelationName
@@ -37,8 +39,7 @@ _MANY_STEPS = 300_000
 # The losses that two stages cut off, a thousandth of the δ that they are used for at the most.
 _CUT_OFF = 1e-11
 
-# What the floats of a composition may be off by: two ways to compute the same differ by 1e-11 or
-# so, and ours is never to be below that of `dp_accounting.pld.PLDAccountant`.
+# What the sums of masses may be off by from which dp-accounting reads ε and δ.
 _ROUNDING = 1e-9
 
 
@@ -97,7 +98,7 @@ def rough_epsilon(mechanisms: tuple[Counted, ...], delta: float, relation: Relat
     interval = grid_interval(mechanisms, relation)
     if math.isinf(interval):
         return math.inf
-    composed = identity(interval)
+    composed = _nothing(interval)
     for mechanism, count in mechanisms:
         if _are_many(count):
             stage = math.isqrt(count)
@@ -172,6 +173,11 @@ def grid_interval(mechanisms: Sequence[Counted], relation: RelationName) -> floa
     return 1e-4 * 2 ** math.ceil(math.log2(coarsening))
 
 
+def _nothing(interval: float) -> PrivacyLossDistribution:
+    """The losses of no release."""
+    return PrivacyLossDistribution(Masses(0, np.ones(1), 0.0, interval=interval))
+
+
 _Key = tuple[tuple[Counted, ...], RelationName, float]
 
 # What was composed last, the least recently used first.
@@ -189,12 +195,12 @@ def _keep(key: _Key, pld: PrivacyLossDistribution) -> None:
 def _composed(
     mechanisms: tuple[Counted, ...], relation: RelationName, interval: float
 ) -> PrivacyLossDistribution:
-    """Composed as `PLDAccountant` does.
+    """Composed as `PLDAccountant` does, with room for rounding; see `Masses`.
 
     A ledger that grows adds to its last mechanism, or one more behind it: so both what stands
     before the last one and the whole are kept, and the longest beginning that is known is extended.
     """
-    composed, done = identity(interval), 0
+    composed, done = _nothing(interval), 0
     for (known, *grid), pld in _COMPOSED.items():
         if done < len(known) and grid == [relation, interval]:
             if mechanisms[: len(known)] == known:

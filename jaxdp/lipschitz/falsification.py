@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 """How far a ratio may exceed one, since norms are rounded, too."""
 
 
-# The largest number of examples of an attack, and of its steps: more would take gigabytes, or hours.
+# The largest number of examples of an attack, and of its steps: more take gigabytes, or hours.
 _MOST = 100_000
 
 

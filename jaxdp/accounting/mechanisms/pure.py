@@ -16,14 +16,11 @@ from typing import Any, Self
 
 import dp_accounting
 import numpy as np
-from dp_accounting.pld.common import DifferentialPrivacyParameters
-from dp_accounting.pld.privacy_loss_distribution import (
-    PrivacyLossDistribution,
-    from_privacy_parameters,
-)
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from numpy.typing import NDArray
 
 from jaxdp.accounting.draws import Draws, check_draws
+from jaxdp.accounting.masses import Masses
 from jaxdp.accounting.mechanisms.base import Counted, Entry, Losses, Mechanism, alike
 from jaxdp.accounting.question import Question, RelationName
 from jaxdp.accounting.schemes import PoissonSampling, scheme_from_dict
@@ -190,8 +187,15 @@ class PureMechanism:
         return Losses(epsilon * math.tanh(epsilon / 2), epsilon)
 
     def pld(self, count: int, relation: RelationName, interval: float) -> PrivacyLossDistribution:
-        parameters = DifferentialPrivacyParameters(self._epsilon(relation), 0)
-        return from_privacy_parameters(parameters, interval).self_compose(count)
+        # Randomised response: either answer, e^ε times likelier than with the other. Losses are
+        # rounded up to the grid.
+        epsilon = self._epsilon(relation)
+        most, least = math.ceil(epsilon / interval), math.ceil(-epsilon / interval)
+        probs, likelier = np.zeros(most - least + 1), (1 + 2**-50) / (1 + math.exp(-epsilon))
+        probs[-1] += likelier
+        probs[0] += likelier * math.exp(-epsilon)
+        response = Masses(least, probs, 0.0, interval=interval)
+        return PrivacyLossDistribution(response).self_compose(count)
 
     def rdp(self, relation: RelationName) -> NDArray[np.float64]:
         # Randomised response between two answers, of which the other's is e^ε times less likely.
