@@ -49,6 +49,8 @@ _Help = argparse.ArgumentDefaultsHelpFormatter
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence and exit code 2, without the usage that argparse prints before it."""
+        if len(message) > 300:  # of a value that nobody wants to read again
+            message = f"{message[:150]} … {message[-100:]}"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -63,9 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     _quieten()
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
+        return _end(options, "error: standard output is closed. Send it to a file or a terminal")
     try:
         options.command(options)
         sys.stdout.flush()  # where nobody reads, or the disk is full, is noticed here
+    except SystemExit:  # by Rich, where a pipe is broken
+        return _end(options, "error: nobody reads standard output. Send it to a file or a terminal")
     except KeyboardInterrupt as error:
         return _end(options, "interrupted", _executed(error, options), code=130)
     except _EXPECTED as error:
@@ -77,6 +83,8 @@ def _end(options: argparse.Namespace, *said: str, code: int = 2) -> int:
     """Says why a command has ended, on one line."""
     line = " ".join("; ".join(filter(None, said)).split())
     print(f"jaxdp {options.name}: {line}", file=sys.stderr)
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
+        return code
     try:
         sys.stdout.flush()
     except OSError:  # Python would try again when it exits, and show a traceback
@@ -100,8 +108,9 @@ def _executed(error: BaseException, options: argparse.Namespace) -> str:
 
 def _quieten() -> None:
     """Keeps what is printed to what was asked for, on any terminal."""
-    # dp-accounting warns of every Rényi order that does not converge, one line each.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # dp-accounting warns of every Rényi order that does not converge, one line each, and Orbax shows
+    # the traceback of every thread that found the disk full.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("jaxdp").setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):
@@ -120,7 +129,7 @@ def _train(options: argparse.Namespace) -> None:
     if devices is None:
         devices = 1 if options.coordinator is None else jax.local_device_count()
     default = "names" if options.model in models.TEXT_MODELS else "mnist-sample"
-    dataset = data.load(options.data or default)
+    dataset = data.load(default if options.data is None else options.data)
     threshold, learning_rate = _CLIPLESS if options.clip == "none" else _CLIPPED
     config = classify.Config(
         model=options.model,

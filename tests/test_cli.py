@@ -7,6 +7,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -447,21 +448,42 @@ def test_ctrl_c_raises_again_when_all_is_imported(monkeypatch: pytest.MonkeyPatc
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_full_disk_behind_stdout_is_one_line(tmp_path: Path) -> None:
-    """Python itself would show a traceback when it exits."""
+BEHIND_STDOUT = {
+    "a full disk": (">/dev/full", "[Errno 28] No space left on device"),
+    "nothing": (">&-", "standard output is closed. Send it to a file or a terminal"),
+    "nobody": ("| true", "nobody reads standard output. Send it to a file or a terminal"),
+}
+
+
+@pytest.mark.parametrize("behind", list(BEHIND_STDOUT))
+def test_what_stdout_cannot_take_is_one_line(behind: str, tmp_path: Path) -> None:
+    """Python itself would show a traceback when it exits, and Rich nothing."""
+    redirected, message = BEHIND_STDOUT[behind]
     command = [sys.executable, "-m", "jaxdp", "epsilon", "--noise-multiplier", "1.1", *RUN]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": path},
-            stdout=full,
-            stderr=subprocess.PIPE,
-            timeout=120,
-        )
+    done = subprocess.run(
+        ["bash", "-c", f"{shlex.join(command)} {redirected}; exit ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        timeout=120,
+    )
     assert done.returncode == 2
-    assert done.stderr.decode() == "jaxdp epsilon: error: [Errno 28] No space left on device\n"
+    assert done.stderr.decode() == f"jaxdp epsilon: error: {message}\n"
+
+
+def test_a_long_value_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["epsilon", "--noise-multiplier", "1.1", "--steps", "9" * 5000])
+    assert error.value.code == 2 and len(capsys.readouterr().err) < 400
+
+
+def test_no_data_set_is_named_by_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "missing" in refuse(capsys, *SMALL, "--data", "")
 
 
 # No number that can be typed ends in a traceback. Each line goes as far as the first step.

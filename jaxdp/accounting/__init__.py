@@ -23,9 +23,9 @@ privacy loss distributions, "rdp" by Rényi differential privacy) and the neighb
 Limits: every question is answered within seconds, or refused in a sentence. "pld" resolves δ down
 to about 1e-14 and ε up to 10⁵ (infinity beyond both) and composes up to 10⁷ equal sampled steps. No
 rounding makes an answer smaller; it makes one larger that asks for δ ≪ 10⁻⁸ of millions of steps
-with hardly a sample among them. Where more than 32 different noise multipliers or rates are composed, they are rounded to less
-privacy by 2.2% at the most; 1024 different mechanisms are the most after that. "rdp" has none of
-these limits but the last.
+with hardly a sample among them. Where more than 32 different noise multipliers or rates are
+composed, they are rounded to less privacy by 2.2% at the most; 1024 different mechanisms are the
+most after that. "rdp" has none of these limits but the last.
 
 Example:
   >>> from jaxdp import accounting
