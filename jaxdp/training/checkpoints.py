@@ -362,8 +362,8 @@ class Checkpoints:
     def _damaged(self, place: Place, error: Exception) -> ValueError:
         older = [other for other in all_places(self.directory) if other < place]
         go_on = "begin anew, which spends what it had spent once more"
-        if older:
-            go_on = f"resume from step {older[-1].step}"
+        if older:  # what was shown of later steps had the noise that comes again
+            go_on = f"resume from step {older[-1].step}, with the same program and settings"
         what = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         where = place.within(self.directory)
         return ValueError(
