@@ -108,8 +108,8 @@ def _executed(error: BaseException, options: argparse.Namespace) -> str:
 
 def _quieten() -> None:
     """Keeps what is printed to what was asked for, on any terminal."""
-    # dp-accounting warns of every Rényi order that does not converge, one line each. Orbax shows the
-    # traceback of every thread that found the disk full.
+    # dp-accounting warns of every Rényi order that does not converge, one line each; Orbax shows
+    # the traceback of every thread that found the disk full.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("jaxdp").setLevel(logging.INFO)
