@@ -176,6 +176,8 @@ def drawn_alone(key: jax.Array, released: Any) -> jax.Array:
 def _alone(words: jax.Array, released: list[jax.Array]) -> jax.Array:
     """Which keys, of words `[keys, words]`, are like no other of them."""
     del released
+    if len(words) == 1:
+        return jnp.ones(1, bool)
     order = jnp.lexsort(list(words.T))
     repeats = jnp.all(words[order[1:]] == words[order[:-1]], axis=1)
     none = jnp.zeros(1, bool)

@@ -65,6 +65,7 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     assert count(10) >= 10 * (2 * 32**3 + 32**2)
 
 
+@pytest.mark.slow
 def test_noise_on_eight_devices_costs_each_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step with noise takes 1.10 of the operations of the ordinary one; with all of the noise
     drawn by all it would take more."""

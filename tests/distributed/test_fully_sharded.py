@@ -163,6 +163,7 @@ def test_devices_go_together_whoever_is_left_on_each(rows: str, case: str) -> No
 
 
 @pytest.mark.anew
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", ["taps, remat", "slots"])
 def test_parameters_that_are_spread_along_some_of_the_axes(case: str) -> None:
     """Rows along two axes and parts along one of them, beside a model that XLA spreads."""

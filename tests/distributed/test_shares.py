@@ -223,11 +223,10 @@ def test_a_run_draws_the_same_noise_on_any_number_of_devices(tmp_path: Any) -> N
     spread = job.run(4, 8)
     helpers.assert_trees_equal(jax.device_get(spread.state.params), alone)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(spread.state.params))
-    for before, after in ((8, 2), (1, 4)):
-        store = training.Checkpoints(tmp_path / f"{before}-{after}")
-        job.run(2, before, store)
-        resumed = job.run(4, after, store)
-        helpers.assert_trees_equal(jax.device_get(resumed.state.params), alone)
+    store = training.Checkpoints(tmp_path / "begun on eight")
+    job.run(2, 8, store)
+    resumed = job.run(4, 2, store)
+    helpers.assert_trees_equal(jax.device_get(resumed.state.params), alone)
 
 
 def test_each_device_holds_its_share_of_the_sums_of_a_logical_batch() -> None:
