@@ -181,6 +181,9 @@ MAPS: dict[str, Callable[[Bounded], Any]] = {
     "factor by path": lambda b: jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * (10 if PICKED["path"](path, leaf) else 1), b
     ),
+    "scale by size, with the rest copied": lambda b: jax.tree.map(
+        lambda leaf: leaf * 10 if leaf.size > 1 else jnp.copy(leaf), b
+    ),
     "flags of numpy": lambda b: jax.tree.map(lambda leaf: np.prod(leaf.shape) > 1, b),
 }
 

@@ -199,7 +199,7 @@ def test_a_rough_answer_is_near_the_answer(sigma: float, steps: int) -> None:
 )  # fmt: skip
 def test_a_search_at_little_noise_takes_seconds(search: Callable[[], Any], answer: float) -> None:
     start = time.process_time()
-    assert search() == pytest.approx(answer, rel=2e-3)
+    assert search() == pytest.approx(answer, rel=5e-3)
     assert time.process_time() - start < 10
 
 

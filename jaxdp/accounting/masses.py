@@ -46,6 +46,7 @@ Example:
 # pyright: reportMissingTypeStubs=false
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -60,6 +61,9 @@ Floats = NDArray[np.float64]
 _fft: Any = fft  # SciPy has no types
 
 _UNIT = 2.0**-53
+
+# What lies outside of what is composed counts as infinite, once for each time that it is.
+TAIL = 1e-18
 
 # How finely places are looked at, and the λ, in lengths of the longest that is composed.
 _BUCKETS = 1024
@@ -121,19 +125,52 @@ class Masses(DensePLDPmf):
 
     Example:
       >>> Masses(0, np.array([0.5, 0.5]), 0.0, interval=1.0).self_compose(10_000).size
-      841
+      921
     """
 
     def __init__(self, lower: int, probs: Floats, infinite: float, *, interval: float) -> None:
         super().__init__(interval, lower, probs, infinite, True)
         self.lower, self.probs, self.infinite, self.interval = lower, probs, infinite, interval
 
+    @classmethod
+    def connecting(cls, lower: int, deltas: Floats, *, interval: float) -> "Masses":
+        """The masses on a grid whose δ(ε) is the given one there, and above the truth in between.
+
+        Args:
+          lower: the least loss, in intervals: below it δ(ε) = 1 - e^ε, or less.
+          deltas: δ at the losses (lower + k) · interval, [n], none below the truth.
+          interval: the step of the grid, > 0.
+
+        Returns:
+          The masses; that of an infinite loss is the last δ.
+
+        Source: Doroshenko et al. 2022, "Connect the Dots: Tighter Discrete Approximations of
+        Privacy Loss Distributions", Algorithm 1.
+
+        Example:
+          >>> fair = Masses.connecting(-1, np.array([0.5, 0.2, 0.0]), interval=math.log(2))
+          >>> round(float(fair.get_delta_for_epsilon(0.0)), 6)
+          0.2
+        """
+        deltas = np.minimum.accumulate(np.clip(deltas, 0, 1))
+        if len(deltas) == 1:
+            probs = 1 - deltas
+        else:
+            drops, growth = np.diff(deltas), math.expm1(interval)
+            grown = drops[:-1] * math.exp(interval)
+            first = 1 - deltas[0] + drops[0] / growth
+            # Two drops nearly cancel; a mass that is too large is no less private.
+            inner = (drops[1:] - grown - 8 * _UNIT * (drops[1:] + grown)) / growth
+            probs = np.concatenate([[first], inner, [drops[-1] / math.expm1(-interval)]])
+        probs = np.maximum(probs, 0) * (1 + 8 * _UNIT)
+        return cls(lower, probs, float(deltas[-1]), interval=interval)
+
     @cached_property
     def buckets(self) -> _Buckets:
         """The same in short."""
         return _Buckets.of(self.probs)
 
-    def self_compose(self, num_times: int, tail_mass_truncation: float = 1e-15) -> "Masses":
+    def self_compose(self, num_times: int, tail_mass_truncation: float = TAIL) -> "Masses":
         """Several such releases together.
 
         Args:
@@ -171,6 +208,44 @@ class Masses(DensePLDPmf):
         """
         self.validate_composable(other)
         return _together([_Term(self, 1), _Term(_masses_of(other), 1)], tail_mass_truncation)
+
+    def get_epsilon_for_delta(self, delta: float) -> float:
+        """The least ε ≥ 0 with δ(ε) ≤ δ.
+
+        Between two losses δ(ε) = U - e^ε V, with U all the mass above and V what it weighs without
+        the example; both are taken relative to the upper loss, so that none is out of range.
+
+        Args:
+          delta: δ in (0, 1).
+
+        Returns:
+          ε; infinity where an infinite loss has more mass than δ.
+
+        Example:
+          >>> response = Masses(-1, np.array([0.4, 0.0, 0.6]), 0.0, interval=math.log(1.5))
+          >>> round(response.get_epsilon_for_delta(0.1), 4)
+          0.2231
+        """
+        target = delta * (1 - 2.0**-40)  # what sums of masses may be off by
+        if self.infinite > target:
+            return math.inf
+        losses = (np.arange(len(self.probs)) + self.lower) * self.interval
+
+        def above(index: int) -> tuple[float, float]:
+            probs = self.probs[index:]
+            weights = np.exp(losses[index] - losses[index:])
+            return self.infinite + float(np.sum(probs)), float(probs @ weights)
+
+        def is_enough(index: int) -> bool:
+            mass, weight = above(index)
+            return mass - weight <= target
+
+        # The first loss at which δ is small enough; at the last one it is.
+        found = bisect_left(range(len(losses) - 1), True, key=is_enough)
+        mass, weight = above(found)
+        if mass <= target or weight == 0:
+            return 0.0
+        return max(0.0, float(losses[found]) + math.log((mass - target) / weight))
 
     def to_dense_pmf(self) -> "Masses":
         """What dp-accounting composes: these masses.
@@ -216,7 +291,7 @@ def _together(terms: Sequence[_Term], tail: float) -> Masses:
         # What a logarithm may be off by, for each of the terms.
         room = math.log(2 / tail) + 256 * _UNIT * sum(times for _, times in terms)
         first = max(first, math.floor(np.max(-(below + room) / tilts)))
-        last = min(last, math.ceil(np.min((above + room) / tilts)))
+        last = max(first, min(last, math.ceil(np.min((above + room) / tilts))))
     # λ K'(λ) - K(λ) grows with λ, and is -ln of Chernoff's bound at the mean K'(λ).
     rates = np.maximum.accumulate(tilts * np.gradient(above, tilts) - above)
     tilted_at = _TILTED_AT if sum(times for _, times in terms) > 2 else _TILTED_AT_FEW

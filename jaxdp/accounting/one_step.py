@@ -65,7 +65,8 @@ def pld_of_gaussian(
         assert ends.epsilon_lower is not None and ends.epsilon_upper is not None
         lower = math.floor(ends.epsilon_lower / interval)
         grid = np.arange(lower, math.ceil(ends.epsilon_upper / interval) + 1) * interval
-        return _connected(lower, deltas(grid.astype(np.float64), sigma, sampling_rate), interval)
+        at_grid = deltas(grid.astype(np.float64), sigma, sampling_rate)
+        return Masses.connecting(lower, at_grid, interval=interval)
 
     if replace_one:
         return PrivacyLossDistribution(pmf(AdjacencyType.REPLACE, _replaced))
@@ -73,22 +74,6 @@ def pld_of_gaussian(
     if sampling_rate == 1:
         return PrivacyLossDistribution(removed)  # adding is its mirror image
     return PrivacyLossDistribution(removed, pmf(AdjacencyType.ADD, _added))
-
-
-def _connected(lower: int, deltas: Floats, interval: float) -> Masses:
-    """The masses on the grid whose δ is `deltas` there, and above the truth in between."""
-    deltas = np.minimum.accumulate(np.clip(deltas, 0, 1))
-    if len(deltas) == 1:
-        probs = 1 - deltas
-    else:
-        drops, growth = np.diff(deltas), math.expm1(interval)
-        grown = drops[:-1] * math.exp(interval)
-        first = 1 - deltas[0] + drops[0] / growth
-        # Two drops nearly cancel; a mass that is too large is no less private.
-        inner = (drops[1:] - grown - 8 * _UNIT * (drops[1:] + grown)) / growth
-        probs = np.concatenate([[first], inner, [drops[-1] / math.expm1(-interval)]])
-    probs = np.maximum(probs, 0) * (1 + 8 * _UNIT)
-    return Masses(lower, probs, float(deltas[-1]), interval=interval)
 
 
 class _Product(NamedTuple):
@@ -136,7 +121,7 @@ def _removed(epsilon: Floats, sigma: float, rate: float) -> Floats:
     more = _Product.of(math.log(rate), log_ndtr((1 - x) / sigma))
     less = _Product.of(log_excess, other)
     off = more.off + less.off + excess_off * np.exp(other)
-    nowhere = -np.expm1(np.minimum(epsilon, 0))
+    nowhere = -np.expm1(np.minimum(epsilon, 0)) * (1 + 4 * _UNIT)
     return np.where(np.isneginf(x), nowhere, more.value - less.value) + off
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-from jaxdp.accounting.masses import Masses
+from jaxdp.accounting.masses import TAIL, Masses
 from jaxdp.accounting.mechanisms.base import Counted
 from jaxdp.accounting.mechanisms.gaussian import MOST_SAMPLED_STEPS
 from jaxdp.accounting.question import RelationName
@@ -102,10 +102,10 @@ def rough_epsilon(mechanisms: tuple[Counted, ...], delta: float, relation: Relat
     for mechanism, count in mechanisms:
         if _are_many(count):
             stage = math.isqrt(count)
-            stages = mechanism.pld(stage, relation, interval).self_compose(count // stage)
-            composed, count = composed.compose(stages), count % stage
+            stages = mechanism.pld(stage, relation, interval).self_compose(count // stage, TAIL)
+            composed, count = composed.compose(stages, TAIL), count % stage
         if count > 0:
-            composed = composed.compose(mechanism.pld(count, relation, interval))
+            composed = composed.compose(mechanism.pld(count, relation, interval), TAIL)
     return float(composed.get_epsilon_for_delta(delta))
 
 
@@ -209,6 +209,6 @@ def _composed(
         if end == len(mechanisms) - 1:
             _keep((mechanisms[:end], relation, interval), composed)
         mechanism, count = mechanisms[end]
-        composed = composed.compose(mechanism.pld(count, relation, interval))
+        composed = composed.compose(mechanism.pld(count, relation, interval), TAIL)
     _keep((mechanisms, relation, interval), composed)
     return composed

@@ -166,8 +166,8 @@ def test_a_number_of_successes_has_the_binomial_law(chance: float, count: int) -
 
 def test_what_may_lie_outside_counts_as_infinite() -> None:
     beyond = 1e6
-    certain = Masses(-2, np.array([0.5, 0.5]), 0.0, interval=0.5).self_compose(7)
-    assert certain.get_delta_for_epsilon(beyond) == 1e-15
+    certain = Masses(-2, np.array([0.5, 0.5]), 0.0, interval=0.5)
+    assert certain.self_compose(7, 1e-15).get_delta_for_epsilon(beyond) == 1e-15
     release = Masses(-2, np.array([0.5, 0.4999]), 1e-4, interval=0.5).self_compose(5)
     assert release.get_delta_for_epsilon(beyond) == pytest.approx(1 - (1 - 1e-4) ** 5, rel=1e-9)
     alone = Masses(3, np.array([0.5]), 0.5, interval=0.5)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from jaxdp.accounting.draws import BATCHES, EPOCHS, Draws, check_draws
 from jaxdp.accounting.epochs import EpochSteps, participations
+from jaxdp.accounting.masses import TAIL
 from jaxdp.accounting.mechanisms.base import (
     Counted,
     Entry,
@@ -265,7 +266,7 @@ class SampledGaussian:
             )
         step = _pld_of_step(self.sampling.sampling_rate, sigma, relation, interval)
         # Of one step nothing has to be cut off.
-        return step if count == 1 else step.self_compose(count)
+        return step if count == 1 else step.self_compose(count, TAIL)
 
     def rdp(self, relation: RelationName) -> NDArray[np.float64]:
         # What our noise multiplier must be multiplied with before this accountant reads it.

@@ -20,7 +20,7 @@ from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from numpy.typing import NDArray
 
 from jaxdp.accounting.draws import Draws, check_draws
-from jaxdp.accounting.masses import Masses
+from jaxdp.accounting.masses import TAIL, Masses
 from jaxdp.accounting.mechanisms.base import Counted, Entry, Losses, Mechanism, alike
 from jaxdp.accounting.question import Question, RelationName
 from jaxdp.accounting.schemes import PoissonSampling, scheme_from_dict
@@ -187,15 +187,15 @@ class PureMechanism:
         return Losses(epsilon * math.tanh(epsilon / 2), epsilon)
 
     def pld(self, count: int, relation: RelationName, interval: float) -> PrivacyLossDistribution:
-        # Randomised response: either answer, e^ε times likelier than with the other. Losses are
-        # rounded up to the grid.
+        # Randomised response, either answer e^ε times likelier than with the other: δ(e) is
+        # (1 - e^(e-ε)) / (1 + e^-ε) for |e| ≤ ε.
         epsilon = self._epsilon(relation)
-        most, least = math.ceil(epsilon / interval), math.ceil(-epsilon / interval)
-        probs, likelier = np.zeros(most - least + 1), (1 + 2**-50) / (1 + math.exp(-epsilon))
-        probs[-1] += likelier
-        probs[0] += likelier * math.exp(-epsilon)
-        response = Masses(least, probs, 0.0, interval=interval)
-        return PrivacyLossDistribution(response).self_compose(count)
+        end = math.ceil(epsilon / interval)
+        at = np.arange(-end, end + 1) * interval
+        between = np.maximum(-np.expm1(at - epsilon), 0) / (1 + math.exp(-epsilon))
+        deltas = np.where(at < -epsilon, -np.expm1(np.minimum(at, 0)), between) * (1 + 2**-50)
+        response = Masses.connecting(-end, deltas, interval=interval)
+        return PrivacyLossDistribution(response).self_compose(count, TAIL)
 
     def rdp(self, relation: RelationName) -> NDArray[np.float64]:
         # Randomised response between two answers, of which the other's is e^ε times less likely.
