@@ -1,5 +1,6 @@
 """A resume forgets nothing that was charged, and charges nothing twice."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,26 @@ def test_a_step_that_somebody_saw_is_not_executed_again(tmp_path: Path) -> None:
     again = going_on(tmp_path, steps=4)
     np.testing.assert_array_equal(again.state.params, seen.state.params)
     assert again.ledger == seen.ledger
+
+
+def test_steps_before_an_exception_are_saved(tmp_path: Path) -> None:
+    """Between two reports, too: what was charged is never executed by another chain."""
+    drawn = itertools.count()
+
+    def load(indices: np.ndarray) -> Any:
+        if next(drawn) == 3:
+            raise OSError("the disk is gone")
+        return small.DATA[indices]
+
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        going_on(tmp_path, steps=8, report_every=8, data=load)
+    left = training.run_of(caught.value)
+    assert left is not None
+    store = training.Checkpoints(tmp_path)
+    saved = store.restore(start(chain()), poisson())
+    store.close()
+    assert saved is not None and saved.ledger == left.ledger
+    assert int(saved.state.step) == left.ledger.steps == int(left.state.step) > 0
 
 
 def test_data_that_differs_in_one_entry_is_refused(tmp_path: Path) -> None:
