@@ -104,7 +104,7 @@ class _Buckets(NamedTuple):
         powers = np.exp(slopes - most)
         part = self.beyond / np.diff(self.edges)
         chords = powers[:, :-1] + part * np.diff(powers, axis=1)
-        return np.log(chords @ self.masses) + most[:, 0]
+        return np.log(np.sum(chords * self.masses, axis=1)) + most[:, 0]
 
 
 class _Term(NamedTuple):
@@ -234,7 +234,8 @@ class Masses(DensePLDPmf):
         weights = _powers(-self.interval, 0.0, size)
 
         def weight(index: int) -> float:
-            return float(self.probs[index:] @ weights[: size - index])
+            # By BLAS it would wake up threads.
+            return float(np.sum(self.probs[index:] * weights[: size - index]))
 
         # The first loss at which δ is small enough; at the last one it is.
         found = bisect_left(range(size - 1), True, key=lambda k: masses[k] - weight(k) <= target)
