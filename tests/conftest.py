@@ -52,6 +52,7 @@ ONCE = (
     "tests/accounting",
     "tests/bench",
     "tests/distributed/test_fit",
+    "tests/distributed/test_fully_sharded",
     "tests/distributed/test_processes",
     "tests/recipes",
     "tests/test_arguments",
