@@ -66,9 +66,9 @@ ONCE = (
     "tests/training",
 )
 
-# Sweeps of which each end runs a half: what searches for data that breaks a bound, what states ε,
+# Sweeps of which each end runs a third: what searches for data that breaks a bound, what states ε,
 # and the contracts of transformations.
-HALVED = (
+IN_THIRDS = (
     "tests/accounting",
     "tests/distributed",
     "tests/engine/test_certificates",
@@ -122,13 +122,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves some to the other end of the supported versions, where they are slow here: of the
-    cases of a sweep one part runs with the oldest JAX and another with newer ones. A part is a half
-    if HALVED, or a third, the last of which is slow with both. What needs to run ONCE runs with
-    newer ones. Parts by name, so that a new case moves no other."""
+    cases of a sweep one part runs with the oldest JAX and another with newer ones. A part is a
+    third if IN_THIRDS, or a quarter; the others are slow with both. What needs to run ONCE runs
+    with newer ones. Parts by name, so that a new case moves no other."""
     newer = jax.__version_info__ >= (0, 11)
     for item in items:
         sweep = item.get_closest_marker("sweep") is not None and hasattr(item, "callspec")
-        parts = 2 if item.nodeid.startswith(HALVED) else 3
+        parts = 3 if item.nodeid.startswith(IN_THIRDS) else 4
         elsewhere = sweep and zlib.crc32(item.name.encode()) % parts != newer
         if elsewhere or (item.nodeid.startswith(ONCE) and not newer):
             item.add_marker(pytest.mark.slow)
