@@ -9,7 +9,7 @@ decide about δ = 10⁻¹⁰: a composition of 10⁶ steps is off by more than t
   .. math:: f = \ast_j\, p_j^{\ast n_j}, \quad \tilde p_j(k) = p_j(k)\, e^{λk - K_j}
       \quad ⟹ \quad f(n) = \tilde f(n)\, e^{\sum_j n_j K_j - λn} ;
 
-  with λ where Chernoff's bound is about 10⁻⁹, the masses of that tail are the largest of f̃;
+  with λ where Chernoff's bound is 10⁻⁶ to 10⁻¹³, the masses of that tail are the largest of f̃;
 * what the transforms may be off by is added to every mass, without a tilt and with some, and the
   least sum is taken: each is no less than the truth, and so the least one is.
 
@@ -60,7 +60,8 @@ Floats = NDArray[np.float64]
 
 _fft: Any = fft  # SciPy has no types
 
-_UNIT = 2.0**-53
+UNIT = 2.0**-53
+"""The unit roundoff of float64."""
 
 # What lies outside of what is composed counts as infinite, once for each time that it is.
 TAIL = 1e-18
@@ -160,9 +161,9 @@ class Masses(DensePLDPmf):
             grown = drops[:-1] * math.exp(interval)
             first = 1 - deltas[0] + drops[0] / growth
             # Two drops nearly cancel; a mass that is too large is no less private.
-            inner = (drops[1:] - grown - 8 * _UNIT * (drops[1:] + grown)) / growth
+            inner = (drops[1:] - grown - 8 * UNIT * (drops[1:] + grown)) / growth
             probs = np.concatenate([[first], inner, [drops[-1] / math.expm1(-interval)]])
-        probs = np.maximum(probs, 0) * (1 + 8 * _UNIT)
+        probs = np.maximum(probs, 0) * (1 + 8 * UNIT)
         return cls(lower, probs, float(deltas[-1]), interval=interval)
 
     @cached_property
@@ -277,7 +278,7 @@ def _together(terms: Sequence[_Term], tail: float) -> Masses:
         probs = np.ones(1)
         for masses, times in terms:
             probs = probs * masses.probs**times
-        return Masses(lower, probs * (1 + 8 * _UNIT), -math.expm1(finite), interval=interval)
+        return Masses(lower, probs * (1 + 8 * UNIT), -math.expm1(finite), interval=interval)
     tilts = _TILTS / longest
     above, below = (
         sum(times * masses.buckets.log_moments(signed) for masses, times in terms)
@@ -286,7 +287,7 @@ def _together(terms: Sequence[_Term], tail: float) -> Masses:
     first, last = 0, sum(times * (len(masses.probs) - 1) for masses, times in terms)
     if tail > 0:
         # What a logarithm may be off by, for each of the terms.
-        room = math.log(2 / tail) + 256 * _UNIT * sum(times for _, times in terms)
+        room = math.log(2 / tail) + 256 * UNIT * sum(times for _, times in terms)
         first = max(first, math.floor(np.max(-(below + room) / tilts)))
         last = max(first, min(last, math.ceil(np.min((above + room) / tilts))))
     # λ K'(λ) - K(λ) grows with λ, and is -ln of Chernoff's bound at the mean K'(λ).
@@ -306,7 +307,7 @@ def _sums(terms: Sequence[_Term], first: int, last: int, tilt: float) -> Floats:
     length: int = _fft.next_fast_len(
         max(size, *(len(masses.probs) for masses, _ in terms)), real=True
     )
-    off_by = 8 * _UNIT * math.log2(2 * length)
+    off_by = 8 * UNIT * math.log2(2 * length)
     together, largest, spoilt, relative, exponent = None, 1.0, 0.0, 0.0, 0.0
     for masses, times in terms:
         probs, steepest = masses.probs, tilt * (len(masses.probs) - 1)
@@ -316,20 +317,20 @@ def _sums(terms: Sequence[_Term], first: int, last: int, tilt: float) -> Floats:
         z = _fft.rfft(tilted / scale, length)
         log_sum = steepest + math.log(scale)
         # What a tilted mass may be off by, in each of the terms.
-        exponent += times * (log_sum + _UNIT * (64 + 8 * steepest + 4 * abs(log_sum)))
+        exponent += times * (log_sum + UNIT * (64 + 8 * steepest + 4 * abs(log_sum)))
         spoilt_by = off_by * 1.01
         bound = np.sqrt(np.square(z.real) + np.square(z.imag)) + spoilt_by
         before = bound ** (times - 1) if times > 1 else 1.0
         # Beside n t a^(n-1) stand the bounds of the other terms.
         spoilt = (spoilt * bound + times * spoilt_by * largest) * before
         largest = largest * bound * before
-        relative += 4 * times * _UNIT
+        relative += 4 * times * UNIT
         power = _power(z, times)
         together = power if together is None else together * power
     # Of a real transform one half is computed, and stands for both.
     of_all = 2.02 / length * float(np.sum(spoilt + (relative + off_by) * largest))
     sums = np.maximum(np.roll(_fft.irfft(together, length), -first)[:size] + of_all, 0)
-    exponent += 16 * _UNIT * (abs(exponent) + tilt * last + 8)
+    exponent += 16 * UNIT * (abs(exponent) + tilt * last + 8)
     if not tilt:
         return sums * math.exp(exponent)
     return sums * _powers(-tilt, exponent - tilt * first, size)

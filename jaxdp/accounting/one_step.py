@@ -29,14 +29,9 @@ from typing import NamedTuple
 import numpy as np
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
-from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
-from jaxdp.accounting.masses import Masses
-
-Floats = NDArray[np.float64]
-
-_UNIT = 2.0**-53
+from jaxdp.accounting.masses import UNIT, Floats, Masses
 
 
 def pld_of_gaussian(
@@ -87,7 +82,7 @@ class _Product(NamedTuple):
     def of(cls, *logs: Floats | float) -> "_Product":
         value = np.exp(sum(logs))
         magnitude = sum(np.minimum(np.abs(log), 1e3) for log in logs)
-        return cls(value, 16 * _UNIT * (4 + magnitude) * value)
+        return cls(value, 16 * UNIT * (4 + magnitude) * value)
 
 
 def _log_excess(epsilon: Floats, rate: float) -> tuple[Floats, Floats]:
@@ -105,7 +100,7 @@ def _log_excess(epsilon: Floats, rate: float) -> tuple[Floats, Floats]:
     with np.errstate(divide="ignore"):
         above = epsilon + np.log(-np.expm1(-np.abs(epsilon)) + rate * shrunk)
         log = np.where(epsilon > 0, above, np.log(np.maximum(below, 0)))
-    return log, np.where(epsilon > 0, 0, 16 * _UNIT * terms)
+    return log, np.where(epsilon > 0, 0, 16 * UNIT * terms)
 
 
 def _removed(epsilon: Floats, sigma: float, rate: float) -> Floats:
@@ -121,7 +116,7 @@ def _removed(epsilon: Floats, sigma: float, rate: float) -> Floats:
     more = _Product.of(math.log(rate), log_ndtr((1 - x) / sigma))
     less = _Product.of(log_excess, other)
     off = more.off + less.off + excess_off * np.exp(other)
-    nowhere = -np.expm1(np.minimum(epsilon, 0)) * (1 + 4 * _UNIT)
+    nowhere = -np.expm1(np.minimum(epsilon, 0)) * (1 + 4 * UNIT)
     return np.where(np.isneginf(x), nowhere, more.value - less.value) + off
 
 

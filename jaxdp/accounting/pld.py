@@ -17,7 +17,6 @@ from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 from jaxdp.accounting.masses import TAIL, Masses
 from jaxdp.accounting.mechanisms.base import Counted
-from jaxdp.accounting.mechanisms.gaussian import MOST_SAMPLED_STEPS
 from jaxdp.accounting.question import RelationName
 
 # Beyond this a privacy loss distribution says "infinite": its grid would be so coarse that nothing
@@ -31,15 +30,10 @@ _FINE_MECHANISMS = 8
 # How much coarser the grid of a rough answer is. A power of two, as `epsilon` needs.
 _ROUGHLY_COARSER = 16
 
-# More equal steps than this are composed in two stages for a rough answer. dp-accounting lays out
-# the losses of all of them by a bound that grows with their number, far beyond where they are, and
-# a coarse grid is off by more than half.
+# With more equal steps than this a coarse grid is off by more than a tenth.
 _MANY_STEPS = 300_000
 
-# The losses that two stages cut off, a thousandth of the δ that they are used for at the most.
-_CUT_OFF = 1e-11
-
-# What the sums of masses may be off by from which dp-accounting reads ε and δ.
+# What the sums of masses may be off by from which ε and δ are read.
 _ROUNDING = 1e-9
 
 
@@ -93,24 +87,8 @@ def rough_epsilon(mechanisms: tuple[Counted, ...], delta: float, relation: Relat
       >>> round(rough_epsilon(mechanisms_of([[PureRelease(0.1)]]), 1e-5, "replace_one"), 2)
       0.2
     """
-    if delta < 1000 * _CUT_OFF or not any(_are_many(count) for _, count in mechanisms):
-        return epsilon(mechanisms, delta, relation, coarser=_ROUGHLY_COARSER)
-    interval = grid_interval(mechanisms, relation)
-    if math.isinf(interval):
-        return math.inf
-    composed = _nothing(interval)
-    for mechanism, count in mechanisms:
-        if _are_many(count):
-            stage = math.isqrt(count)
-            stages = mechanism.pld(stage, relation, interval).self_compose(count // stage, TAIL)
-            composed, count = composed.compose(stages, TAIL), count % stage
-        if count > 0:
-            composed = composed.compose(mechanism.pld(count, relation, interval), TAIL)
-    return float(composed.get_epsilon_for_delta(delta))
-
-
-def _are_many(count: int) -> bool:
-    return _MANY_STEPS < count <= MOST_SAMPLED_STEPS
+    many = any(count > _MANY_STEPS for _, count in mechanisms)
+    return epsilon(mechanisms, delta, relation, coarser=1 if many else _ROUGHLY_COARSER)
 
 
 def delta(mechanisms: tuple[Counted, ...], epsilon: float, relation: RelationName) -> float:

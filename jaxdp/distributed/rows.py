@@ -131,8 +131,8 @@ def spread_state(state: Any, mesh: Mesh | AbstractMesh) -> Any:
         # device_put would take NaN on two processes for different values.
         host = np.asarray(leaf)
         # Named as a step names it: what a layout is called is part of what is compiled for it.
-        spread = NamedSharding(mesh, P(*[None] * host.ndim) if by_axis else P())
-        return jax.make_array_from_callback(host.shape, spread, lambda index: host[index])
+        whole = NamedSharding(mesh, P(*[None] * host.ndim) if by_axis else P())
+        return jax.make_array_from_callback(host.shape, whole, lambda index: host[index])
 
     def spread(leaf: jax.Array) -> jax.Array:
         there = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh

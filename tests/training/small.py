@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -91,6 +92,15 @@ def fit(
         report_every=report_every,
         **({"delta": DELTA, "progress": False, "accountant": "rdp"} | options),
     )
+
+
+def going_on(directory: Path, **options: Any) -> training.Run:
+    """A script that is started: the same state, the same sampler, what is in the directory."""
+    store = training.Checkpoints(directory)
+    try:
+        return fit(checkpoints=store, **options)
+    finally:
+        store.close()
 
 
 def forbidden(*arguments: Any) -> Any:

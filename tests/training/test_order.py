@@ -16,7 +16,7 @@ from jaxdp.training.checkpoints import Saved
 from jaxdp.training.files import seal
 from jaxdp.training.told import note_told, told_with
 from tests.training import small
-from tests.training.small import chain, fit, poisson, start
+from tests.training.small import chain, fit, going_on, poisson, start
 
 NOTE = ".reports.json"
 
@@ -130,14 +130,6 @@ def leave_untold(directory: Path) -> training.Run:
     run = going_on(directory, steps=4, evaluate=norm)
     (directory / NOTE).unlink()
     return run
-
-
-def going_on(directory: Path, **options: Any) -> training.Run:
-    store = training.Checkpoints(directory)
-    try:
-        return fit(checkpoints=store, **options)
-    finally:
-        store.close()
 
 
 def damage(path: Path) -> None:

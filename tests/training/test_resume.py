@@ -14,7 +14,7 @@ from jaxdp import training
 from jaxdp.accounting import Draws, Ledger, LedgerEntry, PoissonSampling, PureRelease
 from jaxdp.training.loading import data_digest
 from tests.training import small
-from tests.training.small import chain, fit, poisson, start
+from tests.training.small import chain, fit, going_on, poisson, start
 
 POISSON = PoissonSampling(0.25)
 SELECTED = Ledger().charge_pure(0.5)
@@ -23,15 +23,6 @@ SELECTED = Ledger().charge_pure(0.5)
 def selected(key: str) -> Ledger:
     """A release that says which random numbers it was made of."""
     return Ledger().charge_pure(0.5, draws=[Draws("selection", key, 0)])
-
-
-def going_on(directory: Path, **options: Any) -> training.Run:
-    """A script that is started: the same state, the same sampler, what is in the directory."""
-    store = training.Checkpoints(directory)
-    try:
-        return fit(checkpoints=store, **options)
-    finally:
-        store.close()
 
 
 def pure(ledger: Ledger) -> list[float]:

@@ -20,7 +20,7 @@ from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from numpy.typing import NDArray
 
 from jaxdp.accounting.draws import Draws, check_draws
-from jaxdp.accounting.masses import TAIL, Masses
+from jaxdp.accounting.masses import TAIL, UNIT, Masses
 from jaxdp.accounting.mechanisms.base import Counted, Entry, Losses, Mechanism, alike
 from jaxdp.accounting.question import Question, RelationName
 from jaxdp.accounting.schemes import PoissonSampling, scheme_from_dict
@@ -193,7 +193,7 @@ class PureMechanism:
         end = math.ceil(epsilon / interval)
         at = np.arange(-end, end + 1) * interval
         between = np.maximum(-np.expm1(at - epsilon), 0) / (1 + math.exp(-epsilon))
-        deltas = np.where(at < -epsilon, -np.expm1(np.minimum(at, 0)), between) * (1 + 2**-50)
+        deltas = np.where(at < -epsilon, -np.expm1(np.minimum(at, 0)), between) * (1 + 8 * UNIT)
         response = Masses.connecting(-end, deltas, interval=interval)
         return PrivacyLossDistribution(response).self_compose(count, TAIL)
 
